@@ -1,0 +1,34 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace latentrevise::cpu {
+namespace {
+
+const Isa *select() {
+  const Isa *runnable[3] = {&scalar_isa};
+  int count = 1;
+#ifdef LATENTREVISE_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) runnable[count++] = &avx2_isa;
+  if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    runnable[count++] = &avx512_isa;
+#endif
+  // An unknown or unrunnable name must not crash the process later with SIGILL: it is answered by the best runnable set,
+  // and lr_cpu_isa() shows which.
+  if (const char *wanted = std::getenv("LATENTREVISE_ISA"))
+    for (int i = 0; i < count; ++i)
+      if (std::strcmp(runnable[i]->name, wanted) == 0) return runnable[i];
+  return runnable[count - 1];
+}
+
+}  // namespace
+
+const Isa &active() {
+  static const Isa *const chosen = select();
+  return *chosen;
+}
+
+}  // namespace latentrevise::cpu

@@ -1,0 +1,38 @@
+// A persistent pool without spin-waiting. Not OpenMP: torch's wheels carry their own renamed libgomp, and a second
+// runtime means a second pool fighting the first for the cores.
+#pragma once
+
+#include <cstdint>
+
+namespace latentrevise::cpu {
+
+using Task = void (*)(void *context, int part);
+
+// Runs task(context, part) for part = 0 .. parts-1 on at most `threads` threads, the caller among them, and returns
+// when all are done. Parts are claimed in order, so which thread runs a part is not fixed: results must not depend on it.
+// Tasks must not throw.
+void run_parts(int threads, int parts, Task task, void *context);
+
+// Splits [0, n) into at most `threads` contiguous ranges and runs body(begin, end) on each.
+template <typename Body>
+void parallel_ranges(int threads, int64_t n, Body &&body) {
+  const int parts = static_cast<int>(n < threads ? n : threads);
+  if (parts <= 1) {
+    if (n > 0) body(int64_t{0}, n);
+    return;
+  }
+  struct Range {
+    Body &body;
+    int64_t n;
+    int parts;
+  } range{body, n, parts};
+  run_parts(
+      threads, parts,
+      [](void *context, int part) {
+        auto &r = *static_cast<Range *>(context);
+        r.body(r.n * part / r.parts, r.n * (part + 1) / r.parts);
+      },
+      &range);
+}
+
+}  // namespace latentrevise::cpu

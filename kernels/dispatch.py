@@ -1,0 +1,181 @@
+"""Which implementation of an op runs, and why.
+
+The rule, in order:
+
+1. ``backend=`` of the call, else the innermost :func:`use_backend`, else the environment variable
+   ``LATENTREVISE_BACKEND``. Whatever is asked for this way runs or raises :class:`BackendError`; it never becomes
+   another implementation silently.
+2. Otherwise the first entry of :data:`IMPLEMENTATIONS` for the op whose requirements the call meets. The reference
+   meets every call, so there always is one; :func:`explain` tells why the ones before it were passed over.
+
+A backend module ``kernels/<op>/<backend>.py`` has a function named like the op and ``unsupported(call)``, which
+returns the reason why it cannot serve that call, or None.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from . import native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Implementations that exist, in the order in which they are tried.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "vertex_oracle": ("reference",),
+    "plausible_vertices": ("reference",),
+    "linear_logprob": ("reference",),
+    "mixture_embed": ("cuda", "cpu", "reference"),
+    "softmax_mixture": ("reference",),
+    "hull_step": ("reference",),
+    "entropic_step": ("reference",),
+}
+
+_override: ContextVar[str | None] = ContextVar("latentrevise_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this call; the message says why and what would."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an implementation may decide by: where the tensors are, what they hold, what needs a gradient."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    needs_grad: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, **tensors: torch.Tensor | None) -> Call:
+        """Describe a call from its floating-point tensors, by argument name; all are on one device (checked before)."""
+        present = {name: x for name, x in tensors.items() if x is not None}
+        grads = frozenset(name for name, x in present.items() if x.requires_grad) if torch.is_grad_enabled() else ()
+        return cls(next(iter(present.values())).device, tuple(x.dtype for x in present.values()), frozenset(grads))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that serves a call."""
+
+    op: str
+    backend: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)  # backend -> why it was passed over
+
+    def __str__(self) -> str:
+        passed = "".join(f"; {name}: {why}" for name, why in self.rejected.items())
+        return f"{self.op}: {self.backend} ({self.reason}{passed})"
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot run on this machine at all, or None if it can."""
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend in ("cpu", "cuda"):
+        return native.unavailable(backend)
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed (pip install latentrevise[triton])"
+        if not interpreting_triton() and not torch.cuda.is_available():
+            return "no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+    return None
+
+
+def interpreting_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine; ``"reference"`` always can."""
+    return tuple(backend for backend in BACKENDS if unavailable(backend) is None)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the block on backend ``name`` (None: back to the automatic choice). Per thread and task.
+
+    Raises:
+        BackendError: at once if the backend is unknown or cannot run on this machine; in the op if it has no
+            implementation there or cannot serve the call.
+    """
+    if name is not None and (why := unavailable(name)):
+        raise BackendError(f"backend {name!r} cannot run here: {why}. Available: {', '.join(available())}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _requested(backend: str | None) -> tuple[str, str] | None:
+    """(backend, who asked for it), or None for the automatic choice."""
+    if backend is not None:
+        return backend, "asked for by the call"
+    if scoped := _override.get():
+        return scoped, "asked for by use_backend"
+    if named := os.environ.get("LATENTREVISE_BACKEND"):
+        return named, "asked for by LATENTREVISE_BACKEND"
+    return None
+
+
+def _rejection(op: str, backend: str, call: Call) -> str | None:
+    """Why ``backend`` does not serve this call of ``op``, or None if it does."""
+    if why := unavailable(backend):
+        return why
+    if backend not in IMPLEMENTATIONS[op]:
+        return f"{op} has no {backend} implementation"
+    if backend == "reference":
+        return None
+    if backend == "triton" and interpreting_triton():
+        pass  # the interpreter takes tensors of any device
+    elif call.device.type != ("cpu" if backend == "cpu" else "cuda"):
+        return f"the tensors are on {call.device.type}"
+    elif call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return implementation(op, backend).unsupported(call)
+
+
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module ``kernels/<op>/<backend>.py``, imported when it is first needed."""
+    return import_module(f"{__package__}.{op}.{backend}")
+
+
+def choose(op: str, call: Call, backend: str | None = None) -> Choice:
+    """Decide which implementation of ``op`` serves ``call``.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot serve it.
+    """
+    if request := _requested(backend):
+        name, reason = request
+        if why := _rejection(op, name, call):
+            others = [other for other in IMPLEMENTATIONS[op] if _rejection(op, other, call) is None]
+            raise BackendError(f"{op} cannot run on backend {name!r} ({reason}): {why}. It can on: {', '.join(others)}")
+        return Choice(op, name, reason)
+    rejected: dict[str, str] = {}
+    for name in IMPLEMENTATIONS[op]:
+        why = _rejection(op, name, call)
+        if why is None:
+            return Choice(op, name, "first that serves this call", rejected)
+        rejected[name] = why
+    raise AssertionError(f"{op} lists no reference implementation")
+
+
+def explain(
+    op: str | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Choice]:
+    """Which implementation would serve ``op`` (every op if None) for tensors of ``dtype`` on ``device``, and why."""
+    if op is not None and op not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown op {op!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    call = Call(torch.device(device), (dtype,))
+    return [choose(name, call) for name in ([op] if op else IMPLEMENTATIONS)]

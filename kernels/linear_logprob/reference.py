@@ -1,0 +1,24 @@
+"""Specification of :func:`latentrevise.kernels.linear_logprob`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..numerics import accumulation_dtype, transform_logits
+
+
+def linear_logprob(
+    H: Tensor,
+    W: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(H, W)
+    logits = transform_logits(H.to(dtype) @ W.to(dtype).T, bias, scale, softcap, temperature)
+    logps = logits.log_softmax(1)
+    logp = logps.gather(1, y[:, None]).squeeze(1)
+    return (logp, -(logps.exp() * logps).sum(1)) if entropy else logp

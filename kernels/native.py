@@ -1,0 +1,53 @@
+"""The compiled libraries: ``_cpu`` and ``_cuda``, loaded once, with the reason when one is missing."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+
+
+@cache
+def load(backend: str) -> ModuleType:
+    """The module of backend ``"cpu"`` or ``"cuda"``; ImportError if it was not built, RuntimeError if it cannot run."""
+    module = import_module(f"{__package__}._{backend}")
+    if backend == "cuda":
+        module.device_count()  # raises with the CUDA runtime's own words when there is no device or no driver
+    elif (wanted := os.environ.get("LATENTREVISE_ISA")) and module.isa() != wanted:
+        raise RuntimeError(f"LATENTREVISE_ISA={wanted} is unknown or not supported by this CPU; it runs {module.isa()}")
+    return module
+
+
+@cache
+def unavailable(backend: str) -> str | None:
+    """Why the library of ``backend`` cannot be used, or None."""
+    try:
+        load(backend)
+    except ImportError as error:
+        remedy = "LATENTREVISE_CUDA=1 pip install ." if backend == "cuda" else "pip install ."
+        return f"the {backend} library was not built ({error}); build it with `{remedy}`"
+    except RuntimeError as error:
+        return f"no usable CUDA device: {error}" if backend == "cuda" else str(error)
+    return None
+
+
+def dtype_code(module: ModuleType, dtype: torch.dtype) -> int:
+    return module.DTYPES[_DTYPE_NAMES[dtype]]
+
+
+def where(backend: str, device: torch.device) -> int:
+    """What a native call needs beside its tensors: the thread count on the CPU, the current raw stream on CUDA."""
+    if backend == "cpu":
+        return torch.get_num_threads()
+    return torch.cuda.current_stream(device).cuda_stream
