@@ -1,0 +1,371 @@
+"""What a run reads and writes, and how: dataclasses to parquet and JSONL, mixtures to safetensors, all atomically.
+
+A dataclass is the only description of its file: the parquet schema is derived from the field types, so a column cannot
+drift away from the code. Nothing here is ever pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentrevise.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VerdictName = Literal["correct", "wrong", "unknown"]
+FinishReason = Literal["stop", "length"]
+PrefixRendering = Literal["original", "argmax", "continuation"]
+
+Record = TypeVar("Record")
+
+
+def _column(name: str) -> Any:
+    return field(metadata={"column": name})
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it is fed (``ids``, chat template included) and its gold answer. ``meta``: further columns."""
+
+    id: str = _column("prompt_id")
+    text: str = _column("prompt")
+    ids: tuple[int, ...] = _column("prompt_ids")
+    answer: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of a prompt and its verdict. ``sampling_logprobs``: nats, temperature 1, unfiltered, one an id."""
+
+    prompt_id: str
+    sample_id: str
+    completion_ids: tuple[int, ...]
+    completion: str
+    extracted: str | None
+    verdict: VerdictName
+    finish_reason: FinishReason
+    sampling_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a strategy proposes to sample from.
+
+    target: the answer aimed at. prefix_ids: the failed rollout's own prefix (empty: from the prompt). plain_ids: the
+    tokens that stand for what is fed. latent: the mixture (``start_id`` in the atoms file) is fed, not ``plain_ids``.
+    forward_tokens, backward_tokens, seconds: what finding the start took. trace: the objective over the steps.
+    """
+
+    start_id: str
+    prompt_id: str
+    parent_sample_id: str | None
+    target: str
+    prefix_ids: tuple[int, ...]
+    plain_ids: tuple[int, ...]
+    latent: bool
+    n: int
+    forward_tokens: int
+    backward_tokens: int
+    seconds: float
+    trace: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation sampled from a start. ``seconds``: this sample's share of the batch's time."""
+
+    start_id: str
+    prompt_id: str
+    sample_id: str
+    completion_ids: tuple[int, ...]
+    completion: str
+    finish_reason: FinishReason
+    sampling_logprobs: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about a sample.
+
+    hits_target: it gives the answer aimed at. valid: its derivation was checked and holds (None: the task can't check).
+    steps: ``{"text", "ok"}`` for each step of the derivation. guard: reason code of the guard that rejected it.
+    plain_logprobs: of the continuation behind the plain tokens, nats, one an id.
+    """
+
+    sample_id: str
+    start_id: str
+    prompt_id: str
+    extracted: str | None
+    verdict: VerdictName
+    hits_target: bool
+    valid: bool | None
+    steps: list[dict[str, Any]]
+    guard: str | None
+    plain_logprobs: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One recovered trajectory: prompt, prefix and continuation, everything a trainer or an auditor needs.
+
+    prefix_ids: the failed rollout's own prefix. plain_prefix_ids: the prefix as the row renders it, see
+        prefix_rendering: ``original`` (prefix_ids), ``argmax`` (heaviest atoms), ``continuation`` (context only, masked
+        in training).
+    completion_ids, completion: the sampled continuation, without the end-of-sequence token.
+    sampling_logprobs: of the continuation behind what was fed (perhaps a mixture); plain_logprobs: behind
+        plain_prefix_ids. Both in nats at temperature 1, unfiltered, one an id. A trainer that corrects off-policy data
+        needs the second.
+    valid: the derivation was checked and holds; None: the task cannot check. reward: 1.0 for correct.
+    backend: the kernel implementation that revised. config_hash: of the run's settings.
+    """
+
+    prompt_id: str
+    sample_id: str
+    parent_sample_id: str | None
+    strategy: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+    plain_prefix_ids: tuple[int, ...]
+    prefix_rendering: PrefixRendering
+    completion_ids: tuple[int, ...]
+    completion: str
+    answer: str
+    extracted_answer: str | None
+    verdict: VerdictName
+    valid: bool | None
+    reward: float
+    finish_reason: FinishReason
+    model: str
+    seed: int
+    temperature: float
+    top_p: float
+    steps: list[dict[str, Any]]
+    trace: dict[str, Any] | None
+    sampling_logprobs: tuple[float, ...]
+    plain_logprobs: tuple[float, ...] | None
+    backend: str
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class RowError:
+    """An input row that was left out. ``reason`` is a code to count by, ``message`` says what to do."""
+
+    row: int
+    id: str | None
+    reason: str
+    message: str
+
+
+def stable_hash(value: Any, length: int = 16) -> str:
+    """The first ``length`` hex digits of the SHA-256 of ``value`` as canonical JSON: the same everywhere and always."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def row_seed(run_seed: int, *parts: str | int) -> int:
+    """The seed of one row, in ``[0, 2**63)``. It depends on ``parts`` only: no batch or order changes a row's draws."""
+    return int(stable_hash([run_seed, *parts]), 16) >> 1
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed, on failure removed.
+
+    A reader therefore sees the old file, or the whole new one, whenever the writer dies. Missing folders are created.
+    Raises RunError if the place cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; choose an output directory that is writable and has space"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Indented JSON. NaN and infinity are refused (``ValueError``): they are not JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """One JSON object a line, from dataclasses or mappings."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for row in rows:
+            plain = dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
+            out.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_records(path: str | os.PathLike[str], rows: Sequence[Record], cls: type[Record] | None = None) -> None:
+    """Write dataclass rows to one parquet file. ``cls`` is needed only when there may be no rows."""
+    if cls is None:
+        if not rows:
+            raise ValueError("write_records needs cls to write a file without rows")
+        cls = type(rows[0])
+    columns = _columns(cls)
+    arrays = [pa.array([_store(getattr(row, c.attribute), c.json) for row in rows], type=c.arrow) for c in columns]
+    table = pa.Table.from_arrays(arrays, schema=schema(cls))
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_records(path: str | os.PathLike[str], cls: type[Record]) -> list[Record]:
+    """The rows of one parquet file, or of all ``*.parquet`` files of a folder in the order of their names.
+
+    Temporary files of a writer that died are not looked at. Columns that ``cls`` doesn't know are ignored. Raises
+    InputError if there is nothing to read, or if the file doesn't hold ``cls``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = sorted(p for p in path.glob("*.parquet") if not p.name.startswith("."))
+        return [row for part in parts for row in read_records(part, cls)]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a parquet file of {cls.__name__} rows or a folder of them")
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({error}); delete it and run again") from error
+    columns = _columns(cls)
+    missing = [c.name for c in columns if c.name not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{path}: no column {', '.join(missing)}, so these are not {cls.__name__} rows (found:"
+            f" {', '.join(table.column_names)}); was it written by another version?"
+        )
+    try:
+        values = [[_load(v, c) for v in table.column(c.name).cast(c.arrow).to_pylist()] for c in columns]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: a column does not hold what {cls.__name__} rows need ({error})") from error
+    names = [c.attribute for c in columns]
+    return [cls(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)]
+
+
+def schema(cls: type) -> pa.Schema:
+    """The parquet schema of a record class. Lists are int32 and float32; dictionaries are JSON text."""
+    return pa.schema([pa.field(c.name, c.arrow, nullable=c.nullable) for c in _columns(cls)])
+
+
+@dataclass(frozen=True)
+class _Column:
+    attribute: str
+    name: str
+    arrow: pa.DataType
+    nullable: bool
+    json: bool
+    as_tuple: bool
+
+
+def _columns(cls: Any) -> tuple[_Column, ...]:
+    hints = typing.get_type_hints(cls)
+    return tuple(_describe(f, hints[f.name]) for f in dataclasses.fields(cls))
+
+
+_ARROW: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    tuple[int, ...]: pa.list_(pa.int32()),
+    tuple[float, ...]: pa.list_(pa.float32()),
+    tuple[str, ...]: pa.list_(pa.string()),
+}
+
+
+def _describe(f: dataclasses.Field[Any], hint: Any) -> _Column:
+    nullable = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [a for a in typing.get_args(hint) if a is not type(None)]
+        nullable = len(members) < len(typing.get_args(hint))
+        hint = members[0] if len(members) == 1 else hint
+    if typing.get_origin(hint) is Literal and all(isinstance(v, str) for v in typing.get_args(hint)):
+        hint = str
+    is_json = typing.get_origin(hint) in (dict, list)
+    arrow = pa.string() if is_json else _ARROW.get(hint)
+    if arrow is None:
+        raise TypeError(f"field {f.name}: no column type for {hint}")
+    return _Column(f.name, f.metadata.get("column", f.name), arrow, nullable, is_json, typing.get_origin(hint) is tuple)
+
+
+def _store(value: Any, as_json: bool) -> Any:
+    if as_json and value is not None:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return value
+
+
+def _load(value: Any, column: _Column) -> Any:
+    if value is None:
+        return None
+    if column.json:
+        return json.loads(value)
+    return tuple(value) if column.as_tuple else value
+
+
+def write_atoms(path: str | os.PathLike[str], mixtures: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Mixtures by id to one safetensors file: ``ids [T, A]`` (as int32) and ``weights [T, A]`` (as float32)."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, (ids, weights) in mixtures.items():
+        if ids.ndim != 2 or ids.shape != weights.shape:
+            raise ValueError(
+                f"mixture {name}: ids {tuple(ids.shape)}, weights {tuple(weights.shape)}, wanted one [T, A]"
+            )
+        tensors[f"{name}.ids"] = ids.detach().to("cpu", torch.int32).contiguous()
+        tensors[f"{name}.weights"] = weights.detach().to("cpu", torch.float32).contiguous()
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_atoms(path: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What ``write_atoms`` wrote: id -> (ids int32 ``[T, A]``, weights float32 ``[T, A]``). Raises InputError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+    names = [key.removesuffix(".ids") for key in tensors if key.endswith(".ids")]
+    unpaired = [n for n in names if f"{n}.weights" not in tensors]
+    if unpaired:
+        raise InputError(f"{path}: mixture {unpaired[0]} has ids but no weights; delete the file and run again")
+    return {name: (tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in names}
