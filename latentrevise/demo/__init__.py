@@ -1,0 +1,63 @@
+"""Two checkable task families with tiny bundled models, for the offline demo and for tests.
+
+*rule* is built to suit answer-driven revision; *chain* is its negative control.  See the modules of those names.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from latentrevise.demo.chain import ChainFamily
+from latentrevise.demo.data import make_prompts, split_of
+from latentrevise.demo.family import Derivation, Family, Settings, Step, Trace
+from latentrevise.demo.rule import RuleFamily
+from latentrevise.errors import ConfigError, ModelError
+
+__all__ = [
+    "Derivation",
+    "Family",
+    "Settings",
+    "Step",
+    "Trace",
+    "families",
+    "family_of",
+    "get_family",
+    "make_prompts",
+    "model_dir",
+    "split_of",
+]
+
+
+def families() -> dict[str, Family]:
+    """The demo's task families by name: the positive one first, then the control."""
+    return {family.name: family for family in (RuleFamily(), ChainFamily())}
+
+
+def get_family(name: str) -> Family:
+    """The family of that name.  Raises ConfigError for an unknown one."""
+    known = families()
+    if name not in known:
+        raise ConfigError(f"unknown demo family {name!r}; choose one of: {', '.join(known)}")
+    return known[name]
+
+
+def family_of(prompt: str) -> Family | None:
+    """The family whose problem ``prompt`` is, or None."""
+    return next((family for family in families().values() if family.accepts(prompt)), None)
+
+
+def model_dir(name: str) -> Path:
+    """The Hugging Face model directory bundled for a family.
+
+    Raises:
+        ConfigError: there is no such family.
+        ModelError: the installation lacks the weights.
+    """
+    path = Path(str(files("latentrevise.demo"))) / "models" / get_family(name).name
+    if not (path / "model.safetensors").is_file():
+        raise ModelError(
+            f"the bundled {name!r} model is missing from {path}; reinstall latentrevise, "
+            f"or train it again with: python -m latentrevise.demo.train --families {name} --out {path.parent}"
+        )
+    return path

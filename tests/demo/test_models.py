@@ -1,0 +1,120 @@
+"""The bundled models: they load offline from package data and do what the documentation says of them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from latentrevise.demo import families, get_family, make_prompts, model_dir
+from latentrevise.demo import train as training
+
+NAMES = ["rule", "chain"]
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    torch.set_num_threads(1)
+    return {
+        name: (
+            AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float32, local_files_only=True).eval(),
+            AutoTokenizer.from_pretrained(model_dir(name), local_files_only=True),
+        )
+        for name in NAMES
+    }
+
+
+def test_load_without_a_network():
+    script = (
+        "import socket\n"
+        "def refuse(*a, **k): raise AssertionError('network used')\n"
+        "socket.socket.connect = refuse\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from latentrevise.demo import families, model_dir\n"
+        "for name in families():\n"
+        "    model = AutoModelForCausalLM.from_pretrained(model_dir(name))\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(model_dir(name))\n"
+        "    print(name, model.config.model_type, model.dtype, model.config.vocab_size == len(tokenizer))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{name} qwen3 torch.bfloat16 True" for name in families()]
+
+
+def test_size_and_weights():
+    total = sum(f.stat().st_size for name in NAMES for f in model_dir(name).iterdir())
+    assert total <= 8 * 2**20
+    for name in NAMES:
+        files = {f.name for f in model_dir(name).iterdir()}
+        assert files == {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "training.json",
+        }
+        with safe_open(model_dir(name) / "model.safetensors", "pt") as weights:
+            tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 (not a mapping)
+        assert {t.dtype for t in tensors} == {torch.bfloat16}
+        assert all(t.isfinite().all() for t in tensors)
+        record = json.loads((model_dir(name) / "training.json").read_text())
+        assert sum(t.numel() for t in tensors) == record["parameters"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bundled_tokenizer_is_the_familys(name, bundled):
+    built = training.build_tokenizer(get_family(name))
+    assert bundled[name][1].get_vocab() == built.get_vocab()
+
+
+def test_rule_model_has_implicit_knowledge(bundled):
+    """The precondition of answer-driven revision; an untrained model has 0.01 of each."""
+    found = training.implicit_knowledge(*bundled["rule"], get_family("rule"), 100)
+    assert found["implicit_accuracy"] >= 0.8
+    assert found["implicit_rank_first"] >= 0.6
+    assert found["right_rule_plausible"] >= 0.8
+    assert found["right_rule_proposed"] <= 0.15
+
+
+def test_rule_model_misses_most_uniform_prompts(bundled):
+    family = get_family("rule")
+    found = training.hits(*bundled["rule"], family, make_prompts(family, 48, split="develop", seed=1))
+    assert 0.4 <= found["zero_hit"] <= 0.9
+    trained = training.hits(*bundled["rule"], family, training.problems(family, 32, seed=1))
+    assert trained["accuracy"] >= 0.2
+    assert trained["accuracy"] > 2 * found["accuracy"]
+
+
+def test_chain_model_falls_with_the_number_of_steps(bundled):
+    family = get_family("chain")
+    one, three, six = (
+        training.hits(*bundled["chain"], family, training.problems(family, 24, seed=1, steps=steps), n=8)
+        for steps in (1, 3, 6)
+    )
+    assert one["accuracy"] >= 0.9
+    assert one["accuracy"] > three["accuracy"] + 0.2 > six["accuracy"] + 0.3
+    assert six["accuracy"] >= 0.03
+    assert six["zero_hit"] >= 0.2
+    assert one["valid"] >= 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_record_matches_the_model(name, bundled):
+    """The documented figures are this model's: sampled anew, they agree within sampling noise."""
+    family = get_family(name)
+    record = json.loads((model_dir(name) / "training.json").read_text())
+    assert record["evaluation"]["mined"]["prompts"] >= 128
+    found = training.hits(*bundled[name], family, make_prompts(family, 48, split="develop", seed=2))
+    assert found["zero_hit"] == pytest.approx(record["evaluation"]["mined"]["zero_hit"], abs=0.25)
+    assert found["accuracy"] == pytest.approx(record["evaluation"]["mined"]["accuracy"], abs=0.12)
