@@ -1,0 +1,45 @@
+"""Recover zero-hit prompts by revising failed reasoning in embedding space (LatentRevise, arXiv 2606.29938)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentrevise.hull import Mixture, VocabularyHull
+    from latentrevise.pipeline import RecoverConfig, Recovered, recover
+    from latentrevise.reviser import Reviser
+    from latentrevise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Compute",
+    "Evaluation",
+    "FailedRollout",
+    "Mixture",
+    "RecoverConfig",
+    "Recovered",
+    "ReviseConfig",
+    "Reviser",
+    "Revision",
+    "Trace",
+    "VocabularyHull",
+    "recover",
+]
+
+_HOME = {
+    "Mixture": "hull",
+    "VocabularyHull": "hull",
+    "Reviser": "reviser",
+    "RecoverConfig": "pipeline",
+    "Recovered": "pipeline",
+    "recover": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `latentrevise.kernels` alone must not cost the import of transformers.
+    if name not in __all__:
+        raise AttributeError(f"module 'latentrevise' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"latentrevise.{_HOME.get(name, 'revision')}"), name)

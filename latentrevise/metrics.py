@@ -1,0 +1,184 @@
+"""The figures of a run: what was recovered, what that is worth, what it cost, and what plain resampling gives for it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from latentrevise.audit import GUARDS, markers, pass_at_k, wilson
+from latentrevise.records import Rollout, Sample, Start, Verdict
+from latentrevise.revision import Compute
+
+POOL = "resample@equal"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm's results. ``wrong``: it aimed at a random wrong answer."""
+
+    arm: str
+    strategy: str
+    uses_answer: bool
+    wrong: bool
+    compute: Compute
+    rows: list[tuple[Start, Sample, Verdict]]
+
+
+def run_metrics(
+    outcomes: Sequence[Outcome],
+    *,
+    rollouts: Mapping[str, Sequence[Rollout]],
+    zero_hit: Sequence[str],
+    aimed_wrong: Sequence[str],
+    left_out: int,
+    checked: bool,
+) -> dict[str, Any]:
+    """Everything that goes into ``metrics.json``.
+
+    zero_hit: prompts that were to be recovered; aimed_wrong: those of them with a wrong target. left_out: input rows
+    that were not usable. checked: whether derivations were checked. Rates are ``[rate, low, high]`` with 95 % Wilson
+    intervals over prompts; compute is in token passes (forward 1, backward 2, decoded 1, cached 0).
+    """
+    by_arm = {outcome.arm: outcome for outcome in outcomes}
+    pool = by_arm.get(POOL)
+    control = None if pool is None or not zero_hit else _Control(pool, zero_hit, checked)
+    failed = [len(r.completion_ids) for name in zero_hit for r in rollouts[name]]
+    verdicts = Counter(r.verdict for own in rollouts.values() for r in own)
+    return {
+        "prompts": len(rollouts),
+        "rows_left_out": left_out,
+        "rollouts": dict(verdicts),
+        "solved": sum(any(r.verdict == "correct" for r in own) for own in rollouts.values()),
+        "undecided": sum(
+            any(r.verdict == "unknown" for r in own) and not any(r.verdict == "correct" for r in own)
+            for own in rollouts.values()
+        ),
+        "zero_hit": len(zero_hit),
+        "derivations_checked": checked,
+        "arms": {
+            outcome.arm: _arm(
+                outcome, by_arm, zero_hit, aimed_wrong, checked, control, fmean(failed) if failed else 0.0
+            )
+            for outcome in outcomes
+        },
+        "control_curve": [] if control is None else control.curve(),
+    }
+
+
+class _Control:
+    """Plain resampling at any compute, from one pool of samples a prompt and the unbiased pass@k."""
+
+    def __init__(self, pool: Outcome, prompts: Sequence[str], checked: bool) -> None:
+        self.checked = checked
+        verdicts = defaultdict(list)
+        for _, _, verdict in pool.rows:
+            verdicts[verdict.prompt_id].append(verdict)
+        self.correct = [sum(v.verdict == "correct" for v in verdicts[name]) for name in prompts]
+        self.valid = [sum(bool(v.valid) for v in verdicts[name]) for name in prompts]
+        self.size = min(len(verdicts[name]) for name in prompts)
+        self.tokens = pool.compute.passes / max(len(pool.rows), 1)
+
+    def at(self, passes: float) -> dict[str, Any]:
+        """The share recovered by as many fresh rollouts as ``passes`` a prompt buy (at least one)."""
+        wanted = max(1, round(passes / self.tokens))
+        return {**self._rates(min(wanted, self.size)), "wanted": wanted}
+
+    def curve(self) -> list[dict[str, Any]]:
+        points, k = [], 1
+        while k < self.size:
+            points.append(self._rates(k))
+            k *= 2
+        return [*points, self._rates(self.size)]
+
+    def _rates(self, k: int) -> dict[str, Any]:
+        def rate(counts: list[int]) -> list[float]:
+            mean = fmean(pass_at_k(self.size, c, k) for c in counts)
+            return list(wilson(mean * len(counts), len(counts)))
+
+        return {
+            "samples": k,
+            "tokens": k * self.tokens,
+            "recovered_rate": rate(self.correct),
+            "valid_rate": rate(self.valid) if self.checked else None,
+        }
+
+
+def _arm(
+    outcome: Outcome,
+    by_arm: Mapping[str, Outcome],
+    zero_hit: Sequence[str],
+    aimed_wrong: Sequence[str],
+    checked: bool,
+    control: _Control | None,
+    failed_length: float,
+) -> dict[str, Any]:
+    prompts = aimed_wrong if outcome.wrong else zero_hit
+    count = len(prompts)
+    hit = {v.prompt_id for _, _, v in outcome.rows if v.hits_target}
+    per_prompt = outcome.compute.passes / max(count, 1)
+    result: dict[str, Any] = {
+        "strategy": outcome.strategy,
+        "target": "wrong" if outcome.wrong else "gold",
+        "prompts": count,
+        "samples_per_prompt": len(outcome.rows) / max(count, 1),
+        "recovered": len(hit),
+        "recovered_rate": list(wilson(len(hit), count)),
+        "compute": {
+            "forward": outcome.compute.forward,
+            "backward": outcome.compute.backward,
+            "decoded": outcome.compute.decoded,
+            "per_prompt": per_prompt,
+        },
+        "seconds": outcome.compute.seconds,
+    }
+    if outcome.wrong:
+        return result
+    correct = [(start, s, v) for start, s, v in outcome.rows if v.verdict == "correct"]
+    valid = {v.prompt_id for _, _, v in correct if v.valid}
+    # A strategy that reads the answer was run again on the wrong one; the others reach it by chance, on the same
+    # samples.
+    wrong = by_arm.get(outcome.arm + "@wrong") if outcome.uses_answer else outcome
+    wrong_rate = None
+    if wrong is not None and aimed_wrong:
+        wrong_rate = wilson(len({v.prompt_id for _, _, v in wrong.rows if v.hits_wrong}), len(aimed_wrong))
+    admitted = [v for _, _, v in correct if v.guard is None]
+    rejections = Counter(code for _, _, v in correct if v.guard for code in v.guard.split(","))
+    result |= {
+        "valid": len(valid) if checked else None,
+        "valid_rate": list(wilson(len(valid), count)) if checked else None,
+        "wrong_target_rate": None if wrong_rate is None else list(wrong_rate),
+        # With nothing reached on the wrong side the ratio has no value; the interval above says what is known.
+        "selectivity": None if not wrong_rate or not wrong_rate[0] else result["recovered_rate"][0] / wrong_rate[0],
+        "control": None if control is None else control.at(per_prompt),
+        "guards": {code: {"rejected": rejections[code], "of": len(correct)} for code in GUARDS},
+        "correct_samples": len(correct),
+        "admitted": len(admitted),
+        "admitted_prompts": len({v.prompt_id for v in admitted}),
+        "admitted_valid": sum(bool(v.valid) for v in admitted) if checked else None,
+        "length": {
+            "failed_mean": failed_length,
+            "recovered_mean": fmean(len(start.plain_ids) + len(s.completion_ids) for start, s, _ in correct)
+            if correct
+            else None,
+        },
+        "reliance": _reliance(correct),
+        "markers": {
+            "recovered": markers([s.completion for _, s, _ in correct]),
+            "all": markers([s.completion for _, s, _ in outcome.rows]),
+        },
+    }
+    return result
+
+
+def _reliance(correct: Sequence[tuple[Start, Sample, Verdict]]) -> float | None:
+    """Mean plain minus mean sampling log-prob of the correct samples, nats a token: how much of a continuation's
+    probability comes from what the plain prefix does not say."""
+    gaps = [
+        fmean(v.plain_logprobs) - fmean(s.sampling_logprobs)
+        for _, s, v in correct
+        if v.plain_logprobs and s.sampling_logprobs
+    ]
+    return fmean(gaps) if gaps else None

@@ -1,0 +1,96 @@
+"""The interface of a recovery strategy.
+
+A strategy turns a zero-hit prompt and its failed rollouts into *proposals*: prefixes to sample continuations from, as
+plain tokens or as a mixture of embeddings. Sampling, verifying, guarding and accounting are the pipeline's and are
+the same for all, so that strategies are compared and charged alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from latentrevise.hull import Mixture
+from latentrevise.revision import Compute, FailedRollout, Trace
+
+if TYPE_CHECKING:
+    from latentrevise.policy import Policy
+    from latentrevise.records import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A failed rollout split in two: ``prefix_ids`` (what may be revised) and ``continuation_ids`` (what failed)."""
+
+    sample_id: str
+    prefix_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One zero-hit prompt to recover.
+
+    target: the answer aimed at: the gold one, or, in the audit, a wrong one. failed: the rollouts verified wrong.
+    cuts: the failed rollouts chosen for revision, already split. answer_ids, template_ids: the target's tokens behind
+    the answer template. seed: of everything random about this prompt.
+    """
+
+    prompt: Prompt
+    target: str
+    failed: tuple[Rollout, ...]
+    cuts: tuple[Cut, ...]
+    answer_ids: tuple[int, ...]
+    template_ids: tuple[int, ...]
+    seed: int
+
+    def rollout(self, cut: Cut) -> FailedRollout:
+        return FailedRollout(
+            self.prompt.ids, cut.prefix_ids, cut.continuation_ids, self.answer_ids, template_ids=self.template_ids
+        )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Sample ``n`` continuations of the prompt and this prefix.
+
+    plain_ids: the prefix as tokens (empty: from the prompt itself). mixture: what it was before rounding; it is what
+    is fed when ``latent``. parent and original_ids: the rollout that was revised, and its own prefix. compute: what
+    finding the proposal took; sampling from it is charged by the pipeline.
+    """
+
+    n: int
+    plain_ids: tuple[int, ...] = ()
+    mixture: Mixture | None = None
+    latent: bool = False
+    parent: str | None = None
+    original_ids: tuple[int, ...] = ()
+    compute: Compute = field(default_factory=Compute)
+    trace: Trace | None = None
+
+    @property
+    def uncached(self) -> int:
+        """Prefix tokens that no cache holds: all from the first one that differs from the rollout's own."""
+        if self.latent:
+            return len(self.plain_ids)
+        same = 0
+        for a, b in zip(self.plain_ids, self.original_ids, strict=False):
+            if a != b:
+                break
+            same += 1
+        return len(self.plain_ids) - same
+
+
+class Strategy(Protocol):
+    """``propose`` returns one list of proposals a piece of work, with ``samples`` continuations in all for each."""
+
+    name: str
+    uses_answer: bool
+
+    def propose(self, policy: Policy, work: Sequence[Work], samples: int) -> list[list[Proposal]]: ...
+
+
+def shares(samples: int, parts: int) -> list[int]:
+    """``samples`` (at least ``parts``) split over ``parts`` as evenly as it goes, the first ones larger."""
+    return [samples // parts + (i < samples % parts) for i in range(parts)]
