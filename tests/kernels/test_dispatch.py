@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from latentrevise.kernels import dispatch
+from latentrevise.kernels.dispatch import Call, choose
+
+from latentrevise import kernels
+
+ROOT = str(Path(dispatch.__file__).resolve().parents[1])
+CPU = Call(torch.device("cpu"), (torch.float32,))
+
+
+def mixture():
+    return torch.tensor([[0, 1]]), torch.tensor([[0.25, 0.75]]), torch.eye(3)
+
+
+def test_every_op_has_a_reference_last():
+    for op, backends in dispatch.IMPLEMENTATIONS.items():
+        assert backends[-1] == "reference"
+        for backend in backends:
+            module = dispatch.implementation(op, backend)
+            assert callable(getattr(module, op))
+            assert backend == "reference" or callable(module.unsupported)
+
+
+def test_available_names_what_runs():
+    assert "reference" in kernels.available()
+    assert "cpu" in kernels.available()
+    assert ("cuda" in kernels.available()) == torch.cuda.is_available()
+
+
+def test_explain_says_why_the_others_were_passed_over():
+    (choice,) = kernels.explain("mixture_embed", "cpu", torch.float16)
+    assert choice.backend == "reference"
+    assert "float16" in choice.rejected["cpu"]
+    assert "cuda" in choice.rejected
+    assert len(kernels.explain()) == len(dispatch.IMPLEMENTATIONS)
+    with pytest.raises(ValueError, match="unknown op 'attention'"):
+        kernels.explain("attention")
+
+
+def test_order_of_overrides(monkeypatch):
+    assert choose("mixture_embed", CPU).backend == "cpu"
+    monkeypatch.setenv("LATENTREVISE_BACKEND", "reference")
+    assert choose("mixture_embed", CPU).backend == "reference"
+    with kernels.use_backend("cpu"):
+        assert choose("mixture_embed", CPU).backend == "cpu"
+        assert choose("mixture_embed", CPU, "reference").backend == "reference"
+        with kernels.use_backend(None):
+            assert choose("mixture_embed", CPU).backend == "reference"  # the environment again
+    assert choose("mixture_embed", CPU).backend == "reference"
+
+
+@pytest.mark.parametrize("name", ["fastest", "CPU", ""])
+def test_unknown_backend(name):
+    with pytest.raises(kernels.BackendError, match="unknown backend"), kernels.use_backend(name):
+        pass
+
+
+def test_a_forced_backend_never_becomes_another(monkeypatch):
+    ids, weights, E = mixture()
+    with pytest.raises(kernels.BackendError, match=r"float16.*It can on: reference"):
+        kernels.mixture_embed(ids, weights, E.half(), backend="cpu")
+    monkeypatch.setenv("LATENTREVISE_BACKEND", "warp")
+    with pytest.raises(kernels.BackendError, match="unknown backend 'warp'"):
+        kernels.mixture_embed(ids, weights, E)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_a_clear_error():
+    with pytest.raises(kernels.BackendError, match="cuda"), kernels.use_backend("cuda"):
+        pass
+    assert dispatch.unavailable("cuda")
+
+
+def test_the_override_is_per_thread():
+    with kernels.use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: choose("mixture_embed", CPU).backend).result() == "cpu"
+
+
+def test_kernels_import_no_transformers_and_the_folder_itself_is_empty():
+    code = "import sys, latentrevise.kernels; print(sorted({'transformers', 'triton', 'pandas'} & set(sys.modules)))"
+    assert run(code) == "[]"
+    # A probe for the unrelated distribution `kernels` from the source tree finds an empty module, loaded once.
+    code = "import sys, kernels; print(hasattr(kernels, '__version__'), [m for m in sys.modules if 'kernels.' in m])"
+    assert run(code, cwd=ROOT) == "False []"
+
+
+def run(code: str, cwd: str | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=True)
+    return done.stdout.strip()
+
+
+def test_an_instruction_set_that_does_not_exist_is_an_error():
+    code = "import os; os.environ['LATENTREVISE_ISA']='sse9'; from latentrevise.kernels import native; "
+    assert "sse9" in run(code + "print(native.unavailable('cpu'))")
