@@ -1,0 +1,150 @@
+"""Settings as dataclasses: to and from plain data, YAML files and ``key=value`` overrides, every value type-checked.
+
+Works for any nesting of dataclasses whose fields are bool, int, float, str, Literal, ``X | None``, tuples of these, or
+dataclasses again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from latentrevise.errors import ConfigError
+from latentrevise.records import stable_hash
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as dicts, lists and scalars that JSON and YAML can hold."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """A ``cls`` from nested mappings; fields that are not named keep their defaults.
+
+    Raises ConfigError that names the key: unknown (with the nearest known one), or of the wrong type.
+    """
+    return _build(cls, None, values, "")
+
+
+def load_config(
+    cls: type[Config], path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """A ``cls`` from a YAML file (or none) and ``key=value`` overrides, ``a.b=value`` for nested ones.
+
+    The value of an override is read as YAML: ``true``, ``3``, ``0.5``, ``null``, ``[a, b]``, text.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r}: write it as key=value, for instance latent.steps=20")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML ({_one_line(error)}); quote it") from error
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {override!r}: {parent} is a single value and has no fields")
+        place[last] = value
+    return from_dict(cls, values)
+
+
+def config_hash(config: Any) -> str:
+    """16 hex digits that tell settings apart, the same in every process."""
+    return stable_hash(to_dict(config))
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path} can't be read ({error}); check the path") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"settings file {path} is not valid YAML ({_one_line(error)})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"settings file {path} holds a {type(values).__name__}; it must be a mapping of settings")
+    return values
+
+
+def _build(cls: type[Config], default: Any, values: Any, path: str) -> Config:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path.rstrip('.')} = {values!r}: give a mapping of {cls.__name__} fields")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown setting {path}{key}; {hint}")
+        nested = hints[key]
+        if dataclasses.is_dataclass(nested):
+            # A nested mapping changes the fields it names and keeps this field's own default for the others.
+            own = getattr(default, key) if default is not None else _default(known[key])
+            found[key] = _build(nested, own, value, f"{path}{key}.")
+        else:
+            found[key] = _convert(value, nested, f"{path}{key}")
+    return dataclasses.replace(default, **found) if default is not None else cls(**found)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return _convert(value, inner, key)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{key} = {value!r}: choose one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) and arguments[0] is str:
+            value = [part.strip() for part in value.split(",")]
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key} = {value!r}: give a list")
+        return tuple(_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{key} = {value!r}: it must be of type {hint.__name__}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
