@@ -1,0 +1,183 @@
+"""Reading a finished run: only the columns the report needs, since those of a long run do not fit into memory whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from latentrevise.errors import RunError
+from latentrevise.rundir import RunDirectory
+
+ROLLOUT_COLUMNS = ("prompt_id", "sample_id", "completion", "extracted", "verdict", "finish_reason")
+VERDICT_COLUMNS = ("sample_id", "start_id", "prompt_id", "verdict", "hits_target", "valid", "guard")
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """The mixture of one revised prefix: ``ids [T, A]`` int32 and ``weights [T, A]`` float32, rows on the simplex."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has its metrics. ``info`` is run.json, ``metrics`` is metrics.json; tables are read when asked for."""
+
+    files: RunDirectory
+    info: dict[str, Any]
+    metrics: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> FinishedRun:
+        """Open the run directory ``path``; RunError if there is no finished run in it."""
+        files = RunDirectory(path)
+        info = files.read_header()
+        if not files.metrics.is_file():
+            raise RunError(
+                f"{path} holds an unfinished run (there is no metrics.json); finish it with `latentrevise recover`"
+            )
+        try:
+            metrics = json.loads(files.metrics.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{files.metrics} can't be read ({error}); delete it and resume the run") from error
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("arms"), dict):
+            raise RunError(
+                f"{files.metrics} has no arms, so it isn't the metrics of a run; delete it and resume the run"
+            )
+        return cls(files, info, metrics)
+
+    @property
+    def path(self) -> Path:
+        return self.files.path
+
+    @property
+    def family(self) -> str:
+        """The name shown for this run: that of its directory (the demo's are named after their task families)."""
+        return self.path.resolve().name
+
+    @cached_property
+    def prompts(self) -> dict[str, dict[str, Any]]:
+        """prompt_id -> row with ``prompt`` and ``answer``, in the order of the input."""
+        table = _read_table(self.files.prompts, ("prompt_id", "prompt", "answer"))
+        return {row["prompt_id"]: row for row in table.to_pylist()}
+
+    @cached_property
+    def error_counts(self) -> Counter[str]:
+        """reason code -> number of input rows set aside."""
+        if not self.files.errors.is_file():
+            return Counter()
+        lines = self.files.errors.read_text(encoding="utf-8").splitlines()
+        return Counter(str(json.loads(line)["reason"]) for line in lines if line.strip())
+
+    def has_arm(self, arm: str) -> bool:
+        """Whether the rows of ``arm`` are there (metrics alone may be kept when a run is archived)."""
+        return bool(self.files.parts("verdicts", arm))
+
+    def verdicts(self, arm: str) -> list[dict[str, Any]]:
+        """Verdict rows of ``arm``, ordered by prompt as in the input, then as written."""
+        rows = self._read("verdicts", arm, VERDICT_COLUMNS).to_pylist()
+        rank = {prompt_id: position for position, prompt_id in enumerate(self.prompts)}
+        return sorted(rows, key=lambda row: rank.get(row["prompt_id"], len(rank)))
+
+    def verdict(self, arm: str, sample_id: str) -> dict[str, Any]:
+        """The whole verdict row of one sample, its steps and plain log-probs included."""
+        return self._one("verdicts", arm, "sample_id", sample_id)
+
+    def start(self, arm: str, start_id: str) -> dict[str, Any]:
+        """The whole row of one start."""
+        return self._one("starts", arm, "start_id", start_id)
+
+    def sample(self, arm: str, sample_id: str) -> dict[str, Any]:
+        """The whole row of one continuation."""
+        return self._one("samples", arm, "sample_id", sample_id)
+
+    def failed_rollout(self, prompt_id: str, sample_id: str | None) -> dict[str, Any] | None:
+        """The rollout ``sample_id``, or the prompt's first one that is not correct; None if there is none."""
+        table = self._read("rollouts", "", ROLLOUT_COLUMNS, [("prompt_id", "=", prompt_id)])
+        rows = [row for row in table.to_pylist() if row["verdict"] != "correct"]
+        if sample_id is not None:
+            rows = [row for row in rows if row["sample_id"] == sample_id]
+        return rows[0] if rows else None
+
+    def traces(self, arm: str) -> list[dict[str, Any]]:
+        """The optimisation traces of ``arm``'s starts; empty for a strategy that does not optimise."""
+        if not self.files.parts("starts", arm):
+            return []
+        texts = self._read("starts", arm, ("trace",)).column("trace").to_pylist()
+        return [json.loads(text) for text in texts if text is not None]
+
+    def failed_lengths(self) -> list[int]:
+        """Tokens of every rollout of the prompts all of whose rollouts are wrong."""
+        return _list_lengths(self._failed("completion_ids"))
+
+    def failed_texts(self) -> list[str]:
+        """Texts of every rollout of the prompts all of whose rollouts are wrong."""
+        return self._failed("completion").to_pylist()
+
+    def _failed(self, column: str) -> pa.ChunkedArray:
+        if not self.files.parts("rollouts"):
+            return pa.chunked_array([], pa.list_(pa.int32()) if column == "completion_ids" else pa.string())
+        table = self._read("rollouts", "", ("prompt_id", "verdict", column))
+        other = table.filter(pc.field("verdict") != "wrong")["prompt_id"].combine_chunks()
+        return table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=other)))[column]
+
+    def trajectory_lengths(self, arm: str) -> dict[str, int]:
+        """sample_id -> tokens after the prompt: what was fed as prefix, and the continuation."""
+        starts = self._read("starts", arm, ("start_id", "plain_ids"))
+        prefix = dict(zip(starts["start_id"].to_pylist(), _list_lengths(starts["plain_ids"]), strict=True))
+        samples = self._read("samples", arm, ("sample_id", "start_id", "completion_ids"))
+        rows = zip(
+            samples["sample_id"].to_pylist(),
+            samples["start_id"].to_pylist(),
+            _list_lengths(samples["completion_ids"]),
+            strict=True,
+        )
+        return {sample_id: prefix[start_id] + length for sample_id, start_id, length in rows}
+
+    def mixture(self, arm: str, start_id: str) -> Atoms | None:
+        """The token mixture of a revised start; None for a start that is plain tokens."""
+        for part in self.files.parts("starts", arm):
+            with safe_open(part.with_suffix(".safetensors"), framework="numpy") as tensors:
+                if f"{start_id}.ids" in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    return Atoms(tensors.get_tensor(f"{start_id}.ids"), tensors.get_tensor(f"{start_id}.weights"))
+        return None
+
+    def _read(
+        self, stage: str, arm: str, columns: Sequence[str] | None, filters: list[tuple] | None = None
+    ) -> pa.Table:
+        parts = self.files.parts(stage, arm)
+        if not parts:
+            raise RunError(f"{self.path / stage / arm} has no parts; resume the run to complete it")
+        return pa.concat_tables([_read_table(part, columns, filters) for part in parts])
+
+    def _one(self, stage: str, arm: str, key: str, value: str) -> dict[str, Any]:
+        rows = self._read(stage, arm, None, [(key, "=", value)]).to_pylist()
+        if len(rows) != 1:
+            raise RunError(
+                f"{self.path / stage / arm} has {len(rows)} rows with {key} {value!r}, expected one; "
+                "the run is damaged: recover into a new directory"
+            )
+        return rows[0]
+
+
+def _list_lengths(column: pa.ChunkedArray) -> list[int]:
+    return pc.fill_null(pc.list_value_length(column), 0).to_pylist()
+
+
+def _read_table(path: Path, columns: Sequence[str] | None, filters: list[tuple] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=list(columns) if columns else None, filters=filters, partitioning=None)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise RunError(f"{path} can't be read ({error}); recover into a new directory") from error
