@@ -103,7 +103,8 @@ class Sample:
 class Verdict:
     """What is known about a sample.
 
-    hits_target: it gives the answer aimed at. valid: its derivation was checked and holds (None: the task can't check).
+    hits_target: it gives the answer its start aimed at. hits_wrong: it gives the prompt's wrong target (of the audit).
+    valid: its derivation was checked and holds (None: the task can't check).
     steps: ``{"text", "ok"}`` for each step of the derivation. guard: reason code of the guard that rejected it.
     plain_logprobs: of the continuation behind the plain tokens, nats, one an id.
     """
@@ -114,6 +115,7 @@ class Verdict:
     extracted: str | None
     verdict: VerdictName
     hits_target: bool
+    hits_wrong: bool
     valid: bool | None
     steps: list[dict[str, Any]]
     guard: str | None

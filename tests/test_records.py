@@ -74,7 +74,7 @@ ROWS = [
     Start("s", "p1", None, "2", (), (4,), True, 8, 100, 200, 0.5, None),
     Start("s", "p1", "p1/0", "2", (4,), (5,), False, 8, 100, 200, 0.5, {"gap": [0.5]}),
     Sample("s", "p1", "s/0", (5,), "five", "stop", (-0.75,), 0.25),
-    Verdict("s/0", "s", "p1", "5", "wrong", False, True, [{"text": "x", "ok": False}], "too-short", (-2.0,)),
+    Verdict("s/0", "s", "p1", "5", "wrong", False, True, None, [{"text": "x", "ok": False}], "too-short", (-2.0,)),
     trajectory(),
     trajectory(valid=True, parent_sample_id=None, trace=None, plain_logprobs=()),
 ]
@@ -172,8 +172,7 @@ def test_a_failed_write_keeps_the_old_file_and_no_temporary(tmp_path):
     with atomic_write(target) as temporary:
         temporary.write_text("old")
     with pytest.raises(KeyError), atomic_write(target) as temporary:
-        temporary.write_text("half")
-        raise KeyError
+        {}[temporary.write_text("half")]
     assert target.read_text() == "old"
     assert os.listdir(target.parent) == ["file.txt"]
 

@@ -1,0 +1,383 @@
+"""Sampling with a Hugging Face model: a decoding loop of our own over the model's plain forward pass.
+
+Why not ``model.generate``: it runs each prompt once a *sample* rather than once, computes finished sequences to the end
+of the batch, copies the whole cache every step, and draws from the global random state, so that a row's result depends
+on its batch. Here every row has its own stream of uniform numbers and is sampled by inverting the cumulative
+distribution.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from latentrevise.engines.base import Completion, Progress, Request, SamplingParams
+from latentrevise.errors import ConfigError, InputError, ModelError, RunError
+from latentrevise.models import check_model, input_embedding
+from latentrevise.records import row_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_COMPACT_AT = 0.8  # share of a batch still running at which the finished rows' cache is dropped: a copy of what stays
+
+
+class HFEngine:
+    """Batched sampling in this process; see Engine for the contract.
+
+    model: a causal LM of transformers; it is put in eval mode for each call and left as it was. tokenizer: needed for
+    stop strings, and to keep ids that it cannot decode (padding rows of the table) from being sampled. max_rows,
+    token_budget: sequences, and tokens with padding and all that may be generated, in one batch; where memory runs out,
+    half as many sequences are tried.
+
+    The global random state is neither read nor changed. On one machine the same list of requests gives the same
+    completions; a row's random numbers do not depend on the other rows, but the last bits of its logits may.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_rows: int = 512,
+        token_budget: int = 65536,
+    ) -> None:
+        if max_rows < 1 or token_budget < 1:
+            raise ConfigError(f"max_rows = {max_rows}, token_budget = {token_budget}: both must be at least 1")
+        check_model(model, tokenizer)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        self.token_budget = token_budget
+        self._embedding = input_embedding(model)
+        self._limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        accepted = inspect.signature(model.forward).parameters
+        if "position_ids" not in accepted:
+            raise ModelError(
+                f"{type(model).__name__}.forward takes no position_ids, so ragged batches cannot be sampled from it;"
+                " use a model with rotary or learned positions"
+            )
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See Engine. Raises RunError if even one sequence does not fit into memory."""
+        per_request = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
+        if len(per_request) != len(requests):
+            raise InputError(
+                f"{len(requests)} requests but {len(per_request)} parameters; give one for all, or one each"
+            )
+        for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
+            self._check(index, request, p)
+
+        groups: dict[SamplingParams, list[_Row]] = {}
+        for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
+            seed = request.seed if request.seed is not None else row_seed(p.seed, index)
+            rows = groups.setdefault(replace(p, n=1, seed=0), [])
+            rows.extend(_Row(index, sample, row_seed(seed, sample), _length(request)) for sample in range(p.n))
+
+        done: dict[tuple[int, int], Completion] = {}
+        with _evaluating(self.model), torch.inference_mode():
+            for shared, rows in groups.items():
+                # The longest first: if memory does not suffice, it is known at once.
+                rows.sort(key=lambda row: (-row.length, row.request, row.sample))
+                for batch, completions in self._batches(requests, rows, shared, progress):
+                    for row, completion in zip(batch, completions, strict=True):
+                        done[row.request, row.sample] = completion
+        return [[done[index, sample] for sample in range(p.n)] for index, p in enumerate(per_request)]
+
+    def _check(self, index: int, request: Request, params: SamplingParams) -> None:
+        if request.embeddings is not None:
+            wanted = self._embedding.weight.shape[1]
+            found = request.embeddings
+            if found.ndim != 2 or found.shape[1] != wanted:
+                raise InputError(
+                    f"request {index}: embeddings of shape {tuple(found.shape)}, but the model takes [L, {wanted}];"
+                    " make them with this model's embedding module"
+                )
+            if not found.is_floating_point():
+                raise InputError(
+                    f"request {index}: embeddings of type {found.dtype}; give floating numbers, or pass ids"
+                )
+            if not torch.isfinite(found).all():
+                raise InputError(f"request {index}: the embeddings hold NaN or infinity; find out where they come from")
+        else:
+            assert request.ids is not None
+            rows = self._embedding.weight.shape[0]
+            bad = next((i for i in request.ids if not 0 <= i < rows), None)
+            if bad is not None:
+                raise InputError(
+                    f"request {index}: token {bad}, but the model's table has rows 0 to {rows - 1}; encode with the"
+                    " model's own tokenizer"
+                )
+        length = _length(request)
+        if length == 0:
+            raise InputError(
+                f"request {index}: it is empty; give at least one token (a beginning-of-sequence token, say)"
+            )
+        if self._limit is not None and length + params.max_new_tokens > self._limit:
+            raise InputError(
+                f"request {index}: {length} tokens and up to {params.max_new_tokens} new ones, but the model has"
+                f" {self._limit} positions; lower max_new_tokens or shorten the request"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ConfigError("SamplingParams.stop needs a tokenizer; pass one to HFEngine, or use stop_token_ids")
+
+    def _batches(
+        self, requests: Sequence[Request], rows: list[_Row], params: SamplingParams, progress: Progress | None
+    ) -> Iterator[tuple[list[_Row], list[Completion]]]:
+        max_rows, position = self.max_rows, 0
+        while position < len(rows):
+            size = max(1, min(max_rows, self.token_budget // (rows[position].length + params.max_new_tokens)))
+            batch = rows[position : position + size]
+            reported = [0, 0]
+            try:
+                completions = self._sample(requests, batch, params, progress, reported)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise RunError(
+                        f"memory does not suffice for one sequence of {batch[0].length} + {params.max_new_tokens}"
+                        " tokens; lower max_new_tokens, load the model in bfloat16, or use a larger machine"
+                    ) from error
+                max_rows = len(batch) // 2
+            else:
+                yield batch, completions
+                position += len(batch)
+                continue
+            # Behind the except clause, for the traceback there holds on to the batch's tensors.
+            if progress is not None:
+                progress(-reported[0], -reported[1])
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _sample(
+        self,
+        requests: Sequence[Request],
+        batch: list[_Row],
+        params: SamplingParams,
+        progress: Progress | None,
+        reported: list[int],
+    ) -> list[Completion]:
+        device = self._embedding.weight.device
+        unique = list(dict.fromkeys(row.request for row in batch))
+        logits, cache, mask, lengths = self._prefill([requests[i] for i in unique])
+        place = {index: i for i, index in enumerate(unique)}
+        parents = torch.tensor([place[row.request] for row in batch], device=device)
+        logits, lengths = logits[parents], lengths[parents]
+        mask = None if mask is None else mask[parents]
+        cache.batch_select_indices(parents)
+
+        count, steps = len(batch), params.max_new_tokens
+        ids = torch.zeros(count, steps, dtype=torch.long, device=device)
+        logprobs = torch.zeros(count, steps, device=device)
+        produced = torch.full((count,), steps, device=device)  # tokens that are kept
+        ended = torch.zeros(count, dtype=torch.bool, device=device)
+        uniform = None if params.temperature == 0 else _uniform(batch, steps).to(device)
+        stops = self._stop_ids(params).to(device)
+        held = torch.arange(count, device=device)  # which row each line of the cache belongs to
+        for step in range(steps):
+            normalizer = torch.logsumexp(logits, dim=-1)
+            good = torch.isfinite(normalizer)
+            if not good.all():
+                broken = batch[int(held[~good][0])]
+                raise ModelError(
+                    f"request {broken.request}, token {step}: the model's logits are not finite; check its weights, and"
+                    " load it in bfloat16 or float32 if it is in float16"
+                )
+            tokens = self._choose(logits, params, None if uniform is None else uniform[held, step])
+            ids[held, step] = tokens
+            logprobs[held, step] = logits.gather(1, tokens[:, None])[:, 0] - normalizer
+
+            running = ~ended[held]
+            stopping = running & torch.isin(tokens, stops)
+            produced[held[stopping]] = step
+            if params.stop:
+                stopping |= self._ends_in_stop(ids, held, running & ~stopping, step, params.stop, produced)
+            ended[held[stopping]] = True
+            left = running & ~stopping
+            remaining = int(left.sum())
+            if progress is not None:
+                now = (int(stopping.sum()) + (remaining if step == steps - 1 else 0), int(running.sum()))
+                progress(*now)
+                reported[0], reported[1] = reported[0] + now[0], reported[1] + now[1]
+            if remaining == 0 or step == steps - 1:
+                break
+            if remaining <= _COMPACT_AT * len(held):
+                keep = left.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                held, tokens, lengths = held[keep], tokens[keep], lengths[keep]
+                mask = None if mask is None else mask[keep]
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
+            logits = self._forward(cache, mask, (lengths + step)[:, None], input_ids=tokens[:, None])
+        return _completions(ids, logprobs, produced, ended, params.logprobs)
+
+    def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor]:
+        """Next token's logits ``[U, V]``, cache, mask ``[U, L]`` (None: nothing is padded), lengths ``[U]``."""
+        device, dtype = self._embedding.weight.device, self._embedding.weight.dtype
+        lengths = torch.tensor([_length(request) for request in requests], device=device)
+        width = int(lengths.max())
+        embeddings = torch.zeros(len(requests), width, self._embedding.weight.shape[1], dtype=dtype, device=device)
+        for i, request in enumerate(requests):
+            if request.embeddings is not None:
+                row = request.embeddings.to(device, dtype)
+            else:
+                row = self._embedding(torch.tensor(list(request.ids or ()), device=device))
+            embeddings[i, width - len(row) :] = row
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)
+        padding = None if bool((lengths == width).all()) else mask
+        cache = DynamicCache(config=self.model.config)
+        # Only plain layers; a sliding window's are short already.
+        cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return self._forward(cache, padding, positions, inputs_embeds=embeddings), cache, padding, lengths
+
+    def _forward(self, cache: Cache, mask: Tensor | None, positions: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits ``[B, V]`` of the last position, float32 on the embedding's device."""
+        output = self.model(
+            **inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        return output.logits[:, -1].to(self._embedding.weight.device, torch.float32)
+
+    def _choose(self, logits: Tensor, params: SamplingParams, uniform: Tensor | None) -> Tensor:
+        """One token id a row of ``logits [B, V]``."""
+        if self.tokenizer is not None and len(self.tokenizer) < logits.shape[1]:
+            logits = logits.clone()
+            logits[:, len(self.tokenizer) :] = -torch.inf
+        if uniform is None:
+            return logits.argmax(dim=-1)
+        probs = torch.softmax(logits / params.temperature, dim=-1)
+        if params.top_k is not None and params.top_k < probs.shape[1]:
+            least = probs.topk(params.top_k, dim=-1).values[:, -1:]
+            probs = probs.masked_fill(probs < least, 0.0)
+        if params.top_p < 1:
+            ordered = probs.sort(dim=-1, descending=True).values
+            before = ordered.cumsum(dim=-1) - ordered
+            inside = before < params.top_p * ordered.sum(dim=-1, keepdim=True)
+            least = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
+            probs = probs.masked_fill(probs < least, 0.0)
+        cumulative = probs.cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        # Strictly below the total, or rounding could land behind the last token that has any probability.
+        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+    def _stop_ids(self, params: SamplingParams) -> Tensor:
+        own = [getattr(self.model.generation_config, "eos_token_id", None), self.model.config.eos_token_id]
+        if self.tokenizer is not None:
+            own.append(self.tokenizer.eos_token_id)
+        found = set(params.stop_token_ids)
+        for value in own:
+            found.update([] if value is None else [value] if isinstance(value, int) else value)
+        return torch.tensor(sorted(found), dtype=torch.long)
+
+    def _ends_in_stop(
+        self, ids: Tensor, held: Tensor, candidates: Tensor, step: int, stop: tuple[str, ...], produced: Tensor
+    ) -> Tensor:
+        """Which lines' text now holds a stop string. Their ``produced`` is set; the token that completed it is kept."""
+        assert self.tokenizer is not None
+        found = torch.zeros_like(candidates)
+        # A token is seldom less than a character; some more for those that are, and for the marks around words.
+        tail = max(len(s) for s in stop) + 8
+        for line in candidates.nonzero()[:, 0].tolist():
+            text = self.tokenizer.decode(ids[held[line], max(0, step + 1 - tail) : step + 1])
+            if any(s in text for s in stop):
+                found[line] = True
+                produced[held[line]] = step + 1
+        return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    request: int
+    sample: int
+    seed: int
+    length: int
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in a buffer with room to grow: appending a token writes that token and copies nothing else."""
+
+    _buffers: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if stop > self._buffers[0].shape[-2]:
+            room = stop + max(32, stop // 2)
+            self._buffers = (_enlarged(self._buffers[0], start, room), _enlarged(self._buffers[1], start, room))
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self._show(stop)
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        self._buffers = (self._buffers[0].index_select(0, indices), self._buffers[1].index_select(0, indices))
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
+def _enlarged(buffer: Tensor, used: int, room: int) -> Tensor:
+    batch, heads, _, width = buffer.shape
+    larger = buffer.new_empty(batch, heads, room, width)
+    larger[:, :, :used] = buffer[:, :, :used]
+    return larger
+
+
+def _length(request: Request) -> int:
+    return len(request.embeddings if request.embeddings is not None else request.ids or ())
+
+
+def _uniform(batch: list[_Row], steps: int) -> Tensor:
+    """``[B, steps]`` in [0, 1): each row's own stream."""
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(row.seed)) for row in batch])
+
+
+def _completions(
+    ids: Tensor, logprobs: Tensor, produced: Tensor, ended: Tensor, with_logprobs: bool
+) -> list[Completion]:
+    rows = zip(ids.tolist(), logprobs.tolist(), produced.tolist(), ended.tolist(), strict=True)
+    return [
+        Completion(tuple(i[:n]), tuple(p[:n]) if with_logprobs else None, "stop" if stopped else "length")
+        for i, p, n, stopped in rows
+    ]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # On a CPU the allocator raises a bare RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
