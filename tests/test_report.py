@@ -498,7 +498,7 @@ def test_no_run_and_unwritable_output(run_dir: Path, tmp_path: Path) -> None:
 
 def printed(metrics: dict[str, Any], width: int) -> list[str]:
     console = Console(width=width, file=io.StringIO())
-    console.print(console_table(metrics, title="rule"))
+    console.print(console_table(metrics))
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 

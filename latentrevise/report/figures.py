@@ -37,7 +37,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "vermillion": ("#c8500b", "#f0894a"),
     "green": ("#00805f", "#3dbd94"),
     "purple": ("#a0529a", "#d896d2"),
-    "ochre": ("#a57300", "#dcab3c"),
+    "ochre": ("#946a00", "#dcab3c"),
     "sky": ("#2f8fc4", "#8fcff4"),
 }
 INK, MUTED, RULE = (PALETTE[name][0] for name in ("ink", "muted", "rule"))

@@ -64,8 +64,8 @@ class FinishedRun:
 
     @property
     def family(self) -> str:
-        """The name shown for this run: that of its directory (the demo's are named after their task families)."""
-        return self.path.resolve().name
+        """The name shown for this run: its label, or its directory's name where it has none."""
+        return self.metrics.get("family") or self.path.resolve().name
 
     @cached_property
     def prompts(self) -> dict[str, dict[str, Any]]:

@@ -162,19 +162,18 @@ def _join(names: list[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
-def console_table(metrics: dict[str, Any], title: str | None = None) -> Table:
+def console_table(metrics: dict[str, Any]) -> Table:
     """The final table of a run for the terminal; fits 80 columns.
 
     Args:
         metrics: the content of metrics.json.
-        title: what to write above it.
 
     Returns:
         A rich table, one entry a strategy: rates in per cent with their 95 % interval below, compute in token passes a
         prompt (forward 1, backward 2, decoded 1, cached 0). Wrong-target arms and the control pool are columns.
     """
     table = Table(
-        title=title,
+        title=metrics.get("family"),
         caption=f"{metrics['zero_hit']} zero-hit prompts of {metrics['prompts']}; per cent of them, 95 % intervals.\n"
         "wrong: a random wrong answer is reached; ratio: right over wrong; passes:\n"
         "token passes a prompt; equal: resampling at equal passes (answer / valid)",
