@@ -1,0 +1,56 @@
+# `make demo` and `make test` need nothing but Python >= 3.11 and a C++ compiler: they set up .venv themselves, once.
+#
+#   PYTHON     the Python that makes the environment   make test PYTHON=python3.12
+#   ARGS       further arguments of the command        make test ARGS="tests/test_report.py -x"
+#   BENCH      which benchmark to run                  make bench BENCH=vertex_oracle     (none: list them)
+
+PYTHON ?= python3
+ARGS ?=
+BENCH ?=
+BIN := .venv/bin
+SETUP := .venv/.ready
+
+.PHONY: help setup demo test lint format bench clean
+
+help:
+	@echo "make demo     recover zero-hit prompts of the two demo tasks, print the tables, write the report"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   let ruff rewrite the sources"
+	@echo "make bench    list the benchmarks; BENCH=name runs one"
+	@echo "make clean    remove the environment and everything that was built"
+
+setup: $(SETUP)
+
+# torch comes first and alone: it is the one large download, and the native build must not wait for it to fail.
+# A change of the native sources or of the metadata installs again.
+$(SETUP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/latentrevise demo $(ARGS)
+
+# One thread: on a shared machine two OpenMP threads that wait for each other are slower than one.
+test: export OMP_NUM_THREADS ?= 1
+test: $(SETUP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(SETUP)
+	$(BIN)/python -m benchmarks $(BENCH) $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find latentrevise kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+	find latentrevise kernels -name '*.so' -delete
