@@ -126,6 +126,7 @@ class Verdict:
 class Trajectory:
     """One recovered trajectory: prompt, prefix and continuation, everything a trainer or an auditor needs.
 
+    start_id: what it was sampled from; under it the revised prefix's mixture stands in the atoms file.
     prefix_ids: the failed rollout's own prefix. plain_prefix_ids: the prefix as the row renders it, see
         prefix_rendering: ``original`` (prefix_ids), ``argmax`` (heaviest atoms), ``continuation`` (context only, masked
         in training).
@@ -139,6 +140,7 @@ class Trajectory:
 
     prompt_id: str
     sample_id: str
+    start_id: str
     parent_sample_id: str | None
     strategy: str
     prompt: str

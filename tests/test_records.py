@@ -39,6 +39,7 @@ def trajectory(**changes):
     row = {
         "prompt_id": "p1",
         "sample_id": "p1/latent/0/3",
+        "start_id": "p1/latent/0",
         "parent_sample_id": "p1/7",
         "strategy": "latent",
         "prompt": "1 + 1 = ?",

@@ -1,0 +1,220 @@
+"""Trajectories as the data sets that trainers read.
+
+    trl-sft    prompt, completion, input_ids, completion_mask   TRL SFTTrainer; takes the ids as they are
+    trl-pref   prompt, chosen, rejected                         TRL DPOTrainer and its kin; rejected: a failed rollout
+    messages   messages                                         chat fine-tuning, most tools
+    verl-sft   messages                                         verl's SFT data set, parquet
+    verl-rl    data_source, prompt, ability, reward_model, extra_info      verl's RL data set, parquet, one row a prompt
+
+What is trained follows the trajectory's rendering: with ``argmax`` and ``original`` the prefix is part of the completion;
+with ``continuation`` it belongs to the prompt, which no trainer puts into its loss. Every row names its trajectory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentrevise.errors import ConfigError, InputError, ModelError
+from latentrevise.records import Rollout, Trajectory, atomic_write, read_records, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def sft_rows(
+    trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+) -> list[Row]:
+    """TRL SFT: text for the reader, ``input_ids`` and ``completion_mask`` (1: in the loss) for the trainer.
+
+    A trajectory that ended by itself gets the end-of-sequence token, in the loss; one that ended in a string of
+    ``stop`` was cut by the sampler and does not.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    for t in trajectories:
+        context, completion = _split(t)
+        cut = t.finish_reason == "length" or any(s in t.completion[-len(s) - 8 :] for s in stop)
+        ids = [*completion, *([] if cut else end)]
+        rows.append(
+            {
+                "prompt": _prompt_text(context, tokenizer),
+                "completion": _text(completion, tokenizer),
+                "input_ids": [*context, *ids],
+                "completion_mask": [0] * len(context) + [1] * len(ids),
+                **_origin(t),
+            }
+        )
+    return rows
+
+
+def preference_rows(
+    trajectories: Iterable[Trajectory], rollouts: Iterable[Rollout], tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """TRL preferences: the trajectory against the failed rollout that it was revised from, or else the prompt's first.
+
+    Only rollouts verified wrong are rejected, never unknown ones. Raises InputError for a prompt without one.
+    """
+    failed: dict[str, dict[str, Rollout]] = {}
+    for rollout in rollouts:
+        if rollout.verdict == "wrong":
+            failed.setdefault(rollout.prompt_id, {})[rollout.sample_id] = rollout
+    rows = []
+    for t in trajectories:
+        candidates = failed.get(t.prompt_id, {})
+        if not candidates:
+            raise InputError(
+                f"prompt {t.prompt_id} has no rollout verified wrong to prefer {t.sample_id} to; export trl-sft"
+            )
+        worse = candidates.get(t.parent_sample_id or "", next(iter(candidates.values())))
+        context, completion = _split(t)
+        skipped = len(t.prefix_ids) if t.prefix_rendering == "continuation" else 0
+        rows.append(
+            {
+                "prompt": _prompt_text(context, tokenizer),
+                "chosen": _text(completion, tokenizer),
+                "rejected": _text(worse.completion_ids[skipped:], tokenizer),
+                **_origin(t),
+                "rejected_sample_id": worse.sample_id,
+            }
+        )
+    return rows
+
+
+def message_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Two messages, user and assistant. Raises ConfigError for the ``continuation`` rendering: it needs a mask."""
+    rows = []
+    for t in trajectories:
+        if t.prefix_rendering == "continuation" and t.plain_prefix_ids:
+            raise ConfigError(
+                f"trajectory {t.sample_id}: its prefix must stay out of the loss, which messages cannot say; export"
+                " trl-sft, or recover with rendering=argmax"
+            )
+        reply = _text((*t.plain_prefix_ids, *t.completion_ids), tokenizer)
+        messages = [{"role": "user", "content": t.prompt}, {"role": "assistant", "content": reply}]
+        rows.append({"messages": messages, **_origin(t)})
+    return rows
+
+
+def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """verl's RL rows, one a recovered prompt; ``extra_info.target`` is its first trajectory, for off-policy mixing.
+
+    ``data_source`` is ``latentrevise``: verl picks the reward function by it, so give it a custom one.
+    """
+    first: dict[str, Trajectory] = {}
+    for t in trajectories:
+        first.setdefault(t.prompt_id, t)
+    return [
+        {
+            "data_source": "latentrevise",
+            "prompt": [{"role": "user", "content": t.prompt}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": t.answer},
+            "extra_info": {
+                "split": "train",
+                "index": index,
+                "target": _text((*t.plain_prefix_ids, *t.completion_ids), tokenizer),
+                **_origin(t),
+            },
+        }
+        for index, t in enumerate(first.values())
+    ]
+
+
+FORMATS = ("trl-sft", "trl-pref", "messages", "verl-sft", "verl-rl")
+
+
+def export_run(
+    run: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    strategy: str | None = None,
+    valid_only: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> int:
+    """Write the trajectories of a finished run to ``out`` (``.jsonl`` or ``.parquet``) in one of FORMATS.
+
+    strategy: only this one's. valid_only: only those whose derivation was checked and holds. tokenizer: by default
+    the one of the run's model. Returns the number of rows. Raises ConfigError, InputError, ModelError or RunError.
+    """
+    run, out = Path(run), Path(out)
+    if to not in FORMATS:
+        raise ConfigError(f"export format {to!r}: choose one of {', '.join(FORMATS)}")
+    wanted = (".parquet",) if to.startswith("verl") else (".jsonl", ".parquet")
+    if out.suffix not in wanted:
+        raise ConfigError(f"{out}: {to} is written as {' or '.join(wanted)}; name the file accordingly")
+    if not (run / "trajectories.parquet").is_file():
+        raise InputError(f"{run}: no trajectories.parquet in it; give the directory of a finished run")
+    header = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    found = read_records(run / "trajectories.parquet", Trajectory)
+    chosen = [t for t in found if strategy in (None, t.strategy) and (t.valid is True or not valid_only)]
+    if not chosen:
+        names = ", ".join(sorted({t.strategy for t in found})) or "none"
+        raise InputError(
+            f"{run}: none of its {len(found)} trajectories is left (strategies there: {names};"
+            f" {sum(t.valid is True for t in found)} valid); relax --strategy or --valid-only, or recover more prompts"
+        )
+    tokenizer = tokenizer or _tokenizer(header["model"]["path"])
+    makers: dict[str, Callable[[], list[Row]]] = {
+        "trl-sft": lambda: sft_rows(chosen, tokenizer, header["config"].get("stop", ())),
+        "trl-pref": lambda: preference_rows(chosen, read_records(run / "rollouts", Rollout), tokenizer),
+        "messages": lambda: message_rows(chosen, tokenizer),
+        "verl-sft": lambda: message_rows(chosen, tokenizer),
+        "verl-rl": lambda: verl_rl_rows(chosen, tokenizer),
+    }
+    rows = makers[to]()
+    if out.suffix == ".jsonl":
+        write_jsonl(out, rows)
+    else:
+        with atomic_write(out) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+    return len(rows)
+
+
+def _split(t: Trajectory) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that are given, and those that are learned."""
+    if t.prefix_rendering == "continuation":
+        return (*t.prompt_ids, *t.plain_prefix_ids), t.completion_ids
+    return t.prompt_ids, (*t.plain_prefix_ids, *t.completion_ids)
+
+
+def _origin(t: Trajectory) -> Row:
+    return {
+        "prompt_id": t.prompt_id,
+        "sample_id": t.sample_id,
+        "strategy": t.strategy,
+        "prefix_rendering": t.prefix_rendering,
+    }
+
+
+def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _prompt_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt with its chat marks, less the tokens that the tokenizer would put before it once more."""
+    automatic = tokenizer("").input_ids
+    if automatic and list(ids[: len(automatic)]) == automatic:
+        ids = ids[len(automatic) :]
+    return str(tokenizer.decode(list(ids)))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: the tokenizer of this run's model cannot be loaded ({error}); restore it, or pass a tokenizer to"
+            " export_run"
+        ) from error
