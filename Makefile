@@ -52,5 +52,5 @@ bench: $(SETUP)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	find latentrevise kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
-	find latentrevise kernels -name '*.so' -delete
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+	find . -name '*.so' -not -path './.git/*' -delete
