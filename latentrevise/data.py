@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jinja2 import TemplateError
+
 from latentrevise.errors import InputError
 from latentrevise.records import Prompt, RowError, stable_hash
 from latentrevise.verify import Verifier, last_boxed
@@ -54,12 +56,13 @@ def load_prompts(
     strict: bool = False,
     verifier: Verifier | None = None,
 ) -> tuple[list[Prompt], list[RowError]]:
-    """The usable prompts of a file (``.jsonl``, ``.json``, ``.parquet``, ``.csv``) or of rows, and why the others are not.
+    """The usable prompts of a file (``.jsonl``, ``.json``, ``.parquet``, ``.csv``) or of rows, and the others' errors.
 
-    Columns are found by name (PROMPT_COLUMNS, ANSWER_COLUMNS, ID_COLUMNS, the first that occurs) unless they are given; a
-    ``solution`` stands for its last ``\\boxed{}``, and nested golds of verl (``reward_model.ground_truth``) are read. A prompt
-    is text or a list of messages. chat: apply the tokenizer's chat template to texts too: ``auto``, when there is a template.
-    It is applied once, here; the ids are what everything else uses. Rows without an id get a hash of their content.
+    Columns are found by name (PROMPT_COLUMNS, ANSWER_COLUMNS, ID_COLUMNS, the first that occurs) unless they are
+    given; a ``solution`` stands for its last ``\\boxed{}``, and nested golds of verl (``reward_model.ground_truth``)
+    are read. A prompt is text or a list of messages. chat: apply the tokenizer's chat template to texts too:
+    ``auto``, when there is a template. It is applied once, here; the ids are what everything else uses. Rows without
+    an id get a hash of their content.
     verifier: checks that the golds can be parsed; one of its own, if None.
 
     Raises InputError when nothing can be read at all, or, with ``strict``, at the first unusable row.
@@ -77,6 +80,8 @@ def load_prompts(
         try:
             if isinstance(row, _BadRow):
                 raise row
+            if not _is_text(row):
+                raise _BadRow("bad-text", "it holds half of a surrogate pair, which is no character; repair the file")
             if columns.id and row.get(columns.id) is not None:
                 known_id = str(row[columns.id])
             prompt = _prompt(row, columns, known_id, tokenizer, chat, max_prompt_tokens)
@@ -104,7 +109,10 @@ def _rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> Itera
     """Numbered rows (lines from 1, other rows from 0); a line that cannot be read comes as a ``_BadRow``."""
     if not isinstance(source, (str, os.PathLike)):
         for number, row in enumerate(source):
-            yield number, row if isinstance(row, Mapping) else _BadRow("not-a-row", "the row is not a mapping of columns")
+            yield (
+                number,
+                row if isinstance(row, Mapping) else _BadRow("not-a-row", "the row is not a mapping of columns"),
+            )
         return
     path = Path(source)
     if not path.is_file():
@@ -118,7 +126,11 @@ def _rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> Itera
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise InputError(f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
+        raise InputError(
+            f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    except csv.Error as error:
+        raise InputError(f"prompt file {path} is not readable CSV ({error}); quote its cells, or give JSONL") from error
     except OSError as error:
         raise InputError(f"prompt file {path} can't be read ({error.strerror or error})") from error
 
@@ -141,11 +153,14 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"prompt file {path} is not JSON ({error.msg} at line {error.lineno}); if it holds one object a line, name it"
+            f"prompt file {path} is not JSON ({error.msg} at line {error.lineno}); if it holds one object a line,"
+            " name it"
             " .jsonl"
         ) from error
     if isinstance(content, dict):
-        content = next((content[key] for key in ("data", "prompts", "rows") if isinstance(content.get(key), list)), content)
+        content = next(
+            (content[key] for key in ("data", "prompts", "rows") if isinstance(content.get(key), list)), content
+        )
     if not isinstance(content, list):
         raise InputError(f"prompt file {path} holds no list of rows; give a list, or an object with one under 'data'")
     for number, row in enumerate(content):
@@ -156,7 +171,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines)):
             if None in row or None in row.values():
-                yield number, _BadRow("bad-csv", f"row {number} has more or fewer cells than the header; quote the commas")
+                yield (
+                    number,
+                    _BadRow("bad-csv", f"row {number} has more or fewer cells than the header; quote the commas"),
+                )
             else:
                 yield number, row
 
@@ -200,7 +218,7 @@ def _prompt(
     longest: int | None,
 ) -> Prompt:
     content = row.get(columns.prompt)
-    if content is None or not len(content):
+    if content is None or (isinstance(content, (str, list, tuple)) and not content):
         raise _BadRow("empty-prompt", f"column {columns.prompt!r} is empty")
     text = content if isinstance(content, str) else _messages_text(content, columns.prompt)
     if not text.strip():
@@ -212,15 +230,21 @@ def _prompt(
     if longest is not None and len(ids) > longest:
         raise _BadRow("over-long-prompt", f"{len(ids)} tokens are more than the {longest} that fit; shorten the prompt")
     meta = {key: value for key, value in row.items() if key not in columns.used}
-    meta = json.loads(json.dumps(meta, default=str))
+    # As JSON, for it is stored so; NaN, which some tables use for an empty cell, is null there.
+    meta = json.loads(json.dumps(meta, default=str), parse_constant=lambda _: None)
     return Prompt(known_id or stable_hash([text, answer]), text, ids, answer, meta)
 
 
 def _messages_text(messages: Any, column: str) -> str:
     if not isinstance(messages, (list, tuple)) or not all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
     ):
-        raise _BadRow("bad-messages", f"column {column!r} holds neither text nor messages with a role and a text content")
+        raise _BadRow(
+            "bad-messages", f"column {column!r} holds neither text nor messages with a role and a text content"
+        )
+    if messages[-1]["role"] == "assistant":
+        raise _BadRow("bad-messages", f"column {column!r} ends with the assistant's message; end it with the user's")
     return "\n".join(m["content"] for m in messages)
 
 
@@ -229,10 +253,14 @@ def _encode(content: Any, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tup
         return tuple(tokenizer.encode(content))
     if not tokenizer.chat_template:
         raise _BadRow(
-            "no-chat-template", "the prompt needs a chat template and the tokenizer has none; give plain text, with chat=never"
+            "no-chat-template",
+            "the prompt needs a chat template and the tokenizer has none; give plain text, with chat=never",
         )
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders that they do not know
+        raise _BadRow("chat-template", f"the tokenizer's chat template refuses the messages ({error})") from error
     return tuple(encoded["input_ids"])
 
 
@@ -242,12 +270,24 @@ def _answer(row: Mapping[str, Any], column: str) -> str:
         value = value.get("ground_truth")
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    if value is None or isinstance(value, (list, tuple, Mapping)) or not str(value).strip():
+    if value is None or value != value or isinstance(value, (list, tuple, Mapping)) or not str(value).strip():
         raise _BadRow("missing-answer", f"column {column!r} holds no answer")
     text = str(value).strip()
     if column == "solution":
         boxed = last_boxed(text)
         if boxed is None:
             raise _BadRow("missing-answer", "the solution has no \\boxed{} answer")
-        text = boxed
+        return boxed
+    # GSM8K: the solution, this mark, the answer.
+    text = text.rsplit("####", 1)[-1].strip()
+    if not text:
+        raise _BadRow("missing-answer", f"column {column!r} ends behind its ####; give the answer there")
     return text
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,6 +1,7 @@
-"""Verdicts: does a completion give the gold answer? ``correct``, ``wrong``, or ``unknown`` when that can't be decided in time.
+"""Verdicts: does a completion give the gold answer? ``correct``, ``wrong``, or ``unknown``: not decided in time.
 
-Most pairs are settled here, by comparing texts and plain numbers. The rest goes to math-verify in worker processes that are
+Most pairs are settled here, by comparing texts and plain numbers. The rest goes to math-verify in worker processes
+that are
 killed and replaced when an expression takes too long: such a verdict is ``unknown``, never ``wrong``.
 """
 
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from types import TracebackType
@@ -39,8 +41,8 @@ class Judgement:
 class Verifier:
     """Judges completions; use it as a context manager, or call ``close``.
 
-    timeout: seconds for one pair. workers: processes; by default one for every two cores. anchorless: look for an answer in
-    completions without a ``\\boxed{}``; otherwise they are wrong, with nothing extracted.
+    timeout: seconds for one pair. workers: processes; by default one for every two cores. anchorless: look for an
+    answer in completions without a ``\\boxed{}``; otherwise they are wrong, with nothing extracted.
     command: how to start a worker. Processes start when the first pair needs one. Safe to call from several threads.
     """
 
@@ -155,7 +157,8 @@ class _Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, close_fds=True
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._buffer = b""
         self._selector = selectors.DefaultSelector()
@@ -180,10 +183,8 @@ class _Worker:
         self._process.wait()
         self._selector.close()
         for pipe in (self._stdin, self._stdout):
-            try:
+            with suppress(BrokenPipeError):  # a question that a dead process never read
                 pipe.close()
-            except BrokenPipeError:
-                pass  # a question that a dead process never read
 
     def _read(self, timeout: float) -> dict[str, Any] | None:
         while b"\n" not in self._buffer:
