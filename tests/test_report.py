@@ -32,6 +32,7 @@ from latentrevise.records import (
     write_records,
 )
 from latentrevise.report import console_table, write_report
+from latentrevise.report.cases import TokenTexts
 from latentrevise.revision import Compute
 from latentrevise.rundir import RunDirectory
 
@@ -377,13 +378,16 @@ def test_report_is_deterministic(run_dir: Path, written: Path, tmp_path: Path) -
     assert again.read_bytes() == written.read_bytes()
 
 
-def test_several_runs_have_a_section_each(run_dir: Path, tmp_path: Path) -> None:
-    builder = RunBuilder(tmp_path / "rule", prompts=10, seed=1)
-    builder.add_arm("resample", hit_rate=0.0)
-    page = Page(write_report([run_dir, builder.finish()], tmp_path / "out"))
+def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
+    runs = []
+    for seed, folder in enumerate(("a/rule", "b/rule", "chain")):
+        builder = RunBuilder(tmp_path / folder, prompts=4, seed=seed)
+        builder.add_arm("resample", hit_rate=0.0)
+        runs.append(builder.finish())
+    page = Page(write_report(runs, tmp_path / "out"))
     sections = [attributes["id"] for tag, attributes in page.tags if attributes.get("class") == "run"]
-    assert sections == ["rule-1", "rule-2"]
-    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "out/figures").iterdir()} == {"rule-1", "rule-2"}
+    assert sections == ["rule-1", "rule-2", "chain"]
+    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "out/figures").iterdir()} == set(sections)
     for text in (
         "No prompt was recovered by resample.",
         "selectivity is not known",
@@ -401,7 +405,7 @@ def test_uncheckable_derivations_are_said_to_be(tmp_path: Path) -> None:
     run = builder.finish()
     page = Page(write_report([run], tmp_path / "out"))
     assert page.rows["latent"][3] == "not checkable"
-    assert " % / not checkable" in page.rows["latent"][7]
+    assert " % / –" in page.rows["latent"][7]
     assert "Derivations could not be checked in this run" in page.text
     assert "recovered, derivation not checkable" in page.text
     assert "Right answer with a valid derivation" not in page.text
@@ -411,12 +415,12 @@ def test_uncheckable_derivations_are_said_to_be(tmp_path: Path) -> None:
 
 
 def test_damaged_tokenizer_is_said_to_be(tmp_path: Path) -> None:
-    builder = RunBuilder(tmp_path / "run", prompts=2)
-    builder.add_arm("latent")
-    write_tokenizer(tmp_path / "model")
-    (tmp_path / "model/tokenizer.json").write_text('{"version": ')
-    page = Page(write_report([builder.finish(tmp_path / "model")], tmp_path / "out"))
-    assert "could not be loaded" in page.text
+    write_tokenizer(tmp_path)
+    assert TokenTexts.load(str(tmp_path)).text([2, 3]) == "wait ,"
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    damaged = TokenTexts.load(str(tmp_path))
+    assert "could not be loaded" in damaged.problem
+    assert damaged.text([2, 3]) == "#2 #3"
 
 
 def test_wrong_target_never_reached(tmp_path: Path) -> None:
@@ -436,6 +440,7 @@ def test_run_in_which_nothing_failed(tmp_path: Path) -> None:
     page = Page(write_report([builder.finish()], tmp_path / "out"))
     assert "there was nothing to recover" in page.text
     assert "This strategy produced no continuation." in page.text
+    assert "No text contains a word of reconsideration." in page.text
     assert not list((tmp_path / "out").glob("figures/*"))
 
 

@@ -338,6 +338,8 @@ def _marker_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style]) -
         series: list[Series] = [
             (name, colour, [found[word] for word in words]) for name, colour, found in base + shares
         ]
+        if not any(share for _, _, values in series for share in values):
+            continue
         legend |= {name: Patch(color=colour, label=name) for name, colour, _ in series}
         panels.append(
             Panel(
@@ -347,7 +349,7 @@ def _marker_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style]) -
                 height=_bar_height(len(words), len(series)),
             )
         )
-    empty = "" if panels else "There are no continuations to search."
+    empty = "" if panels else "No text contains a word of reconsideration."
     return Group("markers", "Reflection markers", panels, list(legend.values()), empty)
 
 
@@ -402,7 +404,7 @@ def _beside(axes: Axes, x: float, y: float, text: str, colour: str, coordinates:
 # --- traces -----------------------------------------------------------------------------------------------------------
 
 TRACES = (
-    ("loss", "Objective", "nats", "The objective at each iterate (0: the failed prefix)."),
+    ("loss", "Objective", "nats", "The objective at each iterate, the start included."),
     ("gap", "Frank-Wolfe gap", "nats", "What the linear model still promises, summed over the positions."),
     ("step", "Step size", "", "Mean gamma of a Frank-Wolfe step, or the rate of an entropic one."),
     ("entropy", "Entropy of the mixtures", "nats", "Mean entropy of the positions' mixtures; 0: one token a position."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 CONTROL_STRATEGY = "resample"
@@ -173,10 +174,10 @@ def console_table(metrics: dict[str, Any]) -> Table:
         prompt (forward 1, backward 2, decoded 1, cached 0). Wrong-target arms and the control pool are columns.
     """
     table = Table(
-        title=metrics.get("family"),
-        caption=f"{metrics['zero_hit']} zero-hit prompts of {metrics['prompts']}; per cent of them, 95 % intervals.\n"
-        "wrong: a random wrong answer is reached; ratio: right over wrong; passes:\n"
-        "token passes a prompt; equal: resampling at equal passes (answer / valid)",
+        title=escape(metrics.get("family") or ""),
+        caption=f"{metrics['zero_hit']} zero-hit prompts of {metrics['prompts']}; per cent of them, 95 % intervals. "
+        "wrong: a random wrong answer is reached; ratio: right over wrong; passes: token passes a prompt; "
+        "equal: resampling at equal passes (answer / valid)",
         caption_justify="left",
         box=None,
         pad_edge=False,
