@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+#include <type_traits>
+
 #include "latentrevise/kernels.h"
 
 namespace py = pybind11;
@@ -39,6 +42,32 @@ template <typename T>
 T *pointer(uintptr_t address) {
   return reinterpret_cast<T *>(address);
 }
+
+// Keyword arguments into the fields of an argument struct, by name; a field that is missing or one too many is an error.
+class Fields {
+ public:
+  explicit Fields(const py::kwargs &given) : given_(given) {}
+  template <typename T>
+  Fields &operator()(const char *name, T &field) {
+    const py::object value = given_[name];
+    if constexpr (std::is_pointer_v<T>)
+      field = value.is_none() ? nullptr : reinterpret_cast<T>(value.cast<uintptr_t>());
+    else
+      field = value.cast<T>();
+    ++used_;
+    return *this;
+  }
+  intptr_t where() {  // the last one
+    intptr_t value;
+    (*this)("where", value);
+    if (used_ != given_.size()) throw py::type_error("unexpected keyword arguments");
+    return value;
+  }
+
+ private:
+  const py::kwargs &given_;
+  size_t used_ = 0;
+};
 
 #ifdef LATENTREVISE_CUDA
 #define LR_FUNCTION(name) lr_cuda_##name
@@ -77,6 +106,83 @@ PYBIND11_MODULE(LR_MODULE, m) {
       py::kw_only(), py::arg("table"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("vocab"), py::arg("dim"),
       py::arg("ids"), py::arg("ids_dtype"), py::arg("rows"), py::arg("atoms"), py::arg("grad_z"),
       py::arg("grad_weights"), py::arg("where"));
+#ifndef LATENTREVISE_CUDA
+  m.def("vertex_oracle", [](const py::kwargs &kw) {
+    lr_oracle_args a{};
+    Fields f(kw);
+    f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
+    f("queries2", a.queries2)("queries2_dtype", a.queries2_dtype)("queries2_stride", a.queries2_stride);
+    f("table2", a.table2)("table2_dtype", a.table2_dtype)("table2_stride", a.table2_stride);
+    f("allowed", a.allowed)("candidates", a.candidates)("candidates_dtype", a.candidates_dtype);
+    f("candidate_count", a.candidate_count)("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("dim2", a.dim2);
+    f("ids", a.ids)("values", a.values)("splits", a.splits)("workspace", a.workspace);
+    call(LR_FUNCTION(vertex_oracle), a, f.where());
+  });
+  m.def("linear_logprob", [](const py::kwargs &kw) {
+    lr_logprob_args a{};
+    Fields f(kw);
+    f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("bias", a.bias);
+    f("targets", a.targets)("logp", a.logp)("entropy", a.entropy)("gradient", a.gradient);
+    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim);
+    f("scale", a.scale)("softcap", a.softcap)("temperature", a.temperature);
+    call(lr_cpu_linear_logprob, a, f.where());
+  });
+  m.def("plausible_vertices", [](const py::kwargs &kw) {
+    lr_plausible_args a{};
+    Fields f(kw);
+    f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("bias", a.bias);
+    f("allowed", a.allowed)("ids", a.ids)("logps", a.logps)("counts", a.counts);
+    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("max_candidates", a.max_candidates);
+    f("scale", a.scale)("softcap", a.softcap)("temperature", a.temperature)("log_p_min", a.log_p_min);
+    call(lr_cpu_plausible_vertices, a, f.where());
+  });
+  const auto softmax_fields = [](Fields &f, lr_softmax_args &a) {
+    f("theta", a.theta)("theta_dtype", a.theta_dtype)("theta_stride", a.theta_stride);
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
+    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("tau", a.tau)("lse", a.lse);
+  };
+  m.def("softmax_mixture", [softmax_fields](const py::kwargs &kw) {
+    lr_softmax_args a{};
+    Fields f(kw);
+    softmax_fields(f, a);
+    f("z", a.z);
+    call(lr_cpu_softmax_mixture, a, f.where());
+  });
+  m.def("softmax_mixture_backward", [softmax_fields](const py::kwargs &kw) {
+    lr_softmax_args a{};
+    Fields f(kw);
+    softmax_fields(f, a);
+    f("grad_z", a.grad_z)("dots", a.dots)("grad_theta", a.grad_theta);
+    call(lr_cpu_softmax_mixture_backward, a, f.where());
+  });
+  m.def("hull_step", [](const py::kwargs &kw) {
+    lr_hull_args a{};
+    Fields f(kw);
+    f("gold", a.gold)("gold_dtype", a.gold_dtype)("gold_stride", a.gold_stride);
+    f("away", a.away)("away_dtype", a.away_dtype)("away_stride", a.away_stride);
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
+    f("ids", a.ids)("ids_dtype", a.ids_dtype)("weights", a.weights)("gamma", a.gamma)("allowed", a.allowed);
+    f("candidates", a.candidates)("candidates_dtype", a.candidates_dtype)("candidate_count", a.candidate_count);
+    f("new_ids", a.new_ids)("new_weights", a.new_weights)("z", a.z)("vertex", a.vertex)("gap", a.gap);
+    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("atoms", a.atoms)("slot", a.slot);
+    f("alpha", a.alpha)("beta", a.beta)("normalized", a.normalized);
+    call(lr_cpu_hull_step, a, f.where());
+  });
+  m.def("entropic_step", [](const py::kwargs &kw) {
+    lr_entropic_args a{};
+    Fields f(kw);
+    f("gold", a.gold)("gold_dtype", a.gold_dtype)("gold_stride", a.gold_stride);
+    f("away", a.away)("away_dtype", a.away_dtype)("away_stride", a.away_stride);
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
+    f("ids", a.ids)("ids_dtype", a.ids_dtype)("weights", a.weights)("segment", a.segment)("segments", a.segments);
+    f("new_weights", a.new_weights)("z", a.z)("gap", a.gap)("rows", a.rows)("vocab", a.vocab)("dim", a.dim);
+    f("atoms", a.atoms)("alpha", a.alpha)("beta", a.beta)("eta", a.eta)("normalized", a.normalized);
+    call(lr_cpu_entropic_step, a, f.where());
+  });
+#endif
 #ifdef LATENTREVISE_CUDA
   m.def("device_count", [] {
     int count = 0;

@@ -8,8 +8,9 @@ The rule, in order:
 2. Otherwise the first entry of :data:`IMPLEMENTATIONS` for the op whose requirements the call meets. The reference
    meets every call, so there always is one; :func:`explain` tells why the ones before it were passed over.
 
-A backend module ``kernels/<op>/<backend>.py`` has a function named like the op and ``unsupported(call)``, which
-returns the reason why it cannot serve that call, or None.
+A backend module ``kernels/<op>/<backend>.py`` has a function named like the op (for the differentiable ops the forward
+half, with what its gradient needs) and ``unsupported(call)``, which returns the reason why it cannot serve that call,
+or None.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Implementations that exist, in the order in which they are tried.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "vertex_oracle": ("reference",),
-    "plausible_vertices": ("reference",),
-    "linear_logprob": ("reference",),
+    "vertex_oracle": ("cpu", "reference"),
+    "plausible_vertices": ("cpu", "reference"),
+    "linear_logprob": ("cpu", "reference"),
     "mixture_embed": ("cuda", "cpu", "reference"),
-    "softmax_mixture": ("reference",),
-    "hull_step": ("reference",),
-    "entropic_step": ("reference",),
+    "softmax_mixture": ("cpu", "reference"),
+    "hull_step": ("cpu", "reference"),
+    "entropic_step": ("cpu", "reference"),
 }
 
 _override: ContextVar[str | None] = ContextVar("latentrevise_backend", default=None)
@@ -169,6 +170,29 @@ def choose(op: str, call: Call, backend: str | None = None) -> Choice:
             return Choice(op, name, "first that serves this call", rejected)
         rejected[name] = why
     raise AssertionError(f"{op} lists no reference implementation")
+
+
+def chosen(op: str, call: Call, backend: str | None = None) -> str:
+    """Name of the backend that serves ``call``; while ``torch.compile`` traces, a constant of the graph."""
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in call.dtypes]
+    if torch.compiler.is_compiling():
+        return _chosen_while_tracing(op, str(call.device), ",".join(dtypes), ",".join(call.needs_grad), backend)
+    return choose(op, call, backend).backend
+
+
+@torch.compiler.assume_constant_result
+def _chosen_while_tracing(op: str, device: str, dtypes: str, needs_grad: str, backend: str | None) -> str:
+    grads = frozenset(filter(None, needs_grad.split(",")))
+    call = Call(torch.device(device), tuple(getattr(torch, dtype) for dtype in dtypes.split(",")), grads)
+    return choose(op, call, backend).backend
+
+
+def only_dtypes(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """The reason to pass a call over if one of its tensors has another dtype."""
+    for dtype in call.dtypes:
+        if dtype not in dtypes:
+            return f"no kernel for {str(dtype).removeprefix('torch.')} tensors"
+    return None
 
 
 def explain(

@@ -46,6 +46,30 @@ def dtype_code(module: ModuleType, dtype: torch.dtype) -> int:
     return module.DTYPES[_DTYPE_NAMES[dtype]]
 
 
+def matrix(module: ModuleType, name: str, x: torch.Tensor | None) -> dict[str, int | None]:
+    """Address, dtype and row stride of a matrix with contiguous rows, as the native call names them."""
+    if x is None:
+        return {name: None, f"{name}_dtype": module.DTYPES["float32"], f"{name}_stride": 0}
+    return {name: x.data_ptr(), f"{name}_dtype": dtype_code(module, x.dtype), f"{name}_stride": x.stride(0)}
+
+
+def pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def candidates(module: ModuleType, ids: torch.Tensor | None) -> dict[str, int | None]:
+    """The arguments that describe ``[T, C]`` candidate sets; an empty set must not look like none."""
+    if ids is None:
+        return {"candidates": None, "candidates_dtype": module.DTYPES["int64"], "candidate_count": 0}
+    address = ids.data_ptr() or torch.zeros(1).data_ptr()
+    return {"candidates": address, "candidates_dtype": dtype_code(module, ids.dtype), "candidate_count": ids.shape[1]}
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with contiguous rows that do not overlap (a copy only if it has other strides)."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
 def where(backend: str, device: torch.device) -> int:
     """What a native call needs beside its tensors: the thread count on the CPU, the current raw stream on CUDA."""
     if backend == "cpu":

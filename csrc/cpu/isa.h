@@ -1,5 +1,10 @@
 // What one instruction set provides. Each csrc/cpu/isa/*.cpp defines one table; active() picks the best the machine
 // runs, or what LATENTREVISE_ISA names.
+//
+// The vocabulary-sized operations are cut into tasks of (tokens, vocabulary range). Tokens are packed once into panels
+// of `vectors` registers: panel p holds, for each dimension k, the k-th coordinates of its tokens side by side. A task
+// walks its vocabulary range block by block: scores of the block for one panel at a time, then what the operation does
+// with them, while the block is in cache.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +13,86 @@
 
 namespace latentrevise::cpu {
 
+struct Matrix {
+  const void *data;
+  int64_t stride;
+  int32_t dtype;
+};
+
+// g_t = alpha * gold_t + beta * away_t, each row divided by its 2-norm first if normalized; away.data may be null.
+struct Combination {
+  Matrix gold, away;
+  float alpha, beta;
+  bool normalized;
+  int64_t dim;
+};
+
+struct Panels {
+  float *packed;
+  int64_t depth;    // coordinates a token has in a panel: all tables together
+  int64_t rows;     // tokens; the last panel is filled up with zeros
+  int32_t vectors;  // 1 or 2 registers a panel
+};
+
+struct OracleTask {
+  Panels x;
+  Matrix tables[2];  // the second one is used when dims[1] > 0
+  int64_t dims[2];
+  const uint8_t *allowed;
+  int64_t begin, end;  // vocabulary
+  float *values;       // in and out: best so far of each token, padded to whole panels
+  int32_t *ids;
+};
+
+// Online softmax of one task. Arrays are indexed by the token within the task.
+struct SoftmaxTask {
+  Panels x;                // scores come from <x, table> ...
+  Matrix theta;            // ... or, if theta.data is set, are theta[t, v] itself; x then only says vectors and rows
+  int64_t panel_begin, panel_end;
+  Matrix table;
+  int64_t dim;
+  const float *bias;
+  float scale, softcap, inverse_temperature;
+  const int64_t *targets;  // per token of x; its column is left out of all sums (or null)
+  int64_t begin, end;      // vocabulary
+  float *max, *sum;        // of exp(z - max)
+  float *moment;           // sum of exp(z - max) * (z - max), or null
+  float *target_logit, *target_slope;
+  float *mean;             // [tokens, mean_stride] sum of exp(z - max) * slope * table row, or null
+  int64_t mean_stride;
+  // tokens at or above the floor, as far as the sums so far can tell (a superset); null: none are listed
+  void (*emit)(void *context, int64_t token, int64_t v, float z);
+  void *context;
+  const uint8_t *allowed;
+  float log_floor;
+};
+
 struct Isa {
   const char *name;
+  int lanes;  // float32 lanes of a register
   // Rows [begin, end) of the op; ids are checked before.
   void (*mixture_embed)(const lr_mixture_args &, int64_t begin, int64_t end);
   void (*mixture_embed_backward)(const lr_mixture_args &, int64_t begin, int64_t end);
+  // Rows [first, first + x.rows) of a combination, written at coordinate `offset` of the panels' depth; panels [begin, end).
+  void (*pack)(const Combination &, const Panels &x, int64_t first, int64_t offset, int64_t begin, int64_t end);
+  void (*oracle)(const OracleTask &);
+  void (*oracle_candidates)(const lr_oracle_args &, int64_t begin, int64_t end);
+  void (*softmax)(const SoftmaxTask &);
+  void (*softmax_backward)(const lr_softmax_args &, const Panels &x, int64_t first, int64_t begin, int64_t end);
+  void (*hull_candidates)(const lr_hull_args &, int64_t begin, int64_t end);  // the vertices of ragged candidate sets
+  void (*hull_rows)(const lr_hull_args &, int64_t begin, int64_t end);        // gap, step and z, given the vertices
+  void (*entropic_scores)(const lr_entropic_args &, float *rel, float *span, int64_t begin, int64_t end);
+  void (*entropic_rows)(const lr_entropic_args &, const float *rel, const float *span, int64_t begin, int64_t end);
 };
+
+Combination hull_combination(const lr_hull_args &);
+Combination entropic_combination(const lr_entropic_args &);
 
 extern const Isa scalar_isa;
 #ifdef LATENTREVISE_X86
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
+extern const Isa avx512bf16_isa;
 #endif
 
 const Isa &active();

@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import checks
 from ..dispatch import Call, choose, implementation
 from ..hull_step import check_mixture_step
+from ..numerics import accumulation_dtype
+from ..registration import register
 
 
 class EntropicStep(NamedTuple):
@@ -64,7 +66,39 @@ def entropic_step(
     checks.finite("eta", eta)
     if eta < 0:
         raise ValueError(f"eta must be >= 0, got {eta}; to ascend, change the signs of alpha and beta")
-    with torch.no_grad():
-        choice = choose("entropic_step", Call.of(E=E, G_gold=G_gold, G_away=G_away, weights=weights), backend)
-        module = implementation("entropic_step", choice.backend)
-        return EntropicStep(*module.entropic_step(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments))
+    step = _entropic_step(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments, backend)
+    return EntropicStep(*step)
+
+
+def _fake(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments, backend):  # type: ignore[no-untyped-def]
+    T = ids.shape[0]
+    return (
+        weights.new_empty(weights.shape),
+        E.new_empty(T, E.shape[1]),
+        weights.new_empty(T, dtype=accumulation_dtype(G_gold, G_away)),
+    )
+
+
+@register(
+    "entropic_step(Tensor G_gold, Tensor? G_away, Tensor E, Tensor ids, Tensor weights, float eta, float alpha, "
+    "float beta, str combine, Tensor? segments, str? backend) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+@torch.no_grad()
+def _entropic_step(
+    G_gold: Tensor,
+    G_away: Tensor | None,
+    E: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    eta: float,
+    alpha: float,
+    beta: float,
+    combine: str,
+    segments: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.ids_in_table("ids", ids, E.shape[0])
+    choice = choose("entropic_step", Call.of(E=E, G_gold=G_gold, G_away=G_away, weights=weights), backend)
+    module = implementation("entropic_step", choice.backend)
+    return module.entropic_step(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments)

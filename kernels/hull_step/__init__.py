@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
+from ..numerics import accumulation_dtype
+from ..registration import register
 from ..vertex_oracle import check_candidates, check_found
 
 COMBINE = ("sum", "normalized")
@@ -76,24 +78,63 @@ def hull_step(
     if allowed is not None:
         checks.tensor("allowed", allowed, (E.shape[0],), (torch.bool,))
     if candidates is not None:
-        check_candidates(candidates, T, E.shape[0])
+        checks.tensor("candidates", candidates, (T, None), checks.IDS)
     if isinstance(gamma, Tensor):
         checks.tensor("gamma", gamma, (T,), (torch.float32, torch.float64))
     else:
         gamma = torch.full((T,), gamma, dtype=weights.dtype, device=weights.device)
     checks.same_device(G_gold=G_gold, G_away=G_away, E=E, ids=ids, weights=weights, gamma=gamma, allowed=allowed,
                        candidates=candidates)  # fmt: skip
+    step = _hull_step(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates, backend)
+    return HullStep(*step)
+
+
+def _fake(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates, backend):  # type: ignore[no-untyped-def]  # fmt: skip
+    T = ids.shape[0]
+    return (
+        ids.new_empty(ids.shape),
+        weights.new_empty(weights.shape),
+        E.new_empty(T, E.shape[1]),
+        ids.new_empty(T, dtype=torch.int64),
+        weights.new_empty(T, dtype=accumulation_dtype(G_gold, G_away)),
+    )
+
+
+@register(
+    "hull_step(Tensor G_gold, Tensor? G_away, Tensor E, Tensor ids, Tensor weights, Tensor gamma, SymInt slot, "
+    "float alpha, float beta, str combine, Tensor? allowed, Tensor? candidates, str? backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+@torch.no_grad()
+def _hull_step(
+    G_gold: Tensor,
+    G_away: Tensor | None,
+    E: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gamma: Tensor,
+    slot: int,
+    alpha: float,
+    beta: float,
+    combine: str,
+    allowed: Tensor | None,
+    candidates: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if candidates is not None:
+        check_candidates(candidates, E.shape[0])
+    checks.ids_in_table("ids", ids, E.shape[0])
     if gamma.device.type == "cpu":
-        if T and not bool(((gamma >= 0) & (gamma <= 1)).all()):
+        if len(gamma) and not bool(((gamma >= 0) & (gamma <= 1)).all()):
             raise ValueError(f"gamma must be in [0, 1], got values from {float(gamma.min())} to {float(gamma.max())}")
         if bool((weights[:, slot] != 0).any()):
             raise ValueError(f"column {slot} of weights is in use; pass the first column whose weights are all 0")
-    with torch.no_grad():
-        choice = choose("hull_step", Call.of(E=E, G_gold=G_gold, G_away=G_away, weights=weights), backend)
-        module = implementation("hull_step", choice.backend)
-        step = module.hull_step(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates)
-        check_found(step[3])
-    return HullStep(*step)
+    choice = choose("hull_step", Call.of(E=E, G_gold=G_gold, G_away=G_away, weights=weights), backend)
+    module = implementation("hull_step", choice.backend)
+    step = module.hull_step(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates)
+    check_found(step[3])
+    return step
 
 
 def check_mixture_step(
@@ -108,7 +149,7 @@ def check_mixture_step(
 ) -> tuple[int, int]:
     """The part of the contract that hull_step and entropic_step share; returns (T, A)."""
     checks.table("E", E)
-    V, d = E.shape
+    d = E.shape[1]
     checks.tensor("ids", ids, (None, None), checks.IDS)
     T, A = ids.shape
     if A == 0:
@@ -119,7 +160,6 @@ def check_mixture_step(
         checks.tensor("G_away", G_away, (T, d), checks.FLOATS)
     elif beta != 0:
         raise ValueError(f"beta is {beta} but G_away is None; pass the gradient of the failed branch or beta=0")
-    checks.ids_in_table("ids", ids, V)
     checks.one_of("combine", combine, COMBINE)
     checks.finite("alpha", alpha)
     checks.finite("beta", beta)

@@ -6,11 +6,16 @@ loss only sets the scalar ``c_n``. NLL, ascent, unlikelihood and policy-gradient
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import checks
-from ..dispatch import Call, choose, implementation
+from ..dispatch import Call, chosen, implementation
+from ..registration import register
+from . import blocked
 
 
 def linear_logprob(
@@ -53,10 +58,114 @@ def linear_logprob(
     if bias is not None:
         checks.tensor("bias", bias, (W.shape[0],), checks.FLOATS)
     checks.same_device(H=H, W=W, y=y, bias=bias)
-    checks.ids_in_table("y", y, W.shape[0])
     checks.finite("scale", scale)
     checks.positive("softcap", softcap)
     checks.positive("temperature", temperature)
-    choice = choose("linear_logprob", Call.of(W=W, H=H, bias=bias), backend)
-    module = implementation("linear_logprob", choice.backend)
-    return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
+    call = Call.of(W=W, H=H, bias=bias)
+    name = chosen("linear_logprob", call, backend)
+    if name == "reference":
+        checks.ids_in_table("y", y, W.shape[0])
+        module = implementation("linear_logprob", name)
+        return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
+    gradient = "H" in call.needs_grad
+    logp, entropies = _LinearLogprob.apply(H, W, y, bias, scale, softcap, temperature, entropy, gradient, name)
+    return (logp, entropies) if entropy else logp
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Gradient of the fused implementations, which give ``logp``, ``entropy`` and ``dlogp/dH``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        H: Tensor,
+        W: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+        entropy: bool,
+        gradient: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropies, gradients = _forward(H, W, y, bias, scale, softcap, temperature, entropy, gradient, backend)
+        ctx.save_for_backward(H, W, y, bias, logp, entropies, gradients)
+        ctx.transform, ctx.entropy = (scale, softcap, temperature), entropy
+        ctx.set_materialize_grads(False)
+        return logp, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        H, W, y, bias, logp, entropies, gradients = ctx.saved_tensors
+        need_H, need_W, _, need_bias = ctx.needs_input_grad[:4]
+        if not ctx.entropy:
+            grad_entropy = None
+        grad_H: Tensor | None = None
+        grad_W: Tensor | None = None
+        grad_bias: Tensor | None = None
+        if need_W or need_bias or grad_entropy is not None:
+            grad_H, grad_W, grad_bias = _backward(
+                H, W, y, bias, *ctx.transform, logp, entropies if ctx.entropy else None,
+                torch.zeros_like(logp) if grad_logp is None else grad_logp, grad_entropy, need_W, need_bias
+            )  # fmt: skip
+        elif need_H and grad_logp is not None:
+            grad_H = grad_logp[:, None] * gradients
+        return (
+            grad_H.to(H.dtype) if need_H and grad_H is not None else None,
+            grad_W if need_W else None,
+            None,
+            grad_bias if need_bias else None,
+            *[None] * 6,
+        )
+
+
+_ARGUMENTS = "Tensor H, Tensor W, Tensor y, Tensor? bias, float scale, float? softcap, float temperature"
+
+
+def _fake_forward(H, W, y, bias, scale, softcap, temperature, entropy, gradient, backend):  # type: ignore[no-untyped-def]
+    N, d = H.shape
+    new = W.new_empty
+    return (
+        new(N, dtype=torch.float32),
+        new(N if entropy else 0, dtype=torch.float32),
+        new((N if gradient else 0, d), dtype=torch.float32),
+    )
+
+
+@register(
+    f"linear_logprob({_ARGUMENTS}, bool entropy, bool gradient, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_forward,
+)
+def _forward(
+    H: Tensor,
+    W: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.ids_in_table("y", y, W.shape[0])
+    module = implementation("linear_logprob", backend)
+    return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy, gradient)
+
+
+def _fake_backward(H, W, y, bias, scale, softcap, temperature, logp, entropy, grad_logp, grad_entropy, need_W, need_bias):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    V, d = W.shape
+    return (
+        torch.empty(H.shape, dtype=torch.float32, device=H.device),
+        W.new_empty(V if need_W else 0, d),
+        W.new_empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype),
+    )
+
+
+_backward = register(
+    f"linear_logprob_backward({_ARGUMENTS}, Tensor logp, Tensor? entropy, Tensor grad_logp, Tensor? grad_entropy, "
+    "bool need_W, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)(blocked.backward)

@@ -6,7 +6,6 @@ row once, accumulate in float32 registers and write ``z`` once. The table is fro
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import checks
-from ..dispatch import Call, choose, implementation
+from ..dispatch import Call, chosen, implementation
+from ..registration import register
 
 
 def mixture_embed(ids: Tensor, weights: Tensor, E: Tensor, *, backend: str | None = None) -> Tensor:
@@ -41,25 +41,41 @@ def mixture_embed(ids: Tensor, weights: Tensor, E: Tensor, *, backend: str | Non
     checks.same_device(ids=ids, weights=weights, E=E)
     if ids.shape[1] == 0:
         raise ValueError("ids must have at least one atom column, got shape [T, 0]")
-    checks.ids_in_table("ids", ids, E.shape[0])
-    choice = choose("mixture_embed", Call.of(E=E, weights=weights), backend)
-    module = implementation("mixture_embed", choice.backend)
-    if choice.backend == "reference":
-        return module.mixture_embed(ids, weights, E)
-    return _MixtureEmbed.apply(ids.contiguous(), weights.contiguous(), E, module)
+    name = chosen("mixture_embed", Call.of(E=E, weights=weights), backend)
+    if name == "reference":
+        checks.ids_in_table("ids", ids, E.shape[0])
+        return implementation("mixture_embed", name).mixture_embed(ids, weights, E)
+    return _MixtureEmbed.apply(ids.contiguous(), weights.contiguous(), E, name)
 
 
 class _MixtureEmbed(torch.autograd.Function):
     """Gradient of the fused implementations, which provide ``mixture_embed`` and ``mixture_embed_backward``."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weights: Tensor, E: Tensor, module: ModuleType) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weights: Tensor, E: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(ids, E)
-        ctx.module = module
-        return module.mixture_embed(ids, weights, E)
+        ctx.backend = backend
+        return _forward(ids, weights, E, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[None, Tensor, None, None]:
         ids, E = ctx.saved_tensors
-        return None, ctx.module.mixture_embed_backward(ids, grad_z.contiguous(), E), None, None
+        return None, _backward(ids, grad_z.contiguous(), E, ctx.backend), None, None
+
+
+@register(
+    "mixture_embed(Tensor ids, Tensor weights, Tensor E, str backend) -> Tensor",
+    lambda ids, weights, E, backend: E.new_empty(ids.shape[0], E.shape[1]),
+)
+def _forward(ids: Tensor, weights: Tensor, E: Tensor, backend: str) -> Tensor:
+    checks.ids_in_table("ids", ids, E.shape[0])
+    return implementation("mixture_embed", backend).mixture_embed(ids, weights, E)
+
+
+@register(
+    "mixture_embed_backward(Tensor ids, Tensor grad_z, Tensor E, str backend) -> Tensor",
+    lambda ids, grad_z, E, backend: E.new_empty(ids.shape, dtype=torch.float32),
+)
+def _backward(ids: Tensor, grad_z: Tensor, E: Tensor, backend: str) -> Tensor:
+    return implementation("mixture_embed", backend).mixture_embed_backward(ids, grad_z, E)

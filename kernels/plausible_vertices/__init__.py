@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
+from ..registration import register
 
 
 def plausible_vertices(
@@ -58,9 +59,38 @@ def plausible_vertices(
     checks.finite("scale", scale)
     checks.positive("softcap", softcap)
     checks.positive("temperature", temperature)
-    with torch.no_grad():
-        choice = choose("plausible_vertices", Call.of(W=W, H=H, bias=bias), backend)
-        module = implementation("plausible_vertices", choice.backend)
-        return module.plausible_vertices(
-            H, W, math.log(p_min), max_candidates, bias, scale, softcap, temperature, allowed
-        )
+    return _plausible_vertices(
+        H, W, math.log(p_min), max_candidates, bias, scale, softcap, temperature, allowed, backend
+    )
+
+
+def _fake(H, W, log_p_min, max_candidates, bias, scale, softcap, temperature, allowed, backend):  # type: ignore[no-untyped-def]
+    T = H.shape[0]
+    return (
+        W.new_empty((T, max_candidates), dtype=torch.int64),
+        W.new_empty((T, max_candidates), dtype=torch.float32),
+        W.new_empty(T, dtype=torch.int64),
+    )
+
+
+@register(
+    "plausible_vertices(Tensor H, Tensor W, float log_p_min, SymInt max_candidates, Tensor? bias, float scale, "
+    "float? softcap, float temperature, Tensor? allowed, str? backend) -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+@torch.no_grad()
+def _plausible_vertices(
+    H: Tensor,
+    W: Tensor,
+    log_p_min: float,
+    max_candidates: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    allowed: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    choice = choose("plausible_vertices", Call.of(W=W, H=H, bias=bias), backend)
+    module = implementation("plausible_vertices", choice.backend)
+    return module.plausible_vertices(H, W, log_p_min, max_candidates, bias, scale, softcap, temperature, allowed)

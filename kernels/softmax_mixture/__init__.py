@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import checks
-from ..dispatch import Call, choose, implementation
+from ..dispatch import Call, chosen, implementation
+from ..registration import register
 
 
 def softmax_mixture(theta: Tensor, E: Tensor, tau: float = 1.0, *, backend: str | None = None) -> Tensor:
@@ -29,5 +34,48 @@ def softmax_mixture(theta: Tensor, E: Tensor, tau: float = 1.0, *, backend: str 
     checks.tensor("theta", theta, (None, E.shape[0]), checks.FLOATS)
     checks.same_device(theta=theta, E=E)
     checks.positive("tau", tau)
-    choice = choose("softmax_mixture", Call.of(E=E, theta=theta), backend)
-    return implementation("softmax_mixture", choice.backend).softmax_mixture(theta, E, tau)
+    name = chosen("softmax_mixture", Call.of(E=E, theta=theta), backend)
+    if name == "reference":
+        return implementation("softmax_mixture", name).softmax_mixture(theta, E, tau)
+    return _SoftmaxMixture.apply(theta, E, tau, name)[0]
+
+
+class _SoftmaxMixture(torch.autograd.Function):
+    """Gradient of the fused implementations, which provide ``softmax_mixture`` (z and lse) and its ``_backward``."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, E: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
+        z, lse = _forward(theta, E, tau, backend)
+        ctx.save_for_backward(theta, E, z, lse)
+        ctx.tau, ctx.backend = tau, backend
+        ctx.mark_non_differentiable(lse)
+        return z, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        theta, E, z, lse = ctx.saved_tensors
+        grad_z = grad_z.float().contiguous()
+        dots = (grad_z * z.float()).sum(1)
+        return _backward(theta, E, ctx.tau, lse, grad_z, dots, ctx.backend), None, None, None
+
+
+@register(
+    "softmax_mixture(Tensor theta, Tensor E, float tau, str backend) -> (Tensor, Tensor)",
+    lambda theta, E, tau, backend: (
+        E.new_empty(theta.shape[0], E.shape[1]),
+        E.new_empty(theta.shape[0], dtype=torch.float32),
+    ),
+)
+def _forward(theta: Tensor, E: Tensor, tau: float, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation("softmax_mixture", backend).softmax_mixture(theta, E, tau)
+
+
+@register(
+    "softmax_mixture_backward(Tensor theta, Tensor E, float tau, Tensor lse, Tensor grad_z, Tensor dots, str backend) "
+    "-> Tensor",
+    lambda theta, E, tau, lse, grad_z, dots, backend: theta.new_empty(theta.shape),
+)
+def _backward(theta: Tensor, E: Tensor, tau: float, lse: Tensor, grad_z: Tensor, dots: Tensor, backend: str) -> Tensor:
+    """``p * (<grad_z, E_v> - <grad_z, z>) / tau``; ``dots`` is the second product."""
+    return implementation("softmax_mixture", backend).softmax_mixture_backward(theta, E, tau, lse, grad_z, dots)

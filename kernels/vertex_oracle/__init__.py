@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
+from ..registration import register
 
 
 def vertex_oracle(
@@ -59,19 +60,41 @@ def vertex_oracle(
         checks.table("W2", W2, (V, None))
         checks.tensor("Q2", Q2, (G.shape[0], W2.shape[1]), checks.FLOATS)
     if candidates is not None:
-        check_candidates(candidates, G.shape[0], V)
+        checks.tensor("candidates", candidates, (G.shape[0], None), checks.IDS)
     checks.same_device(G=G, E=E, allowed=allowed, Q2=Q2, W2=W2, candidates=candidates)
-    with torch.no_grad():
-        choice = choose("vertex_oracle", Call.of(E=E, G=G, W2=W2, Q2=Q2), backend)
-        module = implementation("vertex_oracle", choice.backend)
-        ids, values = module.vertex_oracle(G, E, allowed, Q2, W2, candidates)
-        check_found(ids)
+    return _vertex_oracle(G, E, allowed, Q2, W2, candidates, backend)
+
+
+def _fake(G, E, allowed, Q2, W2, candidates, backend):  # type: ignore[no-untyped-def]
+    return E.new_empty(G.shape[0], dtype=torch.int64), E.new_empty(G.shape[0], dtype=torch.float32)
+
+
+@register(
+    "vertex_oracle(Tensor G, Tensor E, Tensor? allowed, Tensor? Q2, Tensor? W2, Tensor? candidates, str? backend) "
+    "-> (Tensor, Tensor)",
+    _fake,
+)
+@torch.no_grad()
+def _vertex_oracle(
+    G: Tensor,
+    E: Tensor,
+    allowed: Tensor | None,
+    Q2: Tensor | None,
+    W2: Tensor | None,
+    candidates: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    if candidates is not None:
+        check_candidates(candidates, E.shape[0])
+    choice = choose("vertex_oracle", Call.of(E=E, G=G, W2=W2, Q2=Q2), backend)
+    module = implementation("vertex_oracle", choice.backend)
+    ids, values = module.vertex_oracle(G, E, allowed, Q2, W2, candidates)
+    check_found(ids)
     return ids, values
 
 
-def check_candidates(candidates: Tensor, T: int, V: int) -> None:
-    """``[T, C]`` ids padded with -1, inside the table (the latter for CPU tensors)."""
-    checks.tensor("candidates", candidates, (T, None), checks.IDS)
+def check_candidates(candidates: Tensor, V: int) -> None:
+    """Ids padded with -1, inside the table (checked for CPU tensors)."""
     if candidates.device.type == "cpu" and candidates.numel():
         low, high = int(candidates.min()), int(candidates.max())
         if low < -1 or high >= V:

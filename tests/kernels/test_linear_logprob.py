@@ -46,6 +46,84 @@ def test_values(backend, device, rng, N, V, d, with_bias, transform):
     assert torch.allclose(alone, logp, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "V", "d"), [(3, 131, 17), (40, 507, 64)])
+def test_gradient_for_any_upstream(backend, device, rng, N, V, d, dtype, transform):
+    H = rand(rng, device, N, d, dtype=dtype).requires_grad_()
+    W = rand(rng, device, V, d, dtype=dtype)
+    y = torch.randint(V, (N,), generator=rng, device=device)
+    c = rand(rng, device, N)
+    (c * linear_logprob(H, W, y, backend=backend, **transform)).sum().backward()
+    exact = H.detach().double().requires_grad_()
+    (c.double() * truth(exact, W, y, **transform)[0]).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert H.grad.dtype == dtype
+    assert (H.grad.double() - exact.grad).norm() <= tolerance * exact.grad.norm()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_entropy_table_and_bias(backend, device, rng, with_bias, transform):
+    N, V, d = 21, 211, 12
+    inputs = [rand(rng, device, N, d), rand(rng, device, V, d)] + [rand(rng, device, V)] * with_bias
+    y = torch.randint(V, (N,), generator=rng, device=device)
+    c, e = rand(rng, device, N), rand(rng, device, N)
+    mine = [x.clone().requires_grad_() for x in inputs]
+    logp, entropy = linear_logprob(
+        mine[0], mine[1], y, bias=mine[2] if with_bias else None, entropy=True, backend=backend, **transform
+    )
+    (c * logp + e * entropy).sum().backward()
+    exact = [x.double().requires_grad_() for x in inputs]
+    logp, entropy = truth(exact[0], exact[1], y, exact[2] if with_bias else None, **transform)
+    (c * logp + e * entropy).sum().backward()
+    for a, b in zip(mine, exact, strict=True):
+        assert (a.grad.double() - b.grad).norm() <= 2e-5 * b.grad.norm()
+
+
+def test_only_what_needs_a_gradient_gets_one(backend, device, rng):
+    H, W = rand(rng, device, 4, 8).requires_grad_(), rand(rng, device, 30, 8).requires_grad_()
+    y = torch.arange(4, device=device)
+    (grad_W,) = torch.autograd.grad(linear_logprob(H, W, y, backend=backend).sum(), [W])
+    (again,) = torch.autograd.grad(linear_logprob(H.detach(), W, y, backend=backend).sum(), [W])
+    assert torch.allclose(grad_W, again)
+    assert not linear_logprob(H.detach(), W.detach(), y, backend=backend).requires_grad
+    logp, entropy = linear_logprob(H, W.detach(), y, entropy=True, backend=backend)
+    (one,) = torch.autograd.grad(logp.sum(), [H])
+    (two,) = torch.autograd.grad(linear_logprob(H, W.detach(), y, backend=backend).sum(), [H])
+    assert torch.allclose(one, two, atol=1e-6)
+    assert entropy.requires_grad
+
+
+@pytest.mark.parametrize("margin", [3.0, 8.0, 16.0])
+def test_confident_targets_do_not_cancel(backend, device, rng, margin):
+    """p_y up to 1 - 1e-6: log p and its gradient keep their relative precision; a sum over all tokens would not."""
+    N, V, d = 8, 400, 32
+    W = rand(rng, device, V, d) / d**0.5
+    y = torch.arange(N, device=device)
+    H = (W[y] * (margin + 3) / (W[y] * W[y]).sum(1, keepdim=True)).requires_grad_()
+    logp = linear_logprob(H, W, y, backend=backend)
+    logp.sum().backward()
+    exact_H = H.detach().double().requires_grad_()
+    logits = exact_H @ W.double().T
+    rest = torch.logsumexp(logits.scatter(1, y[:, None], -torch.inf), 1)
+    exact = -torch.nn.functional.softplus(rest - logits.gather(1, y[:, None])[:, 0])
+    exact.sum().backward()
+    limit = 5e-5 if backend != "reference" else 0.5  # the reference is the plain formula
+    assert ((logp.double() - exact) / exact).abs().max() <= limit
+    assert (H.grad.double() - exact_H.grad).norm() <= limit * exact_H.grad.norm()
+
+
+def test_infinite_and_nan_logits(backend, device):
+    W = torch.tensor([[1.0], [2.0], [-torch.inf]], device=device)
+    y = torch.tensor([0, 1], device=device)
+    logp = linear_logprob(torch.ones(2, 1, device=device), W, y, backend=backend)
+    assert torch.allclose(logp, torch.log_softmax(torch.tensor([1.0, 2.0], device=device), 0))
+    for bad in (torch.nan, torch.inf):
+        W = torch.tensor([[1.0], [bad], [0.0]], device=device)
+        assert linear_logprob(torch.ones(2, 1, device=device), W, y, backend=backend).isnan().all()
+
+
 def test_no_rows(backend, device):
     H, W = torch.zeros(0, 4, device=device, requires_grad=True), torch.ones(7, 4, device=device)
     logp = linear_logprob(H, W, torch.zeros(0, dtype=torch.int64, device=device), backend=backend)

@@ -19,6 +19,20 @@ def test_values(backend, device, rng, T, V, d, tau, dtype):
     assert torch.allclose(z.double(), exact, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("T", "V", "d"), [(1, 5, 3), (37, 301, 20)])
+def test_gradient(backend, device, rng, T, V, d, dtype):
+    theta = torch.randn(T, V, generator=rng, device=device).to(dtype).requires_grad_()
+    E = torch.randn(V, d, generator=rng, device=device).to(dtype)
+    c = torch.randn(T, d, generator=rng, device=device)
+    (c * softmax_mixture(theta, E, 0.7, backend=backend)).sum().backward()
+    exact = theta.detach().double().requires_grad_()
+    (c.double() * (torch.softmax(exact / 0.7, 1) @ E.double())).sum().backward()
+    assert theta.grad.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (theta.grad.double() - exact.grad).norm() <= tolerance * exact.grad.norm()
+
+
 def test_minus_infinity_excludes_a_row(backend, device):
     E = torch.tensor([[1.0], [2.0], [4.0]], device=device)
     theta = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, 5.0, -torch.inf]], device=device)

@@ -7,12 +7,15 @@
 
 #include "cpu/isa.h"
 
+#include <stdlib.h>
+
 namespace latentrevise::cpu {
 namespace {
 
 constexpr int kLanes = LR_LANES;
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 
 struct bf16 {
@@ -128,12 +131,593 @@ void mixture_embed_backward(const lr_mixture_args &a, int64_t begin, int64_t end
     wide ? mixture_backward_rows<bf16, int64_t>(a, begin, end) : mixture_backward_rows<bf16, int32_t>(a, begin, end);
 }
 
+// ------------------------------------------------------------------------------------------------ rows of a table
+
+struct Scratch {  // 64-byte aligned; a failed allocation of this size leaves nothing sensible to do
+  explicit Scratch(int64_t floats) {
+    void *p = nullptr;
+    if (posix_memalign(&p, 64, static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float)) != 0) abort();
+    data = static_cast<float *>(p);
+  }
+  ~Scratch() { free(data); }
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  float *data;
+};
+
+template <typename Scalar>
+inline void copy_row(const Scalar *from, int64_t n, float *to) {
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) store(to + k, load(from + k));
+  for (; k < n; ++k) to[k] = widen(from[k]);
+}
+
+inline void read_row(const Matrix &m, int64_t row, int64_t n, float *to) {
+  if (m.dtype == LR_FLOAT32)
+    copy_row(static_cast<const float *>(m.data) + row * m.stride, n, to);
+  else
+    copy_row(static_cast<const bf16 *>(m.data) + row * m.stride, n, to);
+}
+
+inline float dot_row(const float *x, const Matrix &m, int64_t row, int64_t n) {
+  if (m.dtype == LR_FLOAT32) return dot(x, static_cast<const float *>(m.data) + row * m.stride, n);
+  return dot(x, static_cast<const bf16 *>(m.data) + row * m.stride, n);
+}
+
+// <g, row - low>: the difference of the rows, not of two large sums
+template <typename Scalar>
+inline float dot_difference_of(const float *g, const Scalar *row, const float *low, int64_t n) {
+  vfloat acc = {};
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) acc += load(g + k) * (load(row + k) - load(low + k));
+  float tail = 0;
+  for (; k < n; ++k) tail += g[k] * (widen(row[k]) - low[k]);
+  return sum(acc) + tail;
+}
+
+inline float dot_difference(const float *g, const Matrix &m, int64_t row, const float *low, int64_t n) {
+  if (m.dtype == LR_FLOAT32) return dot_difference_of(g, static_cast<const float *>(m.data) + row * m.stride, low, n);
+  return dot_difference_of(g, static_cast<const bf16 *>(m.data) + row * m.stride, low, n);
+}
+
+inline int64_t read_id(const void *ids, int32_t dtype, int64_t i) {
+  return dtype == LR_INT64 ? static_cast<const int64_t *>(ids)[i] : static_cast<const int32_t *>(ids)[i];
+}
+
+inline void scale_row(float *x, int64_t n, float factor) {
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) store(x + k, load(x + k) * factor);
+  for (; k < n; ++k) x[k] *= factor;
+}
+
+// One row of g = alpha * gold + beta * away into `out`; `other` is room for one more row.
+inline void combine_row(const Combination &c, int64_t row, float *out, float *other) {
+  float alpha = c.alpha, beta = c.beta;
+  read_row(c.gold, row, c.dim, out);
+  if (c.normalized) {
+    const float norm = __builtin_sqrtf(dot(out, out, c.dim));
+    alpha = norm > 0 ? alpha / norm : norm == 0 ? 0 : norm;  // NaN stays NaN
+  }
+  if (alpha != 1) scale_row(out, c.dim, alpha);
+  if (!c.away.data) return;
+  read_row(c.away, row, c.dim, other);
+  if (c.normalized) {
+    const float norm = __builtin_sqrtf(dot(other, other, c.dim));
+    beta = norm > 0 ? beta / norm : norm == 0 ? 0 : norm;
+  }
+  int64_t k = 0;
+  for (; k + kLanes <= c.dim; k += kLanes) store(out + k, load(out + k) + beta * load(other + k));
+  for (; k < c.dim; ++k) out[k] += beta * other[k];
+}
+
+void pack(const Combination &c, const Panels &x, int64_t first, int64_t offset, int64_t begin, int64_t end) {
+  const int64_t width = x.vectors * kLanes;
+  Scratch rows(2 * c.dim);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    float *to = x.packed + (panel * x.depth + offset) * width;
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const int64_t t = panel * width + lane;
+      if (t < x.rows)
+        combine_row(c, first + t, rows.data, rows.data + c.dim);
+      else
+        for (int64_t k = 0; k < c.dim; ++k) rows.data[k] = 0;
+      for (int64_t k = 0; k < c.dim; ++k) to[k * width + lane] = rows.data[k];
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- micro-kernels
+
+#define LR_UNROLL _Pragma("GCC unroll 32")
+
+// Registers: M * N accumulators, N panel vectors, one broadcast row element.
+#if LR_LANES == 16
+constexpr int kRows2 = 14, kRows1 = 20, kTokens = 8, kColumns = 3;
+#elif LR_LANES == 8
+constexpr int kRows2 = 6, kRows1 = 12, kTokens = 4, kColumns = 3;
+#else
+constexpr int kRows2 = 4, kRows1 = 8, kTokens = 4, kColumns = 2;
+#endif
+
+// scores[r][lane] (+)= sum_k rows[r][k] * x[k][lane]. The rows are read where they are: three of them hang off one
+// pointer, which is what x86 addressing can scale, so no packing of the table is needed.
+template <int M, int N, bool kFirst>
+void score_rows(const float *rows, int64_t stride, const float *x, int64_t depth, float *scores) {
+  constexpr int kBases = (M + 2) / 3;
+  vfloat acc[M][N];
+  LR_UNROLL for (int r = 0; r < M; ++r)
+    LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] = kFirst ? vfloat{} : load(scores + (r * N + u) * kLanes);
+  const float *base[kBases];
+  LR_UNROLL for (int i = 0; i < kBases; ++i) base[i] = rows + 3 * i * stride;
+  for (int64_t k = 0; k < depth; ++k) {
+    vfloat xv[N];
+    LR_UNROLL for (int u = 0; u < N; ++u) xv[u] = load(x + u * kLanes);
+    x += N * kLanes;
+    LR_UNROLL for (int r = 0; r < M; ++r) {
+      const float w = base[r / 3][(r % 3) * stride];
+      LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] += w * xv[u];
+    }
+    LR_UNROLL for (int i = 0; i < kBases; ++i) ++base[i];
+  }
+  LR_UNROLL for (int r = 0; r < M; ++r)
+    LR_UNROLL for (int u = 0; u < N; ++u) store(scores + (r * N + u) * kLanes, acc[r][u]);
+}
+
+template <int N, bool kFirst>
+void score_block(const float *rows, int64_t stride, int64_t count, const float *x, int64_t depth, float *scores) {
+  constexpr int M = N == 2 ? kRows2 : kRows1;
+  int64_t r = 0;
+  for (; r + M <= count; r += M) score_rows<M, N, kFirst>(rows + r * stride, stride, x, depth, scores + r * N * kLanes);
+  for (; r + 4 <= count; r += 4) score_rows<4, N, kFirst>(rows + r * stride, stride, x, depth, scores + r * N * kLanes);
+  for (; r < count; ++r) score_rows<1, N, kFirst>(rows + r * stride, stride, x, depth, scores + r * N * kLanes);
+}
+
+// mean[i][j] += sum_v p[v][i] * rows[v][j] for M tokens and N registers of columns.
+template <int M, int N>
+void add_rows(const float *rows, int64_t stride, int64_t count, const float *p, int64_t width, float *mean,
+              int64_t mean_stride) {
+  vfloat acc[M][N];
+  LR_UNROLL for (int i = 0; i < M; ++i)
+    LR_UNROLL for (int u = 0; u < N; ++u) acc[i][u] = load(mean + i * mean_stride + u * kLanes);
+  for (int64_t v = 0; v < count; ++v) {
+    vfloat w[N];
+    LR_UNROLL for (int u = 0; u < N; ++u) w[u] = load(rows + u * kLanes);
+    LR_UNROLL for (int i = 0; i < M; ++i)
+      LR_UNROLL for (int u = 0; u < N; ++u) acc[i][u] += p[i] * w[u];
+    rows += stride;
+    p += width;
+  }
+  LR_UNROLL for (int i = 0; i < M; ++i)
+    LR_UNROLL for (int u = 0; u < N; ++u) store(mean + i * mean_stride + u * kLanes, acc[i][u]);
+}
+
+template <int N>
+void add_columns(const float *rows, int64_t stride, int64_t count, const float *p, int64_t width, int64_t tokens,
+                 float *mean, int64_t mean_stride) {
+  int64_t i = 0;
+  for (; i + kTokens <= tokens; i += kTokens)
+    add_rows<kTokens, N>(rows, stride, count, p + i, width, mean + i * mean_stride, mean_stride);
+  for (; i < tokens; ++i) add_rows<1, N>(rows, stride, count, p + i, width, mean + i * mean_stride, mean_stride);
+}
+
+void add_block(const float *rows, int64_t stride, int64_t count, int64_t dim, const float *p, int64_t width,
+               int64_t tokens, float *mean, int64_t mean_stride) {
+  int64_t j = 0;
+  for (; j + kColumns * kLanes <= dim; j += kColumns * kLanes)
+    add_columns<kColumns>(rows + j, stride, count, p, width, tokens, mean + j, mean_stride);
+  for (; j + kLanes <= dim; j += kLanes) add_columns<1>(rows + j, stride, count, p, width, tokens, mean + j, mean_stride);
+  if (j == dim) return;
+  for (int64_t i = 0; i < tokens; ++i)
+    for (int64_t v = 0; v < count; ++v)
+      for (int64_t c = j; c < dim; ++c) mean[i * mean_stride + c] += p[v * width + i] * rows[v * stride + c];
+}
+
+// A block of table rows as float32: in place, or widened into `stage` with a stride that spreads rows over cache sets.
+struct Block {
+  Block(const Matrix &m, int64_t dim, int64_t most_rows, int64_t panels)
+      : table(m), dim(dim), padded((dim + 15) / 16 * 16 + 16),
+        staged(m.dtype != LR_FLOAT32 || (panels >= 4 && m.stride % 512 == 0)), stage(staged ? most_rows * padded : 0) {}
+  void read(int64_t v, int64_t count) {
+    stride = staged ? padded : table.stride;
+    if (!staged) {
+      rows = static_cast<const float *>(table.data) + v * table.stride;
+      return;
+    }
+    for (int64_t r = 0; r < count; ++r) read_row(table, v + r, dim, stage.data + r * padded);
+    rows = stage.data;
+  }
+  const Matrix &table;
+  int64_t dim, padded;
+  bool staged;
+  Scratch stage;
+  const float *rows = nullptr;
+  int64_t stride = 0;
+};
+
+// Table rows a block holds: about `bytes` of float32, a multiple of the micro-kernel's rows.
+inline int64_t block_rows(int64_t depth, int m, int64_t bytes) {
+  const int64_t groups = bytes / 4 / depth / m;
+  return m * (groups < 1 ? 1 : groups > 16 ? 16 : groups);
+}
+
+// ---------------------------------------------------------------------------------------------------- vertex oracle
+
+template <int N>
+void oracle_blocks(const OracleTask &a) {
+  constexpr int64_t width = N * kLanes;
+  const int64_t panels = (a.x.rows + width - 1) / width;
+  const int64_t most = block_rows(a.x.depth, N == 2 ? kRows2 : kRows1, 256 << 10);
+  Block first(a.tables[0], a.dims[0], most, panels), second(a.tables[1], a.dims[1], most, panels);
+  Scratch scores(most * width);
+  for (int64_t v = a.begin; v < a.end; v += most) {
+    const int64_t count = a.end - v < most ? a.end - v : most;
+    first.read(v, count);
+    if (a.dims[1]) second.read(v, count);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float *x = a.x.packed + panel * a.x.depth * width;
+      score_block<N, true>(first.rows, first.stride, count, x, a.dims[0], scores.data);
+      if (a.dims[1])
+        score_block<N, false>(second.rows, second.stride, count, x + a.dims[0] * width, a.dims[1], scores.data);
+      for (int u = 0; u < N; ++u) {
+        float *values = a.values + panel * width + u * kLanes;
+        int32_t *ids = a.ids + panel * width + u * kLanes;
+        vfloat best = load(values);
+        vint id;
+        __builtin_memcpy(&id, ids, sizeof id);
+        for (int64_t r = 0; r < count; ++r) {
+          if (a.allowed && !a.allowed[v + r]) continue;
+          const vfloat score = load(scores.data + r * width + u * kLanes);
+          // below the best, or NaN over a number; or the first one at all, which may be +inf
+          const vint better = (~(score >= best) & (best == best)) | (id < 0);
+          best = better ? score : best;
+          id = better ? static_cast<int32_t>(v + r) - vint{} : id;
+        }
+        store(values, best);
+        __builtin_memcpy(ids, &id, sizeof id);
+      }
+    }
+  }
+}
+
+void oracle(const OracleTask &a) { a.x.vectors == 2 ? oracle_blocks<2>(a) : oracle_blocks<1>(a); }
+
+struct Best {
+  float value = __builtin_inff();
+  int64_t id = -1;
+  void offer(float score, int64_t v) {  // any order of ids
+    const bool nan = score != score, held = value != value;
+    const bool better = id < 0 || (nan ? !held : !held && score < value);
+    const bool tie = id >= 0 && (nan ? held : score == value);
+    if (better || (tie && v < id)) value = score, id = v;
+  }
+};
+
+void oracle_candidates(const lr_oracle_args &a, int64_t begin, int64_t end) {
+  const Matrix q{a.queries, a.queries_stride, a.queries_dtype}, q2{a.queries2, a.queries2_stride, a.queries2_dtype};
+  const Matrix table{a.table, a.table_stride, a.table_dtype}, table2{a.table2, a.table2_stride, a.table2_dtype};
+  Scratch row(a.dim), row2(a.dim2);
+  for (int64_t t = begin; t < end; ++t) {
+    read_row(q, t, a.dim, row.data);
+    if (a.dim2) read_row(q2, t, a.dim2, row2.data);
+    Best best;
+    for (int64_t c = 0; c < a.candidate_count; ++c) {
+      const int64_t v = read_id(a.candidates, a.candidates_dtype, t * a.candidate_count + c);
+      if (v < 0 || (a.allowed && !a.allowed[v])) continue;
+      float score = dot_row(row.data, table, v, a.dim);
+      if (a.dim2) score += dot_row(row2.data, table2, v, a.dim2);
+      best.offer(score, v);
+    }
+    a.ids[t] = best.id, a.values[t] = best.value;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- online softmax
+
+// exp(x) for x <= 0 within 2 ulp; 0 below -87.3, NaN for NaN.
+inline vfloat exp_nonpositive(vfloat x) {
+  const vfloat shift = vfloat{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vfloat t = x * 1.44269504f + shift;
+  const vint n = (vint)t - (vint)shift;
+  const vfloat nf = t - shift;
+  const vfloat r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;
+  vfloat p = vfloat{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const vfloat e = (vfloat)((vint)p + (n << 23));
+  const vfloat kept = x < -87.3f ? vfloat{} : e;
+  return x != x ? x : kept;
+}
+
+inline vfloat select_max(vfloat a, vfloat b) { return a > b ? a : b; }  // NaN in b is kept, in a only if b is NaN
+
+template <int N>
+void read_theta(const SoftmaxTask &a, int64_t panel, int64_t v, int64_t count, float *scores) {
+  constexpr int64_t width = N * kLanes;
+  Scratch row(count);
+  for (int64_t lane = 0; lane < width; ++lane) {
+    const int64_t t = panel * width + lane;
+    if (t < a.x.rows) {
+      const Matrix part{a.theta.dtype == LR_FLOAT32
+                            ? static_cast<const void *>(static_cast<const float *>(a.theta.data) + v)
+                            : static_cast<const void *>(static_cast<const bf16 *>(a.theta.data) + v),
+                        a.theta.stride, a.theta.dtype};
+      read_row(part, t, count, row.data);
+    } else {
+      for (int64_t r = 0; r < count; ++r) row.data[r] = 0;
+    }
+    for (int64_t r = 0; r < count; ++r) scores[r * width + lane] = row.data[r];
+  }
+}
+
+template <int N>
+void softmax_blocks(const SoftmaxTask &a) {
+  constexpr int64_t width = N * kLanes;
+  const int64_t panels = a.panel_end - a.panel_begin;
+  const int64_t most = block_rows(a.dim, N == 2 ? kRows2 : kRows1, 256 << 10);
+  const float inf = __builtin_inff();
+  const bool dense = a.theta.data != nullptr;
+  Block block(a.table, a.dim, most, panels);
+  Scratch scores(most * width), slopes(a.softcap > 0 ? most * width : 0);
+  for (int64_t v = a.begin; v < a.end; v += most) {
+    const int64_t count = a.end - v < most ? a.end - v : most;
+    if (!dense || a.mean) block.read(v, count);
+    for (int64_t panel = a.panel_begin; panel < a.panel_end; ++panel) {
+      float *z = scores.data;
+      const int64_t token = panel * width, local = (panel - a.panel_begin) * width;
+      const int64_t tokens = a.x.rows - token < width ? a.x.rows - token : width;
+      if (dense)
+        read_theta<N>(a, panel, v, count, z);
+      else
+        score_block<N, true>(block.rows, block.stride, count, a.x.packed + panel * a.x.depth * width, a.dim, z);
+
+      const float slope = a.scale * a.inverse_temperature;
+      if (a.softcap > 0) {
+        for (int64_t r = 0; r < count; ++r)
+          for (int u = 0; u < N; ++u) {
+            float *at = z + r * width + u * kLanes;
+            const vfloat raw = (load(at) + (a.bias ? a.bias[v + r] : 0.f)) * (a.scale / a.softcap);
+            const vfloat e = exp_nonpositive(raw > 0 ? -2 * raw : 2 * raw);  // of |raw|: no overflow
+            const vfloat tanh = (1 - e) / (1 + e);
+            store(at, (raw > 0 ? tanh : -tanh) * (a.softcap * a.inverse_temperature));
+            store(slopes.data + (at - z), 4 * e / ((1 + e) * (1 + e)));
+          }
+      } else if (a.bias || slope != 1) {
+        for (int64_t r = 0; r < count; ++r)
+          for (int u = 0; u < N; ++u) {
+            float *at = z + r * width + u * kLanes;
+            store(at, (load(at) + (a.bias ? a.bias[v + r] : 0.f)) * slope);
+          }
+      }
+
+      if (a.targets)
+        for (int64_t lane = 0; lane < tokens; ++lane) {
+          const int64_t r = a.targets[token + lane] - v;
+          if (r < 0 || r >= count) continue;
+          a.target_logit[local + lane] = z[r * width + lane];
+          a.target_slope[local + lane] = a.softcap > 0 ? slopes.data[r * width + lane] : 1.f;
+          z[r * width + lane] = -inf;
+        }
+
+      for (int u = 0; u < N; ++u) {
+        float *zu = z + u * kLanes;
+        const vfloat old = load(a.max + local + u * kLanes);
+        vfloat peak = old;
+        for (int64_t r = 0; r < count; ++r) peak = select_max(peak, load(zu + r * width));
+        const vfloat safe = peak == -inf ? vfloat{} : peak;
+        const vfloat delta = old == -inf ? vfloat{} - inf : old - safe;
+        const vfloat factor = exp_nonpositive(delta);
+        store(a.max + local + u * kLanes, peak);
+        vfloat sum = load(a.sum + local + u * kLanes), part = {};
+        if (a.moment) {
+          vfloat moment = load(a.moment + local + u * kLanes), add = {};
+          moment = factor > 0 ? factor * (moment + delta * sum) : vfloat{};
+          for (int64_t r = 0; r < count; ++r) {
+            const vfloat x = load(zu + r * width) - safe, p = exp_nonpositive(x);
+            add += p > 0 ? p * x : p;
+          }
+          store(a.moment + local + u * kLanes, moment + add);
+        }
+        if (a.mean) {
+          for (int64_t r = 0; r < count; ++r) {
+            const vfloat p = exp_nonpositive(load(zu + r * width) - safe);
+            part += p;
+            store(zu + r * width, a.softcap > 0 ? p * load(slopes.data + r * width + u * kLanes) : p);
+          }
+          for (int64_t lane = 0; lane < kLanes && u * kLanes + lane < tokens; ++lane)
+            if (factor[lane] != 1) scale_row(a.mean + (local + u * kLanes + lane) * a.mean_stride, a.dim, factor[lane]);
+        } else {
+          for (int64_t r = 0; r < count; ++r) part += exp_nonpositive(load(zu + r * width) - safe);
+        }
+        sum = sum * factor + part;
+        store(a.sum + local + u * kLanes, sum);
+
+        if (a.emit) {  // the sums only grow: what is below this floor stays below
+          float floor[kLanes];
+          for (int lane = 0; lane < kLanes; ++lane)
+            floor[lane] = peak[lane] + __builtin_logf(sum[lane]) + a.log_floor - 1e-3f;
+          const vfloat least = load(floor);
+          for (int64_t r = 0; r < count; ++r) {
+            const vint above = load(zu + r * width) >= least;
+            int any = 0;
+            for (int lane = 0; lane < kLanes; ++lane) any |= above[lane];
+            if (!any || (a.allowed && !a.allowed[v + r])) continue;
+            for (int lane = 0; lane < kLanes && u * kLanes + lane < tokens; ++lane)
+              if (above[lane]) a.emit(a.context, local + u * kLanes + lane, v + r, zu[r * width + lane]);
+          }
+        }
+      }
+      if (a.mean)
+        add_block(block.rows, block.stride, count, a.dim, z, width, tokens, a.mean + local * a.mean_stride,
+                  a.mean_stride);
+    }
+  }
+}
+
+void softmax(const SoftmaxTask &a) { a.x.vectors == 2 ? softmax_blocks<2>(a) : softmax_blocks<1>(a); }
+
+template <int N>
+void softmax_backward_blocks(const lr_softmax_args &a, const Panels &x, int64_t first, int64_t begin, int64_t end) {
+  constexpr int64_t width = N * kLanes;
+  const int64_t panels = (x.rows + width - 1) / width;
+  const int64_t most = block_rows(a.dim, N == 2 ? kRows2 : kRows1, 256 << 10);
+  const Matrix table{a.table, a.table_stride, a.table_dtype};
+  const float inverse_tau = static_cast<float>(1 / a.tau);
+  Block block(table, a.dim, most, panels);
+  Scratch scores(most * width), row(most + kLanes), theta(most + kLanes);
+  for (int64_t v = begin; v < end; v += most) {
+    const int64_t count = end - v < most ? end - v : most;
+    block.read(v, count);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      score_block<N, true>(block.rows, block.stride, count, x.packed + panel * x.depth * width, a.dim, scores.data);
+      for (int64_t lane = 0; lane < width && panel * width + lane < x.rows; ++lane) {
+        const int64_t t = first + panel * width + lane;
+        const bool wide = a.theta_dtype == LR_FLOAT32;
+        if (wide)
+          copy_row(static_cast<const float *>(a.theta) + t * a.theta_stride + v, count, theta.data);
+        else
+          copy_row(static_cast<const bf16 *>(a.theta) + t * a.theta_stride + v, count, theta.data);
+        for (int64_t r = 0; r < count; ++r) row.data[r] = scores.data[r * width + lane] - a.dots[t];
+        for (int64_t r = 0; r < count; r += kLanes) {
+          const vfloat x = load(theta.data + r) * inverse_tau - a.lse[t];
+          const vfloat p = exp_nonpositive(x > 0 ? vfloat{} : x);
+          store(row.data + r, p * load(row.data + r) * inverse_tau);
+        }
+        if (wide)
+          for (int64_t r = 0; r < count; ++r) store(static_cast<float *>(a.grad_theta) + t * a.vocab + v + r, row.data[r]);
+        else
+          for (int64_t r = 0; r < count; ++r) store(static_cast<bf16 *>(a.grad_theta) + t * a.vocab + v + r, row.data[r]);
+      }
+    }
+  }
+}
+
+void softmax_backward(const lr_softmax_args &a, const Panels &x, int64_t first, int64_t begin, int64_t end) {
+  x.vectors == 2 ? softmax_backward_blocks<2>(a, x, first, begin, end)
+                 : softmax_backward_blocks<1>(a, x, first, begin, end);
+}
+
+// --------------------------------------------------------------------------------- steps on the atoms of a mixture
+
+void hull_candidates(const lr_hull_args &a, int64_t begin, int64_t end) {
+  const Combination c = hull_combination(a);
+  const Matrix table{a.table, a.table_stride, a.table_dtype};
+  Scratch rows(2 * a.dim);
+  for (int64_t t = begin; t < end; ++t) {
+    combine_row(c, t, rows.data, rows.data + a.dim);
+    Best best;
+    for (int64_t i = 0; i < a.candidate_count; ++i) {
+      const int64_t v = read_id(a.candidates, a.candidates_dtype, t * a.candidate_count + i);
+      if (v >= 0 && (!a.allowed || a.allowed[v])) best.offer(dot_row(rows.data, table, v, a.dim), v);
+    }
+    a.vertex[t] = best.id;
+  }
+}
+
+// z of the new atoms, by the code of mixture_embed.
+inline void embed_rows(const void *table, int32_t table_dtype, int64_t table_stride, int64_t vocab, int64_t dim,
+                       const void *ids, int32_t ids_dtype, const float *weights, int64_t rows, int64_t atoms, void *z,
+                       int64_t begin, int64_t end) {
+  lr_mixture_args m{};
+  m.size = sizeof m, m.table = table, m.table_dtype = table_dtype, m.table_stride = table_stride, m.vocab = vocab;
+  m.dim = dim, m.ids = ids, m.ids_dtype = ids_dtype, m.weights = weights, m.rows = rows, m.atoms = atoms, m.z = z;
+  mixture_embed(m, begin, end);
+}
+
+template <typename Id>
+void hull_rows_of(const lr_hull_args &a, int64_t begin, int64_t end) {
+  const Combination c = hull_combination(a);
+  const Matrix table{a.table, a.table_stride, a.table_dtype};
+  Scratch rows(2 * a.dim);
+  float *g = rows.data, *low = rows.data + a.dim;
+  for (int64_t t = begin; t < end; ++t) {
+    const Id *ids = static_cast<const Id *>(a.ids) + t * a.atoms;
+    const float *weights = a.weights + t * a.atoms;
+    Id *new_ids = static_cast<Id *>(a.new_ids) + t * a.atoms;
+    float *new_weights = a.new_weights + t * a.atoms;
+    const int64_t vertex = a.vertex[t];
+    const float gamma = a.gamma[t];
+    int64_t column = a.slot;
+    float gap = 0;
+    combine_row(c, t, g, low);
+    if (vertex >= 0) {
+      read_row(table, vertex, a.dim, low);
+      for (int64_t i = a.atoms - 1; i >= 0; --i) {
+        if (weights[i] == 0) continue;
+        if (ids[i] == vertex) column = i;  // the first one, walking down
+      }
+      for (int64_t i = 0; i < a.atoms; ++i) {
+        if (weights[i] == 0 || ids[i] == vertex) continue;
+        gap += weights[i] * dot_difference(g, table, ids[i], low, a.dim);
+      }
+    }
+    for (int64_t i = 0; i < a.atoms; ++i) new_ids[i] = ids[i], new_weights[i] = gamma == 0 ? weights[i] : (1 - gamma) * weights[i];
+    if (vertex >= 0 && gamma > 0) new_ids[column] = static_cast<Id>(vertex), new_weights[column] += gamma;
+    a.gap[t] = gap;
+  }
+}
+
+void hull_rows(const lr_hull_args &a, int64_t begin, int64_t end) {
+  a.ids_dtype == LR_INT64 ? hull_rows_of<int64_t>(a, begin, end) : hull_rows_of<int32_t>(a, begin, end);
+  embed_rows(a.table, a.table_dtype, a.table_stride, a.vocab, a.dim, a.new_ids, a.ids_dtype, a.new_weights, a.rows,
+             a.atoms, a.z, begin, end);
+}
+
+void entropic_scores(const lr_entropic_args &a, float *rel, float *span, int64_t begin, int64_t end) {
+  const Combination c = entropic_combination(a);
+  const Matrix table{a.table, a.table_stride, a.table_dtype};
+  Scratch rows(2 * a.dim);
+  for (int64_t t = begin; t < end; ++t) {
+    combine_row(c, t, rows.data, rows.data + a.dim);
+    const float *weights = a.weights + t * a.atoms;
+    float *r = rel + t * a.atoms, mean = 0, least = 0, most = 0;
+    for (int64_t i = 0; i < a.atoms; ++i) {
+      r[i] = weights[i] > 0 ? dot_row(rows.data, table, read_id(a.ids, a.ids_dtype, t * a.atoms + i), a.dim) : 0;
+      mean += weights[i] * r[i];
+    }
+    for (int64_t i = 0; i < a.atoms; ++i) {
+      if (!(weights[i] > 0)) continue;
+      r[i] -= mean;
+      const float size = __builtin_fabsf(r[i]);
+      if (size > most || size != size) most = size;
+      if (r[i] < least || r[i] != r[i]) least = r[i];
+    }
+    a.gap[t] = -least, span[t] = most;
+  }
+}
+
+void entropic_rows(const lr_entropic_args &a, const float *rel, const float *span, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const float *weights = a.weights + t * a.atoms, *r = rel + t * a.atoms;
+    float *out = a.new_weights + t * a.atoms;
+    const float scale = span[a.segment ? a.segment[t] : t];
+    float total = 0;
+    for (int64_t i = 0; i < a.atoms; ++i) {
+      // relative to the least score: the exponent is <= 0 and cannot overflow
+      out[i] = scale > 0 && weights[i] > 0
+                   ? weights[i] * __builtin_expf(static_cast<float>(-a.eta) * ((r[i] + a.gap[t]) / scale))
+                   : 0;
+      total += out[i];
+    }
+    const bool moves = scale > 0 && total > 0;
+    for (int64_t i = 0; i < a.atoms; ++i) out[i] = moves ? out[i] / total : weights[i];
+  }
+  embed_rows(a.table, a.table_dtype, a.table_stride, a.vocab, a.dim, a.ids, a.ids_dtype, a.new_weights, a.rows, a.atoms,
+             a.z, begin, end);
+}
+
 }  // namespace
 
 #define LR_STRING_(x) #x
 #define LR_STRING(x) LR_STRING_(x)
 #define LR_TABLE_(x) x##_isa
 #define LR_TABLE(x) LR_TABLE_(x)
-extern const Isa LR_TABLE(LR_ISA) = {LR_STRING(LR_ISA), mixture_embed, mixture_embed_backward};
+extern const Isa LR_TABLE(LR_ISA) = {
+    LR_STRING(LR_ISA), kLanes,  mixture_embed,    mixture_embed_backward, pack,          oracle,
+    oracle_candidates, softmax, softmax_backward, hull_candidates,        hull_rows,     entropic_scores,
+    entropic_rows};
 
 }  // namespace latentrevise::cpu

@@ -42,7 +42,115 @@ typedef struct lr_mixture_args {
   int32_t threads;     /* CPU: how many threads to use, >= 1; CUDA: ignored */
 } lr_mixture_args;
 
+/* The operations below run on the CPU library unless a CUDA form is declared further down. Tables are float32 or
+ * bfloat16 and so are queries; sums are float32. A score <x_t, row_v> is one chain of fused multiply-adds over the
+ * dimensions in rising order, whatever the block, thread or split, so results are bitwise the same under all of them. */
+
+/* ids[t] = argmin over allowed v of <queries[t], table[v]> (+ <queries2[t], table2[v]>), lowest id on ties, NaN below
+ * everything; -1 and +inf where nothing competes. With candidates (padded with -1) only those compete. */
+typedef struct lr_oracle_args {
+  size_t size;
+  const void *queries, *table;   /* [rows, dim], [vocab, dim] */
+  const void *queries2, *table2; /* [rows, dim2], [vocab, dim2], or both null with dim2 0 */
+  const uint8_t *allowed;        /* [vocab] or null */
+  const void *candidates;        /* [rows, candidate_count] of candidates_dtype, or null */
+  int64_t *ids;
+  float *values;
+  int64_t rows, vocab, dim, dim2, candidate_count;
+  int64_t queries_stride, table_stride, queries2_stride, table2_stride;
+  int32_t queries_dtype, table_dtype, queries2_dtype, table2_dtype, candidates_dtype;
+  int32_t splits; /* CUDA: how many parts the vocabulary is cut into; CPU: ignored */
+  void *workspace; /* CUDA: rows * splits * 8 bytes; CPU: ignored */
+  int32_t threads;
+} lr_oracle_args;
+
+/* Softmax over the vocabulary of z = softcap * tanh(scale * (<queries, table> + bias) / softcap) / temperature.
+ *   logp[n] = log p(targets[n]); entropy[n] in nats (or null);
+ *   gradient[n] = d logp[n] / d queries[n] [rows, dim] (or null). */
+typedef struct lr_logprob_args {
+  size_t size;
+  const void *queries, *table;
+  const float *bias; /* [vocab] or null */
+  const int64_t *targets;
+  float *logp, *entropy, *gradient;
+  int64_t rows, vocab, dim, queries_stride, table_stride;
+  double scale, softcap, temperature; /* softcap 0: no tanh */
+  int32_t queries_dtype, table_dtype, threads;
+} lr_logprob_args;
+
+/* Tokens with log p >= log_p_min under the same softmax, most probable first, equal ones by rising id. */
+typedef struct lr_plausible_args {
+  size_t size;
+  const void *queries, *table;
+  const float *bias;
+  const uint8_t *allowed;
+  int64_t *ids;  /* [rows, max_candidates], padded with -1 */
+  float *logps;  /* [rows, max_candidates], padded with -inf */
+  int64_t *counts;
+  int64_t rows, vocab, dim, max_candidates, queries_stride, table_stride;
+  double scale, softcap, temperature, log_p_min;
+  int32_t queries_dtype, table_dtype, threads;
+} lr_plausible_args;
+
+/* z[t] = softmax(theta[t] / tau) @ table in the table's dtype, lse[t] the log of the normaliser. Backward:
+ * grad_theta[t, v] = p_tv * (<grad_z[t], table[v]> - <grad_z[t], z[t]>) / tau, with dots[t] = <grad_z[t], z[t]>. */
+typedef struct lr_softmax_args {
+  size_t size;
+  const void *theta, *table;
+  void *z;             /* forward output [rows, dim] of table_dtype */
+  const float *grad_z; /* backward input [rows, dim] */
+  const float *dots;   /* backward input [rows] */
+  void *grad_theta;    /* backward output [rows, vocab] of theta_dtype, contiguous */
+  float *lse;          /* forward output, backward input [rows] */
+  int64_t rows, vocab, dim, theta_stride, table_stride;
+  double tau;
+  int32_t theta_dtype, table_dtype, threads;
+} lr_softmax_args;
+
+/* One Frank-Wolfe step on mixtures: g = alpha * gold + beta * away (each row divided by its norm first if normalized),
+ * vertex and gap as in lr_oracle_args, then the step of size gamma and z = mixture of the new atoms. */
+typedef struct lr_hull_args {
+  size_t size;
+  const void *gold, *away; /* [rows, dim]; away may be null */
+  const void *table;
+  const void *ids;      /* [rows, atoms] of ids_dtype */
+  const float *weights; /* [rows, atoms] */
+  const float *gamma;   /* [rows] */
+  const uint8_t *allowed;
+  const void *candidates;
+  void *new_ids;
+  float *new_weights;
+  void *z; /* [rows, dim] of table_dtype */
+  int64_t *vertex;
+  float *gap;
+  int64_t rows, vocab, dim, atoms, slot, candidate_count, gold_stride, away_stride, table_stride;
+  double alpha, beta;
+  int32_t gold_dtype, away_dtype, table_dtype, ids_dtype, candidates_dtype, normalized, threads;
+} lr_hull_args;
+
+/* One exponentiated-gradient step over the candidates of positive weight; segment[t] in [0, segments) labels rows that
+ * share their scale (null: each row its own). */
+typedef struct lr_entropic_args {
+  size_t size;
+  const void *gold, *away, *table, *ids;
+  const float *weights;
+  const int64_t *segment;
+  float *new_weights;
+  void *z;
+  float *gap;
+  int64_t rows, vocab, dim, atoms, segments, gold_stride, away_stride, table_stride;
+  double alpha, beta, eta;
+  int32_t gold_dtype, away_dtype, table_dtype, ids_dtype, normalized, threads;
+} lr_entropic_args;
+
 /* CPU library */
+int lr_cpu_vertex_oracle(const lr_oracle_args *args);
+int lr_cpu_linear_logprob(const lr_logprob_args *args);
+int lr_cpu_plausible_vertices(const lr_plausible_args *args);
+int lr_cpu_softmax_mixture(const lr_softmax_args *args);
+int lr_cpu_softmax_mixture_backward(const lr_softmax_args *args);
+int lr_cpu_hull_step(const lr_hull_args *args);
+int lr_cpu_entropic_step(const lr_entropic_args *args);
 int lr_cpu_mixture_embed(const lr_mixture_args *args);
 int lr_cpu_mixture_embed_backward(const lr_mixture_args *args);
 const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512": what this machine (or LATENTREVISE_ISA) selects */

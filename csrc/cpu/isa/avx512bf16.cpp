@@ -1,0 +1,5 @@
+// AVX-512 with native bfloat16 products for the scores of a bfloat16 table; everything else as in avx512.cpp.
+#define LR_ISA avx512bf16
+#define LR_LANES 16
+#define LR_BF16_DOT
+#include "kernels.inl"

@@ -1,0 +1,77 @@
+"""What the saved gradient of a log-prob does not cover: weights, bias and entropy, by recomputing block after block.
+
+``d/dz_v`` of ``c . logp + e . entropy`` is ``c (1[v = y] - p_v) - e p_v (log p_v + entropy)``; with it ``dH``, ``dW``
+and ``dbias`` are two matrix products. Plain torch on 8192 rows of the table at a time, on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 8192
+
+
+def backward(
+    H: Tensor,
+    W: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    logp: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    need_W: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dH [N, d] float32, dW [V, d] or [0, d], dbias [V] or [0])``, the latter two in the dtypes of W and bias."""
+    V, d = W.shape
+    queries, grad_H = H.float(), torch.zeros(H.shape, dtype=torch.float32, device=H.device)
+    grad_W = torch.empty(V if need_W else 0, d, dtype=W.dtype, device=W.device)
+    grad_bias = torch.empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype, device=W.device)
+    target = _logits(queries, W, bias, scale, softcap, temperature, y)
+    lse = target - logp
+    for start in range(0, V, BLOCK):
+        stop = min(start + BLOCK, V)
+        rows = W[start:stop].float()
+        raw = queries @ rows.T
+        if bias is not None:
+            raw += bias[start:stop].float()
+        z, slope = transform(raw, scale, softcap, temperature)
+        logps = z - lse[:, None]
+        p = logps.exp()
+        grad_z = -grad_logp[:, None] * p
+        if grad_entropy is not None and entropy is not None:
+            grad_z -= grad_entropy[:, None] * torch.where(p > 0, p * (logps + entropy[:, None]), 0)
+        inside = (y >= start) & (y < stop)
+        column = torch.where(inside, y - start, 0)[:, None]
+        # 1 - p_y from logp itself: the difference of 1 and a rounded p_y would cancel
+        exact = -grad_logp * torch.expm1(logp)
+        if grad_entropy is not None and entropy is not None:
+            exact = exact - grad_entropy * logp.exp() * (logp + entropy)
+        grad_z.scatter_(1, column, torch.where(inside[:, None], exact[:, None], grad_z.gather(1, column)))
+        grad_z *= slope
+        grad_H += grad_z @ rows
+        if need_W:
+            grad_W[start:stop] = grad_z.T @ queries
+        if need_bias:
+            grad_bias[start:stop] = grad_z.sum(0)
+    return grad_H, grad_W, grad_bias
+
+
+def transform(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor | float]:
+    """Logits and their derivative with respect to ``raw`` (bias already added)."""
+    if softcap is None:
+        return raw * (scale / temperature), scale / temperature
+    tanh = torch.tanh(raw * (scale / softcap))
+    return tanh * (softcap / temperature), (1 - tanh * tanh) * (scale / temperature)
+
+
+def _logits(
+    H: Tensor, W: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float, ids: Tensor
+) -> Tensor:
+    raw = (H * W[ids].float()).sum(1)
+    return transform(raw if bias is None else raw + bias[ids].float(), scale, softcap, temperature)[0]

@@ -1,0 +1,36 @@
+"""The ops as ``torch.ops.latentrevise.*``, which is how ``torch.compile`` sees them.
+
+Eager calls go straight to the Python function: torch's dispatcher would cost more than a small kernel takes. While
+``torch.compile`` traces, the same call becomes one opaque node with the shapes of its ``fake``. Autograd stays outside
+(:class:`torch.autograd.Function` around the op), so no op here has a gradient of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+NAMESPACE = "latentrevise"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def register(schema: str, fake: Callable) -> Callable[[Function], Function]:
+    """Register the decorated function under ``schema`` (``name(Tensor G, ...) -> ...``); it returns no input."""
+
+    def decorate(function: Function) -> Function:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+        def call(*args):  # type: ignore[no-untyped-def]
+            return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

@@ -1,0 +1,149 @@
+"""What the C++ library promises beyond the contracts: the same bits under any number of threads, every instruction set,
+little extra memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from latentrevise.kernels import (
+    entropic_step,
+    hull_step,
+    linear_logprob,
+    native,
+    plausible_vertices,
+    softmax_mixture,
+    vertex_oracle,
+)
+
+pytestmark = pytest.mark.skipif(native.unavailable("cpu") is not None, reason="the CPU library was not built")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def operands(dtype: torch.dtype, T: int = 45, V: int = 3001, d: int = 40) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(7)
+    G, E = torch.randn(T, d, generator=g).to(dtype), torch.randn(V, d, generator=g).to(dtype)
+    return G, E, torch.randint(V, (T,), generator=g)
+
+
+def gradient(G: torch.Tensor, E: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    H = G.clone().requires_grad_()
+    linear_logprob(H, E, y, backend="cpu").sum().backward()
+    return H.grad
+
+
+def theta_gradient(G: torch.Tensor, E: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    theta = (G.float() @ E.float().T).requires_grad_()
+    softmax_mixture(theta, E, backend="cpu").square().sum().backward()
+    return theta.grad
+
+
+def atoms(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([y, y.flip(0), y], 1), torch.tensor([[0.25, 0.75, 0.0]]).expand(len(y), -1).contiguous()
+
+
+CALLS: dict[str, Callable[..., object]] = {
+    "vertex_oracle": lambda G, E, y: vertex_oracle(G, E, backend="cpu"),
+    "linear_logprob": lambda G, E, y: linear_logprob(G, E, y, entropy=True, softcap=9.0, backend="cpu"),
+    "gradient": lambda G, E, y: (gradient(G, E, y),),
+    "plausible_vertices": lambda G, E, y: plausible_vertices(G, E, 0.01, 50, backend="cpu"),
+    "softmax_mixture": lambda G, E, y: (softmax_mixture(G.float() @ E.float().T, E, backend="cpu"),),
+    "theta_gradient": lambda G, E, y: (theta_gradient(G, E, y),),
+    "hull_step": lambda G, E, y: hull_step(G, None, E, *atoms(y), 0.3, slot=2, backend="cpu"),
+    "entropic_step": lambda G, E, y: entropic_step(G, None, E, *atoms(y), 0.3, backend="cpu"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [5, 45])
+def test_the_same_bits_under_any_number_of_threads(threads, name, dtype, T):
+    G, E, y = operands(dtype)
+    found = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        found.append(CALLS[name](G[:T], E, y[:T]))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    G, E, _ = operands(torch.float32)
+    ids, values = vertex_oracle(G, E, backend="cpu")
+    for rows in (slice(0, 1), slice(3, 20), slice(7, 45)):
+        part = vertex_oracle(G[rows], E, backend="cpu")
+        assert torch.equal(part[0], ids[rows])
+        assert torch.equal(part[1], values[rows])
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa):
+    """In a process of its own, since the choice is made once: the contract tests of the vocabulary-sized ops."""
+    if isa == native.load("cpu").isa():
+        pytest.skip("is what this process runs")
+    code = (
+        "import sys, pytest; from latentrevise.kernels import native; why = native.unavailable('cpu')\n"
+        "if why: print(why); sys.exit(77)\n"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    here = os.path.dirname(__file__)
+    files = [os.path.join(here, f"test_{op}.py") for op in ("vertex_oracle", "linear_logprob", "softmax_mixture")]
+    command = [sys.executable, "-c", code, "-k", "cpu and not bad_input", *files]
+    env = os.environ | {"LATENTREVISE_ISA": isa, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    """Peak resident memory over that with the inputs in place, at V = 151,936, where the scores alone are 156 MB."""
+    code = """
+import resource, torch
+from tests.kernels import test_cpu
+torch.set_num_threads(2)
+g = torch.Generator().manual_seed(0)
+E = torch.empty(151936, 32).normal_(generator=g)
+G, y = torch.randn(256, 32, generator=g), torch.arange(256)
+names = ["vertex_oracle", "linear_logprob", "gradient", "plausible_vertices", "hull_step"]
+for name in names:
+    test_cpu.CALLS[name](G[:2], E, y[:2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in names:
+    test_cpu.CALLS[name](G, E, y)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * 1024, f"{done.stdout} KiB"
+
+
+def test_offsets_beyond_32_bits():
+    """A table of 2.2 * 2**31 bytes, untouched but for the rows that matter (the rest stays unmapped zeros)."""
+    V, d = 600_000, 2048
+    room = mmap.mmap(-1, V * d * 4)
+    E = torch.frombuffer(room, dtype=torch.float32).view(V, d)
+    E[V - 1, 3] = -5.0
+    allowed = torch.zeros(V, dtype=torch.bool)
+    allowed[[0, V - 1]] = True
+    candidates = torch.tensor([[0, V - 1, V // 2]])
+    G = torch.zeros(1, d)
+    G[0, 3] = 1.0
+    assert vertex_oracle(G, E, candidates=candidates, backend="cpu")[0].tolist() == [V - 1]
+    step = hull_step(G, None, E, torch.tensor([[0, 0]]), torch.tensor([[1.0, 0.0]]), 0.5, slot=1, allowed=allowed,
+                     candidates=candidates, backend="cpu")  # fmt: skip
+    assert step.vertex.tolist() == [V - 1]
+    assert step.z[0, 3] == -2.5
