@@ -257,7 +257,7 @@ def _draw_recovery(
     axes.set_xlim(min(amounts) / 1.4, max(amounts) * 1.4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.xaxis.set_minor_formatter(FuncFormatter(_minor_label(min(amounts), max(amounts))))
-    axes.tick_params(axis="x", which="minor", labelcolor=INK)
+    axes.tick_params(axis="x", which="minor", labelcolor=INK, pad=5)
     axes.set_ylim(0, None)
     _percent_axis(axes.yaxis)
     axes.set_xlabel("token passes a prompt (log scale)")
