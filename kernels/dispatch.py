@@ -180,11 +180,14 @@ def chosen(op: str, call: Call, backend: str | None = None) -> str:
     return choose(op, call, backend).backend
 
 
-@torch.compiler.assume_constant_result
 def _chosen_while_tracing(op: str, device: str, dtypes: str, needs_grad: str, backend: str | None) -> str:
     grads = frozenset(filter(None, needs_grad.split(",")))
     call = Call(torch.device(device), tuple(getattr(torch, dtype) for dtype in dtypes.split(",")), grads)
     return choose(op, call, backend).backend
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import the whole compiler with this package.
+_chosen_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def only_dtypes(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:

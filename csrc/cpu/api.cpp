@@ -101,11 +101,11 @@ struct Aligned {
 
 // Tokens [first, first + rows) packed for the micro-kernel, in chunks that bound the memory.
 struct Packed {
-  Packed(int64_t rows, int64_t depth)
-      : vectors(rows > active().lanes ? 2 : 1), width(vectors * active().lanes), depth(depth),
+  Packed(int64_t rows, int64_t depth, bool pairs = false)
+      : vectors(rows > active().lanes ? 2 : 1), width(vectors * active().lanes), depth(depth), pairs(pairs),
         chunk(std::max(width, kPackedFloats / depth / width * width)),
         buffer((std::min(chunk, rows) + width - 1) / width * width * depth) {}
-  Panels panels(int64_t count) const { return {buffer.data, depth, count, vectors}; }
+  Panels panels(int64_t count) const { return {buffer.data, depth, count, vectors, pairs}; }
   int64_t padded(int64_t count) const { return (count + width - 1) / width * width; }
   void fill(int threads, const Combination &c, int64_t first, int64_t count, int64_t offset) const {
     const Panels x = panels(count);
@@ -113,12 +113,18 @@ struct Packed {
                     [&](int64_t begin, int64_t end) { active().pack(c, x, first, offset, begin, end); });
   }
   int32_t vectors;
-  int64_t width, depth, chunk;
+  int64_t width, depth;
+  bool pairs;
+  int64_t chunk;
   Aligned buffer;
 };
 
 Combination plain(const void *data, int64_t stride, int32_t dtype, int64_t dim) {
   return {{data, stride, dtype}, {nullptr, 0, LR_FLOAT32}, 1.f, 0.f, false, dim};
+}
+
+bool native_pairs(int32_t queries_dtype, int32_t table_dtype, int64_t dim) {
+  return active().bf16_pairs && queries_dtype == LR_BFLOAT16 && table_dtype == LR_BFLOAT16 && dim % 2 == 0;
 }
 
 // ids and values of the tokens in `x`, from one task per part of the vocabulary.
@@ -345,7 +351,7 @@ void softmax_mixture_rows(const lr_softmax_args &a, int64_t first, int64_t rows)
   const SoftmaxPlan plan(panels, width, stride, a.vocab);
   const int64_t element_size = a.theta_dtype == LR_FLOAT32 ? 4 : 2;
   SoftmaxTask task{};
-  task.x = {nullptr, 0, rows, vectors};
+  task.x = {nullptr, 0, rows, vectors, false};
   task.theta = {static_cast<const char *>(a.theta) + first * a.theta_stride * element_size, a.theta_stride, a.theta_dtype};
   task.table = {a.table, a.table_stride, a.table_dtype}, task.dim = a.dim;
   task.scale = static_cast<float>(1 / a.tau), task.inverse_temperature = 1;
@@ -424,7 +430,8 @@ int lr_cpu_vertex_oracle(const lr_oracle_args *a) {
       return;
     }
     if (a->rows == 0) return;
-    const Packed packed(a->rows, a->dim + a->dim2);
+    const Packed packed(a->rows, a->dim + a->dim2,
+                        a->dim2 == 0 && native_pairs(a->queries_dtype, a->table_dtype, a->dim));
     for (int64_t first = 0; first < a->rows; first += packed.chunk) {
       const int64_t rows = std::min(packed.chunk, a->rows - first);
       packed.fill(a->threads, plain(a->queries, a->queries_stride, a->queries_dtype, a->dim), first, rows, 0);
@@ -443,7 +450,7 @@ int lr_cpu_linear_logprob(const lr_logprob_args *a) {
   if (const int status = check_ids("y", a->targets, LR_INT64, a->rows, a->vocab, 0)) return status;
   return guarded([a] {
     if (a->rows == 0) return;
-    const Packed packed(a->rows, a->dim);
+    const Packed packed(a->rows, a->dim, native_pairs(a->queries_dtype, a->table_dtype, a->dim));
     for (int64_t first = 0; first < a->rows; first += packed.chunk)
       logprob_rows(*a, packed, first, std::min(packed.chunk, a->rows - first));
   });
@@ -454,7 +461,7 @@ int lr_cpu_plausible_vertices(const lr_plausible_args *a) {
   if (const int status = check_operand("plausible_vertices", "H", a->queries, a->queries_dtype, a->rows)) return status;
   return guarded([a] {
     if (a->rows == 0) return;
-    const Packed packed(a->rows, a->dim);
+    const Packed packed(a->rows, a->dim, native_pairs(a->queries_dtype, a->table_dtype, a->dim));
     for (int64_t first = 0; first < a->rows; first += packed.chunk)
       plausible_rows(*a, packed, first, std::min(packed.chunk, a->rows - first));
   });

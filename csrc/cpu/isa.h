@@ -32,6 +32,7 @@ struct Panels {
   int64_t depth;    // coordinates a token has in a panel: all tables together
   int64_t rows;     // tokens; the last panel is filled up with zeros
   int32_t vectors;  // 1 or 2 registers a panel
+  bool pairs;       // bfloat16 coordinates 2k and 2k + 1 side by side in one word, for native bfloat16 products
 };
 
 struct OracleTask {
@@ -69,7 +70,8 @@ struct SoftmaxTask {
 
 struct Isa {
   const char *name;
-  int lanes;  // float32 lanes of a register
+  int lanes;       // float32 lanes of a register
+  bool bf16_pairs;  // scores of bfloat16 queries against a bfloat16 table by native products
   // Rows [begin, end) of the op; ids are checked before.
   void (*mixture_embed)(const lr_mixture_args &, int64_t begin, int64_t end);
   void (*mixture_embed_backward)(const lr_mixture_args &, int64_t begin, int64_t end);

@@ -7,6 +7,9 @@
 
 #include "cpu/isa.h"
 
+#ifdef LR_BF16_DOT
+#include <immintrin.h>
+#endif
 #include <stdlib.h>
 
 namespace latentrevise::cpu {
@@ -221,7 +224,12 @@ void pack(const Combination &c, const Panels &x, int64_t first, int64_t offset, 
         combine_row(c, first + t, rows.data, rows.data + c.dim);
       else
         for (int64_t k = 0; k < c.dim; ++k) rows.data[k] = 0;
-      for (int64_t k = 0; k < c.dim; ++k) to[k * width + lane] = rows.data[k];
+      if (!x.pairs) {
+        for (int64_t k = 0; k < c.dim; ++k) to[k * width + lane] = rows.data[k];
+        continue;
+      }
+      bf16 *halves = reinterpret_cast<bf16 *>(x.packed + panel * (x.depth / 2) * width);
+      for (int64_t k = 0; k < c.dim; ++k) store(halves + (k / 2 * width + lane) * 2 + k % 2, rows.data[k]);
     }
   }
 }
@@ -262,6 +270,44 @@ void score_rows(const float *rows, int64_t stride, const float *x, int64_t depth
   LR_UNROLL for (int r = 0; r < M; ++r)
     LR_UNROLL for (int u = 0; u < N; ++u) store(scores + (r * N + u) * kLanes, acc[r][u]);
 }
+
+#ifdef LR_BF16_DOT
+constexpr bool kPairs = true;
+
+// The same with bfloat16 rows and panels of pairs: two multiply-adds an instruction, float32 sums.
+template <int M, int N>
+void score_row_pairs(const bf16 *rows, int64_t stride, const float *x, int64_t depth, float *scores) {
+  __m512 acc[M][N];
+  LR_UNROLL for (int r = 0; r < M; ++r)
+    LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth / 2; ++k) {
+    __m512bh xv[N];
+    LR_UNROLL for (int u = 0; u < N; ++u) xv[u] = (__m512bh)_mm512_loadu_ps(x + u * kLanes);
+    x += N * kLanes;
+    LR_UNROLL for (int r = 0; r < M; ++r) {
+      int word;
+      __builtin_memcpy(&word, rows + r * stride + 2 * k, 4);
+      const __m512bh w = (__m512bh)_mm512_set1_epi32(word);
+      LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] = _mm512_dpbf16_ps(acc[r][u], w, xv[u]);
+    }
+  }
+  LR_UNROLL for (int r = 0; r < M; ++r)
+    LR_UNROLL for (int u = 0; u < N; ++u) _mm512_storeu_ps(scores + (r * N + u) * kLanes, acc[r][u]);
+}
+
+template <int N>
+void score_pairs(const Matrix &table, int64_t v, int64_t count, const float *x, int64_t depth, float *scores) {
+  constexpr int M = N == 2 ? kRows2 : kRows1;
+  const bf16 *rows = static_cast<const bf16 *>(table.data) + v * table.stride;
+  int64_t r = 0;
+  for (; r + M <= count; r += M) score_row_pairs<M, N>(rows + r * table.stride, table.stride, x, depth, scores + r * N * kLanes);
+  for (; r < count; ++r) score_row_pairs<1, N>(rows + r * table.stride, table.stride, x, depth, scores + r * N * kLanes);
+}
+#else
+constexpr bool kPairs = false;
+template <int N>
+void score_pairs(const Matrix &, int64_t, int64_t, const float *, int64_t, float *) {}  // Isa::bf16_pairs is false
+#endif
 
 template <int N, bool kFirst>
 void score_block(const float *rows, int64_t stride, int64_t count, const float *x, int64_t depth, float *scores) {
@@ -351,11 +397,14 @@ void oracle_blocks(const OracleTask &a) {
   Scratch scores(most * width);
   for (int64_t v = a.begin; v < a.end; v += most) {
     const int64_t count = a.end - v < most ? a.end - v : most;
-    first.read(v, count);
+    if (!a.x.pairs) first.read(v, count);
     if (a.dims[1]) second.read(v, count);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const float *x = a.x.packed + panel * a.x.depth * width;
-      score_block<N, true>(first.rows, first.stride, count, x, a.dims[0], scores.data);
+      const float *x = a.x.packed + panel * (a.x.pairs ? a.x.depth / 2 : a.x.depth) * width;
+      if (a.x.pairs)
+        score_pairs<N>(a.tables[0], v, count, x, a.dims[0], scores.data);
+      else
+        score_block<N, true>(first.rows, first.stride, count, x, a.dims[0], scores.data);
       if (a.dims[1])
         score_block<N, false>(second.rows, second.stride, count, x + a.dims[0] * width, a.dims[1], scores.data);
       for (int u = 0; u < N; ++u) {
@@ -464,13 +513,15 @@ void softmax_blocks(const SoftmaxTask &a) {
   Scratch scores(most * width), slopes(a.softcap > 0 ? most * width : 0);
   for (int64_t v = a.begin; v < a.end; v += most) {
     const int64_t count = a.end - v < most ? a.end - v : most;
-    if (!dense || a.mean) block.read(v, count);
+    if ((!dense && !a.x.pairs) || a.mean) block.read(v, count);
     for (int64_t panel = a.panel_begin; panel < a.panel_end; ++panel) {
       float *z = scores.data;
       const int64_t token = panel * width, local = (panel - a.panel_begin) * width;
       const int64_t tokens = a.x.rows - token < width ? a.x.rows - token : width;
       if (dense)
         read_theta<N>(a, panel, v, count, z);
+      else if (a.x.pairs)
+        score_pairs<N>(a.table, v, count, a.x.packed + panel * (a.x.depth / 2) * width, a.dim, z);
       else
         score_block<N, true>(block.rows, block.stride, count, a.x.packed + panel * a.x.depth * width, a.dim, z);
 
@@ -716,7 +767,7 @@ void entropic_rows(const lr_entropic_args &a, const float *rel, const float *spa
 #define LR_TABLE_(x) x##_isa
 #define LR_TABLE(x) LR_TABLE_(x)
 extern const Isa LR_TABLE(LR_ISA) = {
-    LR_STRING(LR_ISA), kLanes,  mixture_embed,    mixture_embed_backward, pack,          oracle,
+    LR_STRING(LR_ISA), kLanes, kPairs,  mixture_embed,    mixture_embed_backward, pack,          oracle,
     oracle_candidates, softmax, softmax_backward, hull_candidates,        hull_rows,     entropic_scores,
     entropic_rows};
 
