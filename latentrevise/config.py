@@ -36,9 +36,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     return _build(cls, None, values, "")
 
 
-def load_config(
-    cls: type[Config], path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
-) -> Config:
+def load_config(cls: type[Config], path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
     """A ``cls`` from a YAML file (or none) and ``key=value`` overrides, ``a.b=value`` for nested ones.
 
     The value of an override is read as YAML: ``true``, ``3``, ``0.5``, ``null``, ``[a, b]``, text.

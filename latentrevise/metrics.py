@@ -1,4 +1,4 @@
-"""The figures of a run: what was recovered, what that is worth, what it cost, and what plain resampling gives for it."""
+"""The figures of a run: what was recovered, what it is worth, what it cost, what plain resampling gives for that."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def run_metrics(
     aimed_wrong: Sequence[str],
     left_out: int,
     checked: bool,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Everything that goes into ``metrics.json``.
 
@@ -48,6 +49,7 @@ def run_metrics(
     failed = [len(r.completion_ids) for name in zero_hit for r in rollouts[name]]
     verdicts = Counter(r.verdict for own in rollouts.values() for r in own)
     return {
+        "family": label,
         "prompts": len(rollouts),
         "rows_left_out": left_out,
         "rollouts": dict(verdicts),

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from latentrevise import kernels
 from latentrevise.errors import InputError, ModelError
+from latentrevise.models import check_model, input_embedding
 from latentrevise.packing import PAD, PREFIX, Packing, visible
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Policy:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        self.embedding = _embedding_module(model)
+        check_model(model, tokenizer)
+        self.embedding = input_embedding(model)
         self.body: nn.Module = model.get_decoder()
         if self.body is model or self.body is None:
             raise ModelError(f"{type(model).__name__} has no separate decoder body; use a causal LM of transformers")
@@ -257,12 +259,6 @@ class Policy:
             real = rows
         else:
             ids, real = list(tokenizer.all_special_ids), len(tokenizer)
-        if real > rows:
-            raise ModelError(
-                f"the tokenizer has {real} tokens but the model's table only {rows} rows; use the tokenizer the"
-                " model was"
-                " trained with, or call model.resize_token_embeddings(len(tokenizer))"
-            )
         allowed = torch.arange(rows, device=self.device) < real
         allowed[[i for i in ids if i < rows]] = False
         return allowed
@@ -307,22 +303,13 @@ def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
         yield scale, None if softcap is None else float(softcap)
 
 
-def _embedding_module(model: PreTrainedModel) -> nn.Embedding:
-    module = model.get_input_embeddings()
-    if not isinstance(module, nn.Embedding):
-        raise ModelError(
-            f"{type(model).__name__} has no plain input embedding (found {type(module).__name__}), so its"
-            " vocabulary spans no"
-            " hull; use a causal LM whose get_input_embeddings() is an nn.Embedding"
-        )
-    return module
-
-
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    pairs = []
     for layer in cache.layers:
-        if type(layer) is not DynamicLayer or not layer.is_initialized:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             raise ModelError(
                 f"the model's cache holds a {type(layer).__name__}; a prompt can be shared only as plain keys and"
                 " values"
             )
-    return [(layer.keys, layer.values) for layer in cache.layers]
+        pairs.append((layer.keys, layer.values))
+    return pairs

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -176,13 +176,21 @@ class Reviser:
         """Append an iterate to the traces, and keep it where it is the one to return."""
         entropy = _mean_by_row(mixture.entropy(), batch.packing.prefix_row, len(batch.rollouts))
         parts = _split(mixture, batch.packing)
+        rounded = None
+        if self.config.iterate == "best" and self.config.rounding == "argmax":
+            rounded = self._value(batch, Mixture.from_tokens(mixture.argmax_ids()), self.config).total
+            self._charge(batch, progress, 1, 0)
         for b, i in enumerate(batch.index):
             trace = progress[i].trace
             trace.loss.append(float(losses.total[b]))
             trace.gold_nll.append(float(losses.gold[b]))
             trace.away.append(float(losses.away[b]))
             trace.entropy.append(float(entropy[b]))
-            if self.config.iterate == "last" or trace.loss[-1] < min(trace.loss[:-1], default=float("inf")):
+            judged = trace.loss
+            if rounded is not None:
+                trace.rounded_loss.append(float(rounded[b]))
+                judged = trace.rounded_loss
+            if self.config.iterate == "last" or judged[-1] < min(judged[:-1], default=float("inf")):
                 trace.chosen = len(trace.loss) - 1
                 progress[i].point = parts[b]
 
@@ -192,7 +200,7 @@ class Reviser:
             progress[i].compute.forward += forward * tokens
             progress[i].compute.backward += backward * tokens
 
-    def _stopped(self, trace: Trace) -> str | None:
+    def _stopped(self, trace: Trace) -> Literal["gap", "nll"] | None:
         config = self.config
         if config.stop_nll is not None and trace.gold_nll[-1] <= config.stop_nll:
             return "nll"

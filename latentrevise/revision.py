@@ -85,7 +85,8 @@ class ReviseConfig:
     combine: ``sum``; or ``normalized``, each gradient divided by its norm at each position (two backward passes).
     update_fraction: share of the positions, those with the largest gaps, that move in a step.
     stop_gap, stop_nll: a prefix is finished when its summed gap, or its gold NLL per token, is at most this.
-    iterate: ``last``, or ``best``: the iterate with the lowest objective.
+    iterate: ``last``, or ``best``: the iterate with the lowest objective, taken at what is continued from: with
+        ``rounding="argmax"`` that is the rounded prefix, at one more forward pass an iterate.
     rounding: ``none`` keeps the latent; ``argmax`` continues from the heaviest atoms, as plain tokens.
     token_budget: padded tokens (prompt, prefix and branches) in one batch.
     backend: kernel implementation; None lets the dispatch decide.
@@ -177,12 +178,14 @@ class Evaluation:
 class Trace:
     """One value an iterate (loss, gold_nll, away, entropy: ``K + 1``) or a step (gap, step: ``K``) of a revision.
 
+    rounded_loss: the objective at the rounded prefix, where the choice of the iterate needed it; else empty.
     gap: Frank-Wolfe gap summed over the positions; step: mean gamma, or the rate of an entropic step; entropy: mean
     over the positions, nats; chosen: the iterate that was returned; stopped: why it ended (``steps``, ``gap`` or
     ``nll``).
     """
 
     loss: list[float] = field(default_factory=list)
+    rounded_loss: list[float] = field(default_factory=list)
     gold_nll: list[float] = field(default_factory=list)
     away: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)

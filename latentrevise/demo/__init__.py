@@ -12,7 +12,7 @@ from latentrevise.demo.chain import ChainFamily
 from latentrevise.demo.data import make_prompts, split_of
 from latentrevise.demo.family import Derivation, Family, Settings, Step, Trace
 from latentrevise.demo.rule import RuleFamily
-from latentrevise.errors import ConfigError, ModelError
+from latentrevise.errors import ConfigError, InputError, ModelError
 
 __all__ = [
     "Derivation",
@@ -20,6 +20,7 @@ __all__ = [
     "Settings",
     "Step",
     "Trace",
+    "check",
     "families",
     "family_of",
     "get_family",
@@ -61,3 +62,14 @@ def model_dir(name: str) -> Path:
             f"or train it again with: python -m latentrevise.demo.train --families {name} --out {path.parent}"
         )
     return path
+
+
+def check(prompt: str, prefix: str, continuation: str, answer: str) -> Derivation:
+    """The derivation checker of a prompt's own family: ``checker="latentrevise.demo:check"`` in the pipeline's settings.
+
+    Raises InputError if the prompt is of no family.
+    """
+    family = family_of(prompt)
+    if family is None:
+        raise InputError(f"prompt {prompt!r} is of no demo family; leave out `checker` for prompts of your own")
+    return family.check(prompt, prefix, continuation, answer)

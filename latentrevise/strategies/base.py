@@ -85,8 +85,11 @@ class Proposal:
 class Strategy(Protocol):
     """``propose`` returns one list of proposals a piece of work, with ``samples`` continuations in all for each."""
 
-    name: str
-    uses_answer: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def uses_answer(self) -> bool: ...
 
     def propose(self, policy: Policy, work: Sequence[Work], samples: int) -> list[list[Proposal]]: ...
 

@@ -1,0 +1,5 @@
+"""``python -m latentrevise``: the command line."""
+
+from latentrevise.cli import main
+
+main()

@@ -1,0 +1,843 @@
+"""The main job: mine zero-hit prompts, revise their failed rollouts, continue, verify, and keep what holds.
+
+    mine      sample rollouts of every prompt and verify them; a prompt none of whose rollouts is correct is zero-hit
+    revise    each strategy proposes prefixes to continue from
+    continue  sample from them, all strategies alike
+    verify    judge the samples, check derivations where the task can, let the guards decide what may become a label
+
+Every strategy that reads the answer also runs on a random *wrong* one (the arm ``NAME@wrong``), and plain resampling is
+sampled until it has cost as much as the dearest strategy (the arm ``resample@equal``). All of it lives in a
+``RunDirectory``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from tqdm.auto import tqdm
+
+from latentrevise import __version__
+from latentrevise.audit import Candidate, GuardConfig, guard
+from latentrevise.config import config_hash, to_dict
+from latentrevise.data import load_prompts
+from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
+from latentrevise.errors import ConfigError, InputError, RunError
+from latentrevise.hull import Mixture
+from latentrevise.metrics import Outcome, run_metrics
+from latentrevise.policy import Policy
+from latentrevise.records import (
+    Prompt,
+    Rollout,
+    Sample,
+    Start,
+    Trajectory,
+    Verdict,
+    read_atoms,
+    read_records,
+    row_seed,
+    write_atoms,
+    write_json,
+    write_jsonl,
+    write_records,
+)
+from latentrevise.revision import Compute, ReviseConfig
+from latentrevise.rundir import RunDirectory
+from latentrevise.strategies import Cut, Proposal, Strategy, Work, build
+from latentrevise.verify import Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+WRONG, POOL = "@wrong", "resample@equal"
+
+
+class Derivation(Protocol):
+    """What a checker returns: whether the derivation holds, and its steps, each with ``text`` and ``ok``."""
+
+    valid: bool
+    steps: Sequence[Any]
+
+
+Checker = Callable[[str, str, str, str], Derivation]  # (prompt, prefix, continuation, answer)
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Settings of a recovery. All but ``latent`` describe the pipeline and are our own decision.
+
+    strategies: by name, in the order of the table. rollouts: mined for each prompt. samples: continuations for each
+    zero-hit prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the samples are spread
+    over them.
+    prefix_fraction: where a failed rollout is cut; prefix_boundary: move the cut behind the nearest token with this
+    text (a newline, or whatever ends a step). answer_template: text between prefix and answer under which the answer
+    is scored.
+    temperature, top_p, max_new_tokens: of sampling. stop: strings that end a rollout.
+    rendering: the text that stands for a revised prefix in training rows: ``argmax`` (heaviest atoms, in the loss),
+    ``original`` (the failed tokens), ``continuation`` (heaviest atoms, masked from the loss).
+    checker: ``module:attribute`` of a derivation checker, called as (prompt, prefix, continuation, answer); code of
+    yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control, at most
+    ``equal_compute_cap`` rollouts a prompt. verify_timeout: seconds for one answer.
+    label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
+    when it has one. chunk: prompts in one part.
+    """
+
+    strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
+    rollouts: int = 16
+    samples: int = 8
+    revised_rollouts: int = 1
+    prefix_fraction: float = 0.5
+    prefix_boundary: str | None = None
+    answer_template: str = "\n\nThe final answer is \\boxed{"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    rendering: Literal["argmax", "original", "continuation"] = "argmax"
+    checker: str | None = None
+    audit: bool = True
+    equal_compute: bool = True
+    equal_compute_cap: int = 256
+    verify_timeout: float = 5.0
+    label: str | None = None
+    chat: Literal["auto", "always", "never"] = "auto"
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    max_prompt_tokens: int | None = None
+    chunk: int = 64
+    token_budget: int = 16384
+    seed: int = 0
+    latent: ReviseConfig = field(default_factory=ReviseConfig)
+    latent_plausible: ReviseConfig = field(
+        default_factory=lambda: ReviseConfig(
+            hull="plausible", solver="entropic", step_size=3.0, mass=0.9, beta=0.0, rounding="argmax"
+        )
+    )
+    guards: GuardConfig = field(default_factory=GuardConfig)
+
+    def __post_init__(self) -> None:
+        for name in self.strategies:
+            build(name, self.latents)
+        if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
+            raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
+        positive = (
+            "rollouts",
+            "samples",
+            "revised_rollouts",
+            "max_new_tokens",
+            "chunk",
+            "token_budget",
+            "equal_compute_cap",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"RecoverConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
+        if self.revised_rollouts > self.samples:
+            raise ConfigError(
+                f"RecoverConfig: {self.revised_rollouts} revised rollouts share {self.samples} samples; raise"
+                " `samples` to at"
+                " least `revised_rollouts`"
+            )
+        if not 0.0 <= self.prefix_fraction < 1.0:
+            raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
+
+    @property
+    def latents(self) -> Mapping[str, ReviseConfig]:
+        return {"latent": self.latent, "latent-plausible": self.latent_plausible}
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What ``recover`` gives back: the admitted trajectories, the metrics, and the directory everything is in."""
+
+    trajectories: list[Trajectory]
+    metrics: dict[str, Any]
+    out: Path
+
+
+@dataclass(frozen=True)
+class _Arm:
+    name: str
+    strategy: Strategy
+    wrong: bool
+    samples: int
+
+
+class Recovery:
+    """One run: the policy, the engine, the settings and the directory. Every stage skips the parts that exist.
+
+    model, tokenizer: a causal LM of transformers and its tokenizer; both are only read.
+    out: the run directory. engine: where samples come from; by default the model itself, through transformers.
+    progress: show progress bars on stderr.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RecoverConfig,
+        out: str | os.PathLike[str],
+        *,
+        engine: Engine | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.run = RunDirectory(out)
+        self.policy = Policy(model, tokenizer)
+        self.engine = engine or HFEngine(model, tokenizer)
+        self.verifier = Verifier(timeout=config.verify_timeout)
+        self.checker = _load_checker(config.checker)
+        self.progress = progress
+        self.template_ids = tuple(tokenizer.encode(config.answer_template, add_special_tokens=False))
+        self.resumed = self.run.begin(_header(model, config, self.engine))
+        self._prompts: list[Prompt] | None = None
+        self._work: list[_Case] | None = None
+        boundary = config.prefix_boundary
+        self._boundary = set() if boundary is None else _tokens_with(tokenizer, boundary, self.policy.table.shape[0])
+
+    # The stages
+
+    def mine(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> None:
+        """Sample and verify ``config.rollouts`` rollouts of every prompt.
+
+        prompts: a file, or rows with a prompt and an answer; None when the run has its prompts already.
+        """
+        self._take_prompts(prompts)
+        params = self._sampling(self.config.rollouts)
+        chunks = _chunks(self.prompts, self.config.chunk)
+        with self._bar("mine", len(self.prompts)) as bar:
+            for index, chunk in enumerate(chunks):
+                path = self.run.part("rollouts", index)
+                if not path.exists():
+                    seeds = [row_seed(self.config.seed, "mine", p.id) for p in chunk]
+                    requests = [Request(p.ids, seed=seed) for p, seed in zip(chunk, seeds, strict=True)]
+                    found = self.engine.generate(requests, params)
+                    texts = [[self._text(c.ids) for c in completions] for completions in found]
+                    pairs = [(p.answer, t) for p, own in zip(chunk, texts, strict=True) for t in own]
+                    judged = iter(self.verifier.verify(pairs))
+                    rows = []
+                    for prompt, completions, own in zip(chunk, found, texts, strict=True):
+                        for j, (completion, text) in enumerate(zip(completions, own, strict=True)):
+                            judgement = next(judged)
+                            rows.append(
+                                Rollout(
+                                    prompt_id=prompt.id,
+                                    sample_id=f"{prompt.id}/{j}",
+                                    completion_ids=completion.ids,
+                                    completion=text,
+                                    extracted=judgement.extracted,
+                                    verdict=judgement.verdict,
+                                    finish_reason=completion.finish_reason,
+                                    sampling_logprobs=completion.logprobs or (),
+                                )
+                            )
+                    write_records(path, rows, Rollout)
+                bar.update(len(chunk))
+
+    def revise(self) -> None:
+        """Let every strategy propose its prefixes, for the right target and for a wrong one."""
+        self._stage("revise", self.arms(), self._propose)
+
+    def sample(self) -> None:
+        """Sample from all proposals; then the equal-compute control, whose size follows from what the strategies
+        cost."""
+        self._stage("continue", self.arms(), self._continue)
+        pool = self.pool()
+        if pool is not None:
+            self._stage("control", [pool], self._propose)
+            self._stage("control", [pool], self._continue)
+
+    def verify(self) -> None:
+        """Judge every sample, check derivations, compute plain log-probs, apply the guards."""
+        self._stage("verify", self.all_arms(), self._judge)
+
+    def collect(self) -> Recovered:
+        """Gather the admitted trajectories and the metrics, and write both."""
+        trajectories, atoms = self._trajectories()
+        write_atoms(self.run.atoms, atoms)
+        write_records(self.run.trajectories, trajectories, Trajectory)
+        metrics = run_metrics(
+            [
+                Outcome(
+                    arm.name,
+                    arm.strategy.name,
+                    arm.strategy.uses_answer,
+                    arm.wrong,
+                    self._cost(arm),
+                    self._results(arm),
+                )
+                for arm in self.all_arms()
+            ],
+            rollouts=self.rollouts(),
+            zero_hit=[case.prompt.id for case in self.cases()],
+            aimed_wrong=[case.prompt.id for case in self.cases() if case.wrong is not None],
+            left_out=_count_lines(self.run.errors),
+            checked=self.checker is not None,
+            label=self.config.label,
+        )
+        write_json(self.run.metrics, metrics)
+        return Recovered(trajectories, metrics, self.run.path)
+
+    def recover(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> Recovered:
+        """All stages, one after another."""
+        with self.session():
+            self.mine(prompts)
+            self.revise()
+            self.sample()
+            self.verify()
+            return self.collect()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """The run locked for this process, and the verifier's workers alive as long as they are needed."""
+        with self.run.locked(), self.verifier:
+            yield
+
+    # What there is
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        if self._prompts is None:
+            if not self.run.prompts.exists():
+                raise RunError(f"{self.run.path} has no prompts yet; run `latentrevise mine --prompts FILE` first")
+            self._prompts = read_records(self.run.prompts, Prompt)
+        return self._prompts
+
+    def rollouts(self) -> dict[str, list[Rollout]]:
+        """The mined rollouts of each prompt. Raises RunError while mining is not complete."""
+        expected = math.ceil(len(self.prompts) / self.config.chunk)
+        parts = self.run.parts("rollouts")
+        if len(parts) != expected:
+            raise RunError(
+                f"{self.run.path}: {len(parts)} of {expected} parts are mined; finish with `latentrevise mine`"
+            )
+        found: dict[str, list[Rollout]] = defaultdict(list)
+        for part in parts:
+            for rollout in read_records(part, Rollout):
+                found[rollout.prompt_id].append(rollout)
+        return found
+
+    def cases(self) -> list[_Case]:
+        """The zero-hit prompts: every rollout verified wrong, at least one of them long enough to be cut.
+
+        A prompt with an undecided rollout is left out: it may have been solved.
+        """
+        if self._work is None:
+            rollouts = self.rollouts()
+            self._work = []
+            for prompt in self.prompts:
+                own = rollouts[prompt.id]
+                failed = [r for r in own if r.verdict == "wrong" and len(r.completion_ids) >= 2]
+                if failed and all(r.verdict == "wrong" for r in own):
+                    self._work.append(self._case(prompt, failed))
+            self._aim_wrong(self._work)
+        return self._work
+
+    def arms(self) -> list[_Arm]:
+        """The strategies, and behind each one that reads the answer its wrong-target arm."""
+        arms = []
+        for name in self.config.strategies:
+            strategy = build(name, self.config.latents)
+            arms.append(_Arm(name, strategy, False, self.config.samples))
+            if self.config.audit and strategy.uses_answer:
+                arms.append(_Arm(name + WRONG, strategy, True, self.config.samples))
+        return arms
+
+    def pool(self) -> _Arm | None:
+        """The equal-compute control: as many fresh rollouts a prompt as the dearest strategy could have paid for."""
+        if not self.config.equal_compute or not self.cases():
+            return None
+        dearest = max(self._cost(arm).passes for arm in self.arms() if not arm.wrong) / len(self.cases())
+        rollouts = self.rollouts()
+        lengths = [
+            _decoded(r.completion_ids, r.finish_reason) for case in self.cases() for r in rollouts[case.prompt.id]
+        ]
+        fresh = sum(lengths) / len(lengths)
+        count = min(self.config.equal_compute_cap, math.ceil(dearest / fresh))
+        return _Arm(POOL, build("resample", self.config.latents), False, max(count, self.config.samples))
+
+    def all_arms(self) -> list[_Arm]:
+        pool = self.pool()
+        return [*self.arms(), *([] if pool is None else [pool])]
+
+    # One arm, stage by stage
+
+    def _stage(self, name: str, arms: Sequence[_Arm], work: Callable[[_Arm, tqdm], None]) -> None:
+        with self._bar(name, sum(len(self._cases_of(arm)) for arm in arms)) as bar:
+            for arm in arms:
+                bar.set_description(f"{name} ({arm.name})")
+                work(arm, bar)
+            bar.set_description(name)
+
+    def _propose(self, arm: _Arm, bar: tqdm) -> None:
+        for index, chunk in self._todo("starts", arm, bar):
+            work = [case.work(arm.wrong) for case in chunk]
+            began = time.perf_counter()
+            proposals = arm.strategy.propose(self.policy, work, arm.samples)
+            spare = time.perf_counter() - began - sum(p.compute.seconds for own in proposals for p in own)
+            rows, mixtures = [], {}
+            count = sum(len(own) for own in proposals)
+            for item, own in zip(work, proposals, strict=True):
+                for j, proposal in enumerate(own):
+                    start = _start(f"{arm.name}/{item.prompt.id}/{j}", item, proposal, max(spare, 0.0) / count)
+                    rows.append(start)
+                    if proposal.mixture is not None:
+                        mixtures[start.start_id] = proposal.mixture
+            path = self.run.part("starts", index, arm.name)
+            write_atoms(path.with_suffix(".safetensors"), {k: (m.ids, m.weights) for k, m in mixtures.items()})
+            write_records(path, rows, Start)
+
+    def _continue(self, arm: _Arm, bar: tqdm) -> None:
+        by_id = {case.prompt.id: case.prompt for case in self.cases()}
+        for index, _ in self._todo("samples", arm, bar):
+            starts, mixtures = self._starts(arm, index)
+            requests = [self._request(by_id[s.prompt_id], s, mixtures.get(s.start_id)) for s in starts]
+            params = [self._sampling(start.n) for start in starts]
+            began = time.perf_counter()
+            found = self.engine.generate(requests, params)
+            seconds = (time.perf_counter() - began) / max(sum(s.n for s in starts), 1)
+            rows = [
+                Sample(
+                    start_id=start.start_id,
+                    prompt_id=start.prompt_id,
+                    sample_id=f"{start.start_id}/{j}",
+                    completion_ids=completion.ids,
+                    completion=self._text(completion.ids),
+                    finish_reason=completion.finish_reason,
+                    sampling_logprobs=completion.logprobs or (),
+                    seconds=seconds,
+                )
+                for start, completions in zip(starts, found, strict=True)
+                for j, completion in enumerate(completions)
+            ]
+            write_records(self.run.part("samples", index, arm.name), rows, Sample)
+
+    def _judge(self, arm: _Arm, bar: tqdm) -> None:
+        cases = {case.prompt.id: case for case in self.cases()}
+        for index, _ in self._todo("verdicts", arm, bar):
+            starts, mixtures = self._starts(arm, index)
+            by_start = {s.start_id: s for s in starts}
+            samples = read_records(self.run.part("samples", index, arm.name), Sample)
+            gold = self.verifier.verify([(cases[s.prompt_id].prompt.answer, s.completion) for s in samples])
+            wrong_targets = [(cases[s.prompt_id].wrong, s.completion) for s in samples]
+            wrong = self.verifier.verify([(w, text) for w, text in wrong_targets if w is not None])
+            wrong_verdicts = iter(wrong)
+            hits_wrong = [w is not None and next(wrong_verdicts).verdict == "correct" for w, _ in wrong_targets]
+            correct = [i for i, j in enumerate(gold) if j.verdict == "correct" and not arm.wrong]
+            plain = self._plain_logprobs(
+                [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
+            )
+            plain_of = dict(zip(correct, plain, strict=True))
+            rows = []
+            for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
+                case, start = cases[sample.prompt_id], by_start[sample.start_id]
+                derivation = self._check(case.prompt, start, sample) if judgement.verdict == "correct" else None
+                objections = None
+                if i in plain_of:
+                    seen = self._candidate(case, start, sample, mixtures.get(start.start_id), plain_of[i])
+                    objections = guard(seen, self.config.guards)
+                rows.append(
+                    Verdict(
+                        sample_id=sample.sample_id,
+                        start_id=sample.start_id,
+                        prompt_id=sample.prompt_id,
+                        extracted=judgement.extracted,
+                        verdict=judgement.verdict,
+                        hits_target=hits_wrong[i] if arm.wrong else judgement.verdict == "correct",
+                        hits_wrong=hits_wrong[i],
+                        valid=None if derivation is None else derivation.valid,
+                        steps=[] if derivation is None else _steps(derivation),
+                        guard=",".join(objections) or None if objections is not None else None,
+                        plain_logprobs=plain_of.get(i),
+                    )
+                )
+            write_records(self.run.part("verdicts", index, arm.name), rows, Verdict)
+
+    # Details
+
+    def _take_prompts(self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> None:
+        if self.run.prompts.exists():
+            return
+        if source is None:
+            raise InputError(f"{self.run.path} has no prompts yet: pass a file or rows of prompts to mine")
+        config = self.config
+        prompts, errors = load_prompts(
+            source,
+            tokenizer=self.tokenizer,
+            prompt_column=config.prompt_column,
+            answer_column=config.answer_column,
+            chat=config.chat,
+            max_prompt_tokens=config.max_prompt_tokens or self._longest_prompt(),
+            verifier=self.verifier,
+        )
+        write_jsonl(self.run.errors, errors)
+        for error in errors[:5]:
+            log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
+        if len(errors) > 5:
+            log.warning("%d more rows left out; all are in %s", len(errors) - 5, self.run.errors)
+        if not prompts:
+            raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.run.errors}")
+        write_records(self.run.prompts, prompts, Prompt)
+
+    def _longest_prompt(self) -> int | None:
+        limit = getattr(self.policy.config, "max_position_embeddings", None)
+        return None if limit is None else limit - self.config.max_new_tokens
+
+    def _case(self, prompt: Prompt, failed: list[Rollout]) -> _Case:
+        seed = row_seed(self.config.seed, "case", prompt.id)
+        order = torch.randperm(len(failed), generator=torch.Generator().manual_seed(seed)).tolist()
+        # A rollout that came to an (incorrect) answer is the better anchor; the rest serves when there is none.
+        ranked = sorted(order, key=lambda i: failed[i].extracted is None)
+        cuts = tuple(self._cut(failed[i]) for i in ranked[: self.config.revised_rollouts])
+        return _Case(
+            prompt=prompt,
+            failed=tuple(failed),
+            cuts=cuts,
+            seed=seed,
+            template_ids=self.template_ids,
+            answer_ids=self._answer_ids(prompt.answer),
+        )
+
+    def _cut(self, rollout: Rollout) -> Cut:
+        """Split near ``prefix_fraction``, behind a boundary token where there is one; both sides keep a token."""
+        ids = rollout.completion_ids
+        at = min(max(1, round(len(ids) * self.config.prefix_fraction)), len(ids) - 1)
+        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token in self._boundary]
+        at = min(ends, key=lambda end: (abs(end - at), end), default=at)
+        return Cut(rollout.sample_id, ids[:at], ids[at:])
+
+    def _answer_ids(self, answer: str) -> tuple[int, ...]:
+        ids = tuple(self.tokenizer.encode(answer, add_special_tokens=False))
+        if not ids:
+            raise InputError(
+                f"the answer {answer!r} has no token under this tokenizer; correct the answer or drop the row"
+            )
+        return ids
+
+    def _aim_wrong(self, cases: list[_Case]) -> None:
+        """Give every case a wrong target: another prompt's answer, drawn by the case's seed and verified to differ."""
+        answers = sorted({p.answer for p in self.prompts})
+        waiting = [(case, _shuffled(answers, case.seed)) for case in cases]
+        while waiting:
+            tried = [(case, rest.pop()) for case, rest in waiting if rest]
+            judged = self.verifier.verify([(case.prompt.answer, rf"\boxed{{{answer}}}") for case, answer in tried])
+            for (case, answer), judgement in zip(tried, judged, strict=True):
+                if judgement.verdict == "wrong":
+                    case.wrong, case.wrong_ids = answer, self._answer_ids(answer)
+            waiting = [(case, rest) for case, rest in waiting if rest and case.wrong is None]
+
+    def _cases_of(self, arm: _Arm) -> list[_Case]:
+        return [case for case in self.cases() if not arm.wrong or case.wrong is not None]
+
+    def _todo(self, stage: str, arm: _Arm, bar: tqdm) -> Iterator[tuple[int, list[_Case]]]:
+        """The parts of an arm's stage that are not there yet; the bar advances over all of them."""
+        for index, chunk in enumerate(_chunks(self._cases_of(arm), self.config.chunk)):
+            if not self.run.part(stage, index, arm.name).exists():
+                yield index, chunk
+            bar.update(len(chunk))
+
+    @contextmanager
+    def _bar(self, what: str, total: int) -> Iterator[tqdm]:
+        with tqdm(total=total, desc=what, unit="prompt", disable=not self.progress, dynamic_ncols=True) as bar:
+            yield bar
+
+    def _starts(self, arm: _Arm, index: int) -> tuple[list[Start], dict[str, Mixture]]:
+        path = self.run.part("starts", index, arm.name)
+        if not path.exists():
+            raise RunError(
+                f"{self.run.path} has no {path.relative_to(self.run.path)} yet; run `latentrevise revise` first"
+            )
+        atoms = read_atoms(path.with_suffix(".safetensors"))
+        return read_records(path, Start), {name: Mixture(ids, weights) for name, (ids, weights) in atoms.items()}
+
+    def _request(self, prompt: Prompt, start: Start, mixture: Mixture | None) -> Request:
+        seed = row_seed(self.config.seed, "sample", start.start_id)
+        if not start.latent:
+            return Request((*prompt.ids, *start.plain_ids), seed=seed)
+        assert mixture is not None  # a latent start is written together with its atoms
+        device = self.policy.device
+        with torch.no_grad():
+            fixed = self.policy.embedding(torch.tensor(prompt.ids, device=device))
+            revised = Mixture(mixture.ids.to(device), mixture.weights.to(device)).embed(self.policy.table)
+        return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
+
+    def _sampling(self, n: int) -> SamplingParams:
+        config = self.config
+        return SamplingParams(
+            n=n,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            logprobs=True,
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _rendered(self, start: Start) -> tuple[int, ...]:
+        return start.prefix_ids if self.config.rendering == "original" else start.plain_ids
+
+    def _plain_logprobs(self, rows: Sequence[tuple[Prompt, Start, Sample]]) -> list[tuple[float, ...]]:
+        contexts = [(*prompt.ids, *self._rendered(start)) for prompt, start, _ in rows]
+        completions = [sample.completion_ids for _, _, sample in rows]
+        return [tuple(x.tolist()) for x in self.policy.logprobs(contexts, completions, self.config.token_budget)]
+
+    def _check(self, prompt: Prompt, start: Start, sample: Sample) -> Derivation | None:
+        if self.checker is None:
+            return None
+        return self.checker(prompt.text, self._text(start.plain_ids), sample.completion, prompt.answer)
+
+    def _candidate(
+        self, case: _Case, start: Start, sample: Sample, mixture: Mixture | None, plain: Sequence[float]
+    ) -> Candidate:
+        before = sample.completion.rfind("\\boxed")
+        head = sample.completion[:before] if before >= 0 else sample.completion
+        return Candidate(
+            prompt_ids=case.prompt.ids,
+            original_ids=start.prefix_ids,
+            plain_ids=start.plain_ids,
+            mixture=mixture,
+            answer_ids=case.answer_ids,
+            completion_ids=sample.completion_ids,
+            before_answer=len(self.tokenizer.encode(head, add_special_tokens=False)),
+            plain_logprobs=plain,
+        )
+
+    def _results(self, arm: _Arm) -> list[tuple[Start, Sample, Verdict]]:
+        count = math.ceil(len(self._cases_of(arm)) / self.config.chunk)
+        rows = []
+        for index in range(count):
+            path = self.run.part("verdicts", index, arm.name)
+            if not path.exists():
+                raise RunError(f"{self.run.path}: {arm.name} is not verified yet; run `latentrevise verify` first")
+            starts = {s.start_id: s for s in self._starts(arm, index)[0]}
+            samples = read_records(self.run.part("samples", index, arm.name), Sample)
+            verdicts = read_records(path, Verdict)
+            rows += [(starts[s.start_id], s, v) for s, v in zip(samples, verdicts, strict=True)]
+        return rows
+
+    def _cost(self, arm: _Arm) -> Compute:
+        """What an arm cost, from its starts and samples on disk."""
+        total = Compute()
+        for part in self.run.parts("starts", arm.name):
+            for start in read_records(part, Start):
+                total += Compute(start.forward_tokens, start.backward_tokens, 0, start.seconds)
+        for part in self.run.parts("samples", arm.name):
+            for sample in read_records(part, Sample):
+                total += Compute(0, 0, _decoded(sample.completion_ids, sample.finish_reason), sample.seconds)
+        return total
+
+    def _trajectories(self) -> tuple[list[Trajectory], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        config, prompts = self.config, {p.id: p for p in self.prompts}
+        header = self.run.read_header()
+        rows, atoms = [], {}
+        for arm in self.arms():
+            if arm.wrong:
+                continue
+            kept = [(start, s, v) for start, s, v in self._results(arm) if v.verdict == "correct" and v.guard is None]
+            mixtures: dict[str, Any] = {}
+            for part in self.run.parts("starts", arm.name):
+                mixtures.update(read_atoms(part.with_suffix(".safetensors")))
+            for start, sample, verdict in kept:
+                prompt = prompts[sample.prompt_id]
+                if start.start_id in mixtures:
+                    atoms[start.start_id] = mixtures[start.start_id]
+                rows.append(
+                    Trajectory(
+                        prompt_id=prompt.id,
+                        sample_id=sample.sample_id,
+                        start_id=start.start_id,
+                        parent_sample_id=start.parent_sample_id,
+                        strategy=arm.strategy.name,
+                        prompt=prompt.text,
+                        prompt_ids=prompt.ids,
+                        prefix_ids=start.prefix_ids,
+                        plain_prefix_ids=self._rendered(start),
+                        prefix_rendering=config.rendering,
+                        completion_ids=sample.completion_ids,
+                        completion=sample.completion,
+                        answer=prompt.answer,
+                        extracted_answer=verdict.extracted,
+                        verdict=verdict.verdict,
+                        valid=verdict.valid,
+                        reward=1.0,
+                        finish_reason=sample.finish_reason,
+                        model=header["model"]["path"],
+                        seed=config.seed,
+                        temperature=config.temperature,
+                        top_p=config.top_p,
+                        steps=verdict.steps,
+                        trace=start.trace,
+                        sampling_logprobs=sample.sampling_logprobs,
+                        plain_logprobs=verdict.plain_logprobs,
+                        backend=config.latent.backend or "auto",
+                        config_hash=header["config_hash"],
+                    )
+                )
+        return rows, atoms
+
+
+@dataclass
+class _Case:
+    """A zero-hit prompt with all that its arms share. ``wrong``: the audit's target; None where no other answer
+    exists."""
+
+    prompt: Prompt
+    failed: tuple[Rollout, ...]
+    cuts: tuple[Cut, ...]
+    seed: int
+    template_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    wrong: str | None = None
+    wrong_ids: tuple[int, ...] = ()
+
+    def work(self, wrong: bool) -> Work:
+        target, ids = (self.wrong, self.wrong_ids) if wrong else (self.prompt.answer, self.answer_ids)
+        assert target is not None  # arms with a wrong target are given only the cases that have one
+        return Work(self.prompt, target, self.failed, self.cuts, ids, self.template_ids, self.seed)
+
+
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    config: RecoverConfig | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    engine: Engine | None = None,
+    progress: bool = False,
+) -> Recovered:
+    """Recover zero-hit prompts: mine, revise, continue, verify.
+
+    model, tokenizer: a causal LM of transformers and its tokenizer. prompts: a file (JSONL, JSON, parquet, CSV) or
+    rows, each
+    with a prompt and an answer under one of the usual names. out: the run directory, resumed where it holds this run;
+    a new temporary one when left out. Returns the admitted trajectories, the metrics and the directory.
+
+    Raises ConfigError, InputError, ModelError or RunError; what was computed before stays in ``out``.
+    Source: arXiv 2606.29938; the audit, the controls and the guards are our own decision.
+    """
+    place = tempfile.mkdtemp(prefix="latentrevise-") if out is None else out
+    return Recovery(model, tokenizer, config or RecoverConfig(), place, engine=engine, progress=progress).recover(
+        prompts
+    )
+
+
+def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Start:
+    compute = proposal.compute
+    return Start(
+        start_id=start_id,
+        prompt_id=item.prompt.id,
+        parent_sample_id=proposal.parent,
+        target=item.target,
+        prefix_ids=proposal.original_ids,
+        plain_ids=proposal.plain_ids,
+        latent=proposal.latent,
+        n=proposal.n,
+        forward_tokens=compute.forward + proposal.uncached,
+        backward_tokens=compute.backward,
+        seconds=compute.seconds + seconds,
+        trace=None if proposal.trace is None else asdict(proposal.trace),
+    )
+
+
+def _steps(derivation: Derivation) -> list[dict[str, Any]]:
+    return [{"text": step.text, "ok": step.ok} for step in derivation.steps]
+
+
+def _decoded(ids: Sequence[int], finish_reason: str) -> int:
+    """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
+    return len(ids) + (finish_reason == "stop")
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _shuffled(items: Sequence[str], seed: int) -> list[str]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
+
+
+def _tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> set[int]:
+    """Tokens whose own text contains ``text``."""
+    found = {i for i in range(min(len(tokenizer), rows)) if text in tokenizer.decode([i])}
+    if not found:
+        raise ConfigError(
+            f"prefix_boundary = {text!r}: no token of this tokenizer contains it; choose another boundary"
+        )
+    return found
+
+
+def _load_checker(name: str | None) -> Checker | None:
+    if name is None:
+        return None
+    module, colon, attribute = name.partition(":")
+    try:
+        if not colon:
+            raise AttributeError("no colon in it")
+        found: Any = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"checker = {name!r} can't be imported ({error}); write it as package.module:function"
+        ) from error
+    return found
+
+
+def _header(model: PreTrainedModel, config: RecoverConfig, engine: Engine) -> dict[str, Any]:
+    import platform
+
+    import transformers
+
+    return {
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "engine": type(engine).__name__,
+        "model": {
+            "path": str(model.config._name_or_path),
+            "class": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "fingerprint": _fingerprint(model),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "latentrevise": __version__,
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells one model from another: names, shapes and 64 values spread over each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        spread = torch.linspace(0, len(flat) - 1, min(64, len(flat))).long().to(flat.device)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(flat[spread].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

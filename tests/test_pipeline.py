@@ -1,0 +1,366 @@
+"""The whole job on a bundled model: rows that agree with each other, resumption, and every step as a command."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from latentrevise import RecoverConfig, ReviseConfig, recover
+from latentrevise.audit import wilson
+from latentrevise.config import to_dict
+from latentrevise.demo import get_family, make_prompts, model_dir
+from latentrevise.demo.run import demo_config
+from latentrevise.errors import ConfigError, InputError, RunError
+from latentrevise.models import load_model
+from latentrevise.pipeline import Recovery
+from latentrevise.records import (
+    Prompt,
+    Rollout,
+    Sample,
+    Start,
+    Trajectory,
+    Verdict,
+    read_atoms,
+    read_records,
+    write_jsonl,
+)
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def rule():
+    family = get_family("rule")
+    model, tokenizer = load_model(model_dir("rule"), dtype="float32", device="cpu")
+    return family, model, tokenizer
+
+
+def small(**changes):
+    """The demo's settings, cut to a few seconds: eight prompts a part, so that there are several parts."""
+    base = demo_config(get_family("rule"))
+    return dataclasses.replace(
+        base, **{"rollouts": 4, "samples": 4, "revised_rollouts": 2, "chunk": 8, "equal_compute_cap": 8, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(rule, tmp_path_factory):
+    family, model, tokenizer = rule
+    out = tmp_path_factory.mktemp("run") / "out"
+    prompts = make_prompts(family, 30, split="develop", seed=3)
+    return recover(model, tokenizer, prompts, small(), out), prompts
+
+
+def content(out):
+    """Everything a run computes, without what a clock wrote."""
+    found = {}
+    for path in sorted(out.rglob("*.parquet")):
+        kind = {"rollouts": Rollout, "starts": Start, "samples": Sample, "verdicts": Verdict}.get(
+            path.relative_to(out).parts[0], Trajectory if path.name == "trajectories.parquet" else Prompt
+        )
+        rows = [dataclasses.asdict(row) for row in read_records(path, kind)]
+        found[str(path.relative_to(out))] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    for path in sorted(out.rglob("*.safetensors")):
+        found[str(path.relative_to(out))] = {
+            k: (ids.tolist(), weights.tolist()) for k, (ids, weights) in read_atoms(path).items()
+        }
+    return found
+
+
+def test_rows_agree_with_each_other(finished, rule):
+    recovered, prompts = finished
+    family, _, tokenizer = rule
+    out, metrics = recovered.out, recovered.metrics
+    rollouts = read_records(out / "rollouts", Rollout)
+    assert len(rollouts) == 4 * len(prompts)
+    gold = {row["id"]: row["answer"] for row in prompts}
+    text = {row["id"]: row["prompt"] for row in prompts}
+    for rollout in rollouts:
+        assert rollout.verdict == ("correct" if rollout.extracted == gold[rollout.prompt_id] else "wrong")
+        assert len(rollout.sampling_logprobs) == len(rollout.completion_ids)
+    zero_hit = {p for p in gold if not any(r.verdict == "correct" for r in rollouts if r.prompt_id == p)}
+    assert metrics["zero_hit"] == len(zero_hit) > 3
+    for arm, figures in metrics["arms"].items():
+        starts = {s.start_id: s for s in read_records(out / "starts" / arm, Start)}
+        samples = {s.sample_id: s for s in read_records(out / "samples" / arm, Sample)}
+        verdicts = read_records(out / "verdicts" / arm, Verdict)
+        assert {s.prompt_id for s in samples.values()} <= zero_hit
+        assert set(samples) == {v.sample_id for v in verdicts}
+        reached = {v.prompt_id for v in verdicts if samples[v.sample_id].completion and v.hits_target}
+        for verdict in verdicts:
+            start = starts[verdict.start_id]
+            said = verdict.extracted
+            assert verdict.hits_target == (said == start.target)
+            assert (start.target == gold[verdict.prompt_id]) == (figures["target"] == "gold")
+            if verdict.verdict == "correct":
+                prefix = tokenizer.decode(list(start.plain_ids), skip_special_tokens=True)
+                completion = samples[verdict.sample_id].completion
+                checked = family.check(text[verdict.prompt_id], prefix, completion, gold[verdict.prompt_id])
+                assert verdict.valid == checked.valid
+        assert figures["recovered"] == len(reached)
+        assert figures["recovered_rate"] == pytest.approx(wilson(len(reached), figures["prompts"]))
+        forward = sum(s.forward_tokens for s in starts.values())
+        backward = sum(s.backward_tokens for s in starts.values())
+        decoded = sum(len(s.completion_ids) + (s.finish_reason == "stop") for s in samples.values())
+        assert figures["compute"]["per_prompt"] == pytest.approx(
+            (forward + 2 * backward + decoded) / figures["prompts"]
+        )
+
+
+def test_compute_is_charged_to_those_who_spend_it(finished):
+    arms = finished[0].metrics["arms"]
+    for name in ("latent", "latent-plausible"):
+        assert arms[name]["compute"]["backward"] > 0
+        assert arms[name + "@wrong"]["target"] == "wrong"
+    for name in ("resample", "resample-prefix", "resample@equal"):
+        assert (arms[name]["compute"]["forward"], arms[name]["compute"]["backward"]) == (0, 0)
+        assert name + "@wrong" not in arms
+    pool = arms["resample@equal"]
+    assert pool["samples_per_prompt"] == 8, "the cap of this test's settings"
+
+
+def test_trajectories_carry_both_streams(finished, rule):
+    recovered, _ = finished
+    rows = recovered.trajectories
+    assert rows == read_records(recovered.out / "trajectories.parquet", Trajectory)
+    assert rows, "nothing was recovered, so this test shows nothing"
+    atoms = read_atoms(recovered.out / "atoms.safetensors")
+    for row in rows:
+        assert row.verdict == "correct"
+        assert row.extracted_answer == row.answer
+        assert len(row.sampling_logprobs) == len(row.plain_logprobs) == len(row.completion_ids)
+        if row.strategy != "latent":
+            # What was fed is what the row says, so both streams are one.
+            assert row.plain_logprobs == pytest.approx(row.sampling_logprobs, abs=1e-3)
+        if row.strategy.startswith("latent"):
+            ids, weights = atoms[row.start_id]
+            assert len(ids) == len(row.plain_prefix_ids)
+            assert ids.gather(1, weights.argmax(1, keepdim=True)).flatten().tolist() == list(row.plain_prefix_ids)
+
+
+def test_parts_that_are_lost_are_computed_again_and_are_the_same(finished, rule):
+    recovered, _ = finished
+    _, model, tokenizer = rule
+    before = content(recovered.out)
+    lost = [p for p in recovered.out.rglob("part-*.parquet") if random.Random(p.name + p.parent.name).random() < 0.4]
+    assert len(lost) > 5
+    for path in lost:
+        path.unlink()
+    (recovered.out / "trajectories.parquet").unlink()
+    (recovered.out / ".part-00000.parquet.1.tmp").write_bytes(b"half a file")
+    again = Recovery(model, tokenizer, small(), recovered.out, progress=False).recover()
+    assert content(recovered.out) == before
+    assert again.trajectories == recovered.trajectories
+
+
+def test_another_run_is_refused(finished, rule):
+    recovered, _ = finished
+    _, model, tokenizer = rule
+    with pytest.raises(RunError, match=r"config\.samples: 4 there, 6 now"):
+        Recovery(model, tokenizer, small(samples=6), recovered.out)
+    other = tiny_model("qwen3", vocab=len(tokenizer), seed=1)
+    with pytest.raises(RunError, match="fingerprint"):
+        Recovery(other, tokenizer, small(), recovered.out)
+    strange = recovered.out.parent / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"thesis\.tex"):
+        Recovery(model, tokenizer, small(), strange)
+
+
+def test_two_processes_do_not_share_a_run(finished, rule):
+    recovered, _ = finished
+    _, model, tokenizer = rule
+    run = Recovery(model, tokenizer, small(), recovered.out, progress=False)
+    with run.session(), pytest.raises(RunError, match="another process"):
+        Recovery(model, tokenizer, small(), recovered.out, progress=False).recover()
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A prompts file and a settings file for the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_jsonl(folder / "prompts.jsonl", make_prompts(get_family("rule"), 20, split="develop", seed=4))
+    config = small(rollouts=3, samples=2, chunk=4)
+    (folder / "config.yaml").write_text(json.dumps(to_dict(config)))
+    return folder
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def call(*words):
+    return [sys.executable, "-m", "latentrevise", *map(str, words), "--dtype", "float32", "--device", "cpu", "--quiet"]
+
+
+def command(*words):
+    return subprocess.run(call(*words), capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def recover_command(folder, out):
+    return [
+        "recover",
+        "--model",
+        model_dir("rule"),
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--config",
+        folder / "config.yaml",
+        "--out",
+        out,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_ten_random_instants_it_ends_with_the_same_rows(on_disk, tmp_path):
+    found = command(*recover_command(on_disk, tmp_path / "undisturbed"))
+    assert found.returncode == 0, found.stderr
+    draw, out = random.Random(0), tmp_path / "killed"
+    for _ in range(10):
+        # Start-up takes most of so short a run, and killing it there proves little: wait for some parts, then strike.
+        enough = len(list(out.rglob("part-*"))) + draw.randint(1, 5)
+        with subprocess.Popen(
+            call(*recover_command(on_disk, out)), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and len(list(out.rglob("part-*"))) < enough:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.1))
+            assert process.poll() is None, "the run ended before it could be killed: give it more prompts"
+            process.kill()
+    found = command(*recover_command(on_disk, out))
+    assert found.returncode == 0, found.stderr
+    undisturbed = content(tmp_path / "undisturbed")
+    assert len(undisturbed["trajectories.parquet"]) > 0
+    assert content(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_each_step_is_a_command(on_disk, tmp_path):
+    out = tmp_path / "steps"
+    for words in (
+        [
+            "mine",
+            "--model",
+            model_dir("rule"),
+            "--prompts",
+            on_disk / "prompts.jsonl",
+            "--config",
+            on_disk / "config.yaml",
+        ],
+        ["revise"],
+        ["continue"],
+        ["verify"],
+    ):
+        found = command(*words, "--out", out)
+        assert found.returncode == 0, (words, found.stderr)
+    assert "trajectories" in found.stdout
+    assert json.loads((out / "metrics.json").read_text())["zero_hit"] > 0
+    assert (out / "report").exists()
+    found = command("revise", "--out", tmp_path / "nothing")
+    assert found.returncode == 1
+    assert "holds no run" in found.stderr
+
+
+def test_steps_out_of_order_say_what_is_missing(rule, tmp_path):
+    family, model, tokenizer = rule
+    run = Recovery(model, tokenizer, small(), tmp_path / "out", progress=False)
+    with pytest.raises(RunError, match="no prompts yet"):
+        run.revise()
+    with pytest.raises(InputError, match="no prompts yet"):
+        run.mine()
+    run.mine(make_prompts(family, 8, split="develop", seed=9))
+    with pytest.raises(RunError, match="latentrevise revise"):
+        run.sample()
+
+
+def test_bad_rows_are_left_out_and_counted(rule, tmp_path):
+    family, model, tokenizer = rule
+    rows = [*make_prompts(family, 4, split="develop", seed=5), {"id": "x", "prompt": "", "answer": "3"}]
+    recovered = recover(model, tokenizer, rows, small(audit=False, equal_compute=False), tmp_path / "out")
+    assert recovered.metrics["rows_left_out"] == 1
+    (line,) = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "empty-prompt"
+    with pytest.raises(InputError, match="no usable prompt"):
+        recover(model, tokenizer, [{"prompt": "", "answer": "3"}], small(), tmp_path / "none")
+
+
+def test_a_run_in_which_nothing_failed(tmp_path):
+    """A model that is always right leaves nothing to recover, and the run says so."""
+    model, tokenizer = tiny_model("qwen3", vocab=97, seed=0), tiny_tokenizer()
+    config = RecoverConfig(
+        rollouts=2,
+        samples=2,
+        max_new_tokens=4,
+        chat="never",
+        answer_template="w3 w4",
+        strategies=("latent", "resample"),
+    )
+    run = Recovery(model, tokenizer, config, tmp_path / "out", progress=False)
+    run.verifier.verify = lambda pairs: [_correct() for _ in pairs]
+    recovered = run.recover([{"prompt": "w1 w2", "answer": "5"}])
+    assert recovered.metrics["zero_hit"] == 0
+    assert recovered.trajectories == []
+
+
+def _correct():
+    from latentrevise.verify import Judgement
+
+    return Judgement("correct", "5")
+
+
+def test_an_undecided_prompt_is_not_called_zero_hit(tmp_path):
+    from latentrevise.verify import Judgement
+
+    model, tokenizer = tiny_model("qwen3", vocab=97, seed=0), tiny_tokenizer()
+    config = RecoverConfig(
+        rollouts=2, samples=2, max_new_tokens=4, chat="never", answer_template="w3 w4", strategies=("resample",)
+    )
+    run = Recovery(model, tokenizer, config, tmp_path / "out", progress=False)
+    run.verifier.verify = lambda pairs: [Judgement("wrong" if i else "unknown", None) for i in range(len(pairs))]
+    recovered = run.recover([{"prompt": "w1 w2", "answer": "5"}])
+    assert (recovered.metrics["zero_hit"], recovered.metrics["undecided"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"strategies": ("latnet",)}, "unknown strategy 'latnet'"),
+        ({"strategies": ()}, "at least one"),
+        ({"revised_rollouts": 9}, "raise `samples`"),
+        ({"prefix_fraction": 1.0}, "prefix_fraction"),
+        ({"rollouts": 0}, "rollouts"),
+    ],
+)
+def test_bad_settings(change, match):
+    with pytest.raises(ConfigError, match=match):
+        RecoverConfig(**change)
+
+
+def test_a_checker_that_is_not_there_and_a_boundary_no_token_has(rule, tmp_path):
+    _, model, tokenizer = rule
+    with pytest.raises(ConfigError, match=r"package\.module:function"):
+        Recovery(model, tokenizer, small(checker="nowhere"), tmp_path / "a")
+    with pytest.raises(ConfigError, match="no token"):
+        Recovery(model, tokenizer, small(prefix_boundary="§"), tmp_path / "b")
+
+
+def test_the_cut_is_behind_a_boundary_and_leaves_both_sides(rule, tmp_path):
+    _, model, tokenizer = rule
+    run = Recovery(model, tokenizer, small(latent=ReviseConfig(steps=1)), tmp_path / "out", progress=False)
+    end = tokenizer.convert_tokens_to_ids(";")
+    word = tokenizer.convert_tokens_to_ids("so")
+
+    def cut(ids):
+        return run._cut(Rollout("p", "s", tuple(ids), "", None, "wrong", "stop", ()))
+
+    assert cut([word, word, end, word, end, word]).prefix_ids == (word, word, end)
+    assert cut([word, word, end]).prefix_ids == (word,), (
+        "a boundary at the very end would leave nothing to move away from"
+    )
+    both = cut([word, word])
+    assert (len(both.prefix_ids), len(both.continuation_ids)) == (1, 1)
