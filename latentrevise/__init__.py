@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import kernels as kernels  # latentrevise.kernels, where type checkers find it in the source tree
     from latentrevise.hull import Mixture, VocabularyHull
     from latentrevise.pipeline import RecoverConfig, Recovered, recover
     from latentrevise.reviser import Reviser

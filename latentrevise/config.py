@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
@@ -94,7 +94,7 @@ def _build(cls: type[Config], default: Any, values: Any, path: str) -> Config:
         if dataclasses.is_dataclass(nested):
             # A nested mapping changes the fields it names and keeps this field's own default for the others.
             own = getattr(default, key) if default is not None else _default(known[key])
-            found[key] = _build(nested, own, value, f"{path}{key}.")
+            found[key] = _build(cast(type[Any], nested), own, value, f"{path}{key}.")
         else:
             found[key] = _convert(value, nested, f"{path}{key}")
     return dataclasses.replace(default, **found) if default is not None else cls(**found)

@@ -33,16 +33,16 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_hit():
 
 
 def _candidate(**changes):
-    fields = dict(
-        prompt_ids=[1, 2],
-        original_ids=[3, 4],
-        plain_ids=[3, 4],
-        mixture=Mixture(torch.tensor([[3, 9], [4, 5]]), torch.tensor([[0.9, 0.1], [1.0, 0.0]])),
-        answer_ids=[7],
-        completion_ids=list(range(20)),
-        before_answer=15,
-        plain_logprobs=[-0.5] * 20,
-    )
+    fields = {
+        "prompt_ids": [1, 2],
+        "original_ids": [3, 4],
+        "plain_ids": [3, 4],
+        "mixture": Mixture(torch.tensor([[3, 9], [4, 5]]), torch.tensor([[0.9, 0.1], [1.0, 0.0]])),
+        "answer_ids": [7],
+        "completion_ids": list(range(20)),
+        "before_answer": 15,
+        "plain_logprobs": [-0.5] * 20,
+    }
     return Candidate(**{**fields, **changes})
 
 
