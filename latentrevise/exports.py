@@ -6,7 +6,7 @@
     verl-sft   messages                                         verl's SFT data set, parquet
     verl-rl    data_source, prompt, ability, reward_model, extra_info      verl's RL data set, parquet, one row a prompt
 
-What is trained follows the trajectory's rendering: with ``argmax`` and ``original`` the prefix is part of the completion;
+What is trained follows the trajectory's rendering: with ``argmax`` and ``original`` the prefix is in the completion;
 with ``continuation`` it belongs to the prompt, which no trainer puts into its loss. Every row names its trajectory.
 """
 

@@ -65,7 +65,7 @@ def model_dir(name: str) -> Path:
 
 
 def check(prompt: str, prefix: str, continuation: str, answer: str) -> Derivation:
-    """The derivation checker of a prompt's own family: ``checker="latentrevise.demo:check"`` in the pipeline's settings.
+    """The checker of a prompt's own family: ``checker="latentrevise.demo:check"`` in the pipeline's settings.
 
     Raises InputError if the prompt is of no family.
     """
