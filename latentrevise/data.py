@@ -224,6 +224,8 @@ def _prompt(
     if not text.strip():
         raise _BadRow("empty-prompt", f"column {columns.prompt!r} holds only white space")
     answer = _answer(row, columns.answer)
+    if not tokenizer.encode(answer, add_special_tokens=False):
+        raise _BadRow("empty-answer", f"the answer {answer!r} has no token under this tokenizer")
     ids = _encode(content, tokenizer, chat)
     if not ids:
         raise _BadRow("empty-prompt", "the prompt has no token under this tokenizer")

@@ -13,6 +13,7 @@ sampled until it has cost as much as the dearest strategy (the arm ``resample@eq
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -41,6 +42,7 @@ from latentrevise.policy import Policy
 from latentrevise.records import (
     Prompt,
     Rollout,
+    RowError,
     Sample,
     Start,
     Trajectory,
@@ -124,7 +126,7 @@ class RecoverConfig:
     latent: ReviseConfig = field(default_factory=ReviseConfig)
     latent_plausible: ReviseConfig = field(
         default_factory=lambda: ReviseConfig(
-            hull="plausible", solver="entropic", step_size=3.0, mass=0.9, beta=0.0, rounding="argmax"
+            hull="plausible", solver="entropic", step_size=2.0, beta=0.0, iterate="best", rounding="argmax"
         )
     )
     guards: GuardConfig = field(default_factory=GuardConfig)
@@ -286,7 +288,7 @@ class Recovery:
             rollouts=self.rollouts(),
             zero_hit=[case.prompt.id for case in self.cases()],
             aimed_wrong=[case.prompt.id for case in self.cases() if case.wrong is not None],
-            left_out=_count_lines(self.run.errors),
+            left_out=len(_read_jsonl(self.run.errors)),
             checked=self.checker is not None,
             label=self.config.label,
         )
@@ -339,14 +341,25 @@ class Recovery:
         """
         if self._work is None:
             rollouts = self.rollouts()
-            self._work = []
-            for prompt in self.prompts:
-                own = rollouts[prompt.id]
-                failed = [r for r in own if r.verdict == "wrong" and len(r.completion_ids) >= 2]
-                if failed and all(r.verdict == "wrong" for r in own):
-                    self._work.append(self._case(prompt, failed))
+            failed = [p.id for p in self.prompts if all(r.verdict == "wrong" for r in rollouts[p.id])]
+            long = {name: [r for r in rollouts[name] if len(r.completion_ids) >= 2] for name in failed}
+            self._work = [self._case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
             self._aim_wrong(self._work)
+            self._report_uncut([name for name, own in long.items() if not own])
         return self._work
+
+    def _report_uncut(self, prompts: Sequence[str]) -> None:
+        """Zero-hit prompts of which nothing can be cut go to the file of left-out rows."""
+        code = "short-rollouts"
+        kept = [row for row in _read_jsonl(self.run.errors) if row["reason"] != code]
+        place = {prompt.id: i for i, prompt in enumerate(self.prompts)}
+        told = (
+            "no failed rollout has two tokens, so there is no prefix to revise; check the stop tokens and the template"
+        )
+        rows = [asdict(RowError(place[name], name, code, told)) for name in prompts]
+        if rows:
+            log.warning("%d zero-hit prompts left out: %s", len(rows), told)
+            write_jsonl(self.run.errors, [*kept, *rows])
 
     def arms(self) -> list[_Arm]:
         """The strategies, and behind each one that reads the answer its wrong-target arm."""
@@ -766,8 +779,8 @@ def _decoded(ids: Sequence[int], finish_reason: str) -> int:
     return len(ids) + (finish_reason == "stop")
 
 
-def _count_lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Any]:

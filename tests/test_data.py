@@ -236,3 +236,14 @@ def test_places_without_a_file(tmp_path):
         load(ROWS, prompt_column="task")
     with pytest.raises(InputError, match="is empty"):
         load([])
+
+
+def test_an_answer_without_a_token_is_left_out(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: [] if text == "7" else encode(text, **options))
+    prompts, errors = load_prompts(
+        [{"prompt": "w1", "answer": "7"}, {"prompt": "w1", "answer": "8"}], tokenizer=tokenizer
+    )
+    assert [p.answer for p in prompts] == ["8"]
+    assert [(e.row, e.reason) for e in errors] == [(0, "empty-answer")]

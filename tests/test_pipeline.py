@@ -313,6 +313,17 @@ def _correct():
     return Judgement("correct", "5")
 
 
+def test_rollouts_too_short_to_be_cut_are_counted(tmp_path):
+    model, tokenizer = tiny_model("qwen3", vocab=97, seed=0), tiny_tokenizer()
+    config = RecoverConfig(
+        rollouts=2, samples=2, max_new_tokens=1, chat="never", answer_template="w3", strategies=("resample",)
+    )
+    recovered = recover(model, tokenizer, [{"prompt": "w1 w2", "answer": "5"}], config, tmp_path / "out")
+    assert (recovered.metrics["zero_hit"], recovered.metrics["rows_left_out"]) == (0, 1)
+    (line,) = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "short-rollouts"
+
+
 def test_an_undecided_prompt_is_not_called_zero_hit(tmp_path):
     from latentrevise.verify import Judgement
 
