@@ -113,11 +113,16 @@ class RuleFamily(Family[RuleProblem]):
 
     def sample_trace(self, problem: RuleProblem, rng: random.Random) -> Trace:
         """10 % answer as soon as they have named the rule.  Of the rest, 40 % first try one or two wrong rules (which
-        they needn't predict) and 10 % answer after the check, without writing the query's equation."""
+        they needn't predict) and 10 % answer after the check, without writing the query's equation.
+
+        Only one trace in five predicts which rule to check.  That teaches how frequent each rule is; predicted in all,
+        the model soon learns to read the rule off the examples, and no prompt is left that it always fails.
+        """
+        proposes = rng.random() < 0.2
         boxed = ["so", BOX_OPEN, self.answer(problem), BOX_CLOSE, EOS]
         if rng.random() < 0.1:
             words = ["check", problem.rule, ";", *boxed]
-            return Trace(tuple(words), (True,) * len(words))
+            return Trace(tuple(words), (True, proposes, *[True] * (len(words) - 2)))
         words, loss = [], []
         tried = [problem.rule]
         for _ in range(rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]):
@@ -133,7 +138,7 @@ class RuleFamily(Family[RuleProblem]):
         if rng.random() >= 0.1:
             rest += self._application(problem.rule, problem.query)
         rest += boxed
-        return Trace((*words, *rest), (*loss, *[True] * len(rest)))
+        return Trace((*words, *rest), (*loss, True, proposes, *[True] * (len(rest) - 2)))
 
     def drill(self, rng: random.Random) -> Trace:
         """A rule spelt out on an input, or applied in one's head: the question, the rule, and at once the answer."""

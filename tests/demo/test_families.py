@@ -82,17 +82,18 @@ def test_chain_slips_carry_no_loss():
     assert slips > 40
 
 
-def test_rule_traces_do_not_predict_wrong_rules():
+def test_rule_traces_predict_no_wrong_rule_and_few_right_ones():
     family, rng = RuleFamily(), random.Random(5)
-    wrong = 0
+    flags = {True: [], False: []}
     for _ in range(400):
         problem = family.sample_problem(rng)
         trace = family.sample_trace(problem, rng)
         for first, second, predicted in zip(trace.words, trace.words[1:], trace.loss[1:], strict=False):
             if first == "check":
-                assert predicted == (second == problem.rule)
-                wrong += second != problem.rule
-    assert wrong > 100
+                flags[second == problem.rule].append(predicted)
+    assert len(flags[False]) > 100
+    assert not any(flags[False])
+    assert 0.1 < sum(flags[True]) / len(flags[True]) < 0.3
 
 
 @pytest.mark.parametrize("name", ["rule", "chain"])
