@@ -32,13 +32,13 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Implementations that exist, in the order in which they are tried.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "vertex_oracle": ("cpu", "reference"),
+    "vertex_oracle": ("triton", "cpu", "reference"),
     "plausible_vertices": ("cpu", "reference"),
-    "linear_logprob": ("cpu", "reference"),
-    "mixture_embed": ("cuda", "cpu", "reference"),
+    "linear_logprob": ("triton", "cpu", "reference"),
+    "mixture_embed": ("cuda", "triton", "cpu", "reference"),
     "softmax_mixture": ("cpu", "reference"),
-    "hull_step": ("cpu", "reference"),
-    "entropic_step": ("cpu", "reference"),
+    "hull_step": ("triton", "cpu", "reference"),
+    "entropic_step": ("triton", "cpu", "reference"),
 }
 
 _override: ContextVar[str | None] = ContextVar("latentrevise_backend", default=None)

@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import torch
-from latentrevise.kernels import mixture_embed
+from latentrevise.kernels import dispatch, mixture_embed
 
 OP = "mixture_embed"
 
@@ -36,6 +36,8 @@ def test_values_and_gradient(backend, device, rng, shape, dtype, ids_dtype):
     assert z.dtype == dtype
     expected = truth(ids, weights, E)
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20
+    if dispatch.interpreting_triton():
+        rounding *= 2  # the interpreter truncates to bfloat16 where a GPU rounds
     assert (z.detach().cpu().double() - expected).abs().max() <= rounding * expected.abs().max().clamp_min(1)
 
     grad = torch.randn(z.shape, generator=rng, device=device).to(dtype)

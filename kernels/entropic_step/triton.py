@@ -1,0 +1,110 @@
+"""Triton implementation: a program a position scores its candidates, torch shares the scales, a program a position
+updates the weights and re-projects. Memory-bound: the candidates' rows are gathered twice."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import Call, only_dtypes
+from ..hull_step.triton import combine
+
+BLOCK = 1024
+
+
+@triton.jit
+def entropic_scores(g, ids, weights, table, scores, T, d, C, table_stride, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    t = pair // C
+    id = tl.load(ids + pair).to(tl.int64)
+    reach = tl.where(tl.load(weights + pair) > 0, d, 0)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, d, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        combined = tl.zeros((BLOCK,), tl.float32)
+        for term in tl.static_range(TERMS):
+            combined += tl.load(g + (t + term * T) * d + j, mask=j < d, other=0.0).to(tl.float32)
+        e = tl.load(table + id * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
+        acc += tl.where(j < reach, combined * e, 0.0)
+    tl.store(scores + pair, tl.sum(acc, axis=0))
+
+
+@triton.jit
+def entropic_spans(scores, weights, rel, gaps, spans, C, BC: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BC)
+    w = tl.load(weights + t * C + c, mask=c < C, other=0.0)
+    s = tl.load(scores + t * C + c, mask=c < C, other=0.0)
+    r = tl.where(w > 0, s - tl.sum(w * s, axis=0), 0.0)
+    tl.store(rel + t * C + c, r, mask=c < C)
+    tl.store(gaps + t, -tl.minimum(tl.min(r, axis=0), 0.0))
+    tl.store(spans + t, tl.max(tl.abs(r), axis=0))
+
+
+@triton.jit
+def entropic_update(rel, gaps, scales, ids, weights, table, new_weights, z, d, C, eta, table_stride, BC: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BC)
+    there = c < C
+    w = tl.load(weights + t * C + c, mask=there, other=0.0)
+    r = tl.load(rel + t * C + c, mask=there, other=0.0)
+    gap = tl.load(gaps + t)
+    scale = tl.load(scales + t)
+    safe = tl.where(scale > 0, scale, 1.0)
+    grown = w * tl.exp(-eta * ((r + gap) / safe))
+    total = tl.sum(grown, axis=0)
+    moves = tl.where(scale > 0, total, 0.0) > 0
+    total = tl.where(moves, total, 1.0)
+    tl.store(new_weights + t * C + c, tl.where(moves, grown / total, w), mask=there)
+    for start in range(0, d, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for i in range(C):
+            wi = tl.load(weights + t * C + i)
+            ri = tl.load(rel + t * C + i)
+            ni = tl.where(moves, wi * tl.exp(-eta * ((ri + gap) / safe)) / total, wi)
+            id = tl.load(ids + t * C + i).to(tl.int64)
+            reach = tl.where(ni != 0, d, 0)
+            acc += ni * tl.load(table + id * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
+        tl.store(z + t * d + j, acc.to(z.dtype.element_ty), mask=j < d)
+
+
+def unsupported(call: Call) -> str | None:
+    return only_dtypes(call, (torch.float32, torch.bfloat16))
+
+
+def entropic_step(
+    G_gold: Tensor,
+    G_away: Tensor | None,
+    E: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    eta: float,
+    alpha: float,
+    beta: float,
+    combine_as: str,
+    segments: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (T, C), d = ids.shape, E.shape[1]
+    ids, weights = ids.contiguous(), weights.contiguous()
+    scores, rel, new_weights = (torch.empty_like(weights) for _ in range(3))
+    gap, scale = torch.empty(T, device=E.device), torch.empty(T, device=E.device)
+    z = torch.empty(T, d, dtype=E.dtype, device=E.device)
+    if T == 0:
+        return new_weights, z, gap
+    g = combine(G_gold, G_away, E.dtype, alpha, beta, combine_as)
+    BC = triton.next_power_of_2(C)
+    entropic_scores[(T * C,)](
+        g, ids, weights, E, scores, T, d, C, E.stride(0), TERMS=g.shape[0], BLOCK=BLOCK, num_warps=4
+    )
+    entropic_spans[(T,)](scores, weights, rel, gap, scale, C, BC=BC, num_warps=1)
+    if segments is not None:
+        labels, rows = segments.unique(return_inverse=True)
+        scale = scale.new_zeros(len(labels)).scatter_reduce(0, rows, scale, "amax")[rows]
+    entropic_update[(T,)](
+        rel, gap, scale, ids, weights, E, new_weights, z, d, C, float(eta), E.stride(0), BC=BC, BLOCK=BLOCK, num_warps=4
+    )
+    return new_weights, z, gap

@@ -1,0 +1,183 @@
+"""Triton implementation: score tiles, reduced where they are to one key a row, then a finaliser over the parts.
+
+Problem: ``argmin_v <G_t, E_v>``, 2*T*V*d FLOP. Tiling: a program owns BM tokens and one part of the vocabulary, walks
+it in tiles of BN rows, and keeps one 64-bit key a token: the score's bits made order-preserving, then the id. The
+minimum of keys is associative, so neither tiles nor parts can change the result: ties go to the lowest id, NaN (the
+lowest key) below everything. Parts are the slow grid dimension: programs that run together walk the same table rows,
+which then come from L2. Numerics: float32 accumulation; a float32 table is multiplied as three tf32 products; float32
+queries against a bfloat16 table are cut into three bfloat16 terms that together are exact. Limits: candidate sets are
+gathered by torch (the reference's form), they are small.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import Call, interpreting_triton, only_dtypes
+from . import reference
+
+LOWEST = tl.constexpr(-(2**31))
+NOTHING = tl.constexpr(2**63 - 1)
+
+# (BM, BN, BK, warps, stages) by dtype of the table and whether there are few tokens; benchmarks/tune.py measures others
+CONFIGS = {
+    ("bfloat16", "few"): (16, 128, 64, 4, 4),
+    ("bfloat16", "many"): (128, 128, 64, 8, 3),
+    ("float32", "few"): (16, 128, 32, 4, 3),
+    ("float32", "many"): (64, 64, 32, 4, 3),
+}
+
+
+def config(dtype: torch.dtype, T: int) -> tuple[int, int, int, int, int]:
+    return CONFIGS[str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"]
+
+
+@triton.jit
+def score_keys(scores, ids, valid):
+    """Order-preserving 64-bit keys of scores and ids."""
+    scores = tl.where(scores == 0.0, 0.0, scores)  # -0.0 ties with 0.0
+    bits = scores.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(scores != scores, LOWEST, ordered)
+    keys = (ordered.to(tl.int64) << 32) | ids.to(tl.int64)
+    return tl.where(valid, keys, NOTHING)
+
+
+@triton.jit
+def add_scores(acc, x, table, rows, valid_rows, tokens, valid_tokens, d, x_stride, x_term, table_stride,
+               TERMS: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+    """``acc += sum over terms of x_term[tokens] @ table[rows]^T``."""
+    k = tl.arange(0, BK)
+    for start in range(0, d, BK):
+        inside = start + k < d
+        e = tl.load(
+            table + rows.to(tl.int64)[:, None] * table_stride + (start + k)[None, :],
+            mask=valid_rows[:, None] & inside[None, :],
+            other=0.0,
+        )
+        if WIDEN:
+            e = e.to(tl.float32)
+        for term in tl.static_range(TERMS):
+            q = tl.load(
+                x + term * x_term + tokens.to(tl.int64)[:, None] * x_stride + (start + k)[None, :],
+                mask=valid_tokens[:, None] & inside[None, :],
+                other=0.0,
+            )
+            if WIDEN:  # the interpreter multiplies the bits of a bfloat16
+                q = q.to(tl.float32)
+            acc = tl.dot(q, tl.trans(e), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def oracle_parts(x, table, x2, table2, allowed, keys, T, V, d, d2, x_stride, x_term, table_stride, x2_stride, x2_term,
+                 table2_stride, part_rows, token_blocks, HAS_ALLOWED: tl.constexpr, HAS_SECOND: tl.constexpr,
+                 TERMS: tl.constexpr, TERMS2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0)
+    part = program // token_blocks
+    tokens = (program % token_blocks) * BM + tl.arange(0, BM)
+    valid_tokens = tokens < T
+    best = tl.full((BM,), NOTHING, tl.int64)
+    first = part * part_rows
+    for start in range(first, min(first + part_rows, V), BN):
+        rows = start + tl.arange(0, BN)
+        valid = rows < V
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc = add_scores(acc, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS, BK,
+                         WIDEN)  # fmt: skip
+        if HAS_SECOND:
+            acc = add_scores(
+                acc,
+                x2,
+                table2,
+                rows,
+                valid,
+                tokens,
+                valid_tokens,
+                d2,
+                x2_stride,
+                x2_term,
+                table2_stride,
+                TERMS2,
+                BK,
+                WIDEN,
+            )
+        if HAS_ALLOWED:
+            valid = valid & (tl.load(allowed + rows, mask=valid, other=0) != 0)
+        found = score_keys(acc, rows[None, :], valid[None, :] & valid_tokens[:, None])
+        best = tl.minimum(best, tl.min(found, axis=1))
+    tl.store(keys + part.to(tl.int64) * T + tokens, best, mask=valid_tokens)
+
+
+@triton.jit
+def oracle_finish(keys, ids, values, T, PARTS, BP: tl.constexpr):
+    token = tl.program_id(0)
+    parts = tl.arange(0, BP)
+    best = tl.min(tl.load(keys + parts.to(tl.int64) * T + token, mask=parts < PARTS, other=NOTHING), axis=0)
+    ordered = (best >> 32).to(tl.int32)
+    bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    value = tl.where(ordered == LOWEST, float("nan"), bits.to(tl.float32, bitcast=True))
+    empty = best == NOTHING
+    tl.store(ids + token, tl.where(empty, -1, best & 0xFFFFFFFF))
+    tl.store(values + token, tl.where(empty, float("inf"), value))
+
+
+def unsupported(call: Call) -> str | None:
+    return only_dtypes(call, (torch.float32, torch.bfloat16))
+
+
+def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[n, T, d]`` in ``dtype`` whose sum over n is ``x``: three bfloat16 hold a float32 exactly."""
+    if x.dtype == dtype or dtype == torch.float32:
+        return x.to(dtype).contiguous()[None]
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(dtype))
+        x = torch.where(x.isfinite(), x - parts[-1].to(x.dtype), 0.0)
+    return torch.stack(parts)
+
+
+def split(T: int, V: int, BM: int, BN: int, device: torch.device) -> tuple[int, int]:
+    """(parts, rows a part): enough programs to fill the device twice, whole tiles."""
+    programs = 6 if device.type != "cuda" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = triton.cdiv(V, BN)
+    parts = max(1, min(tiles, programs // triton.cdiv(T, BM)))
+    rows = triton.cdiv(tiles, parts) * BN
+    return triton.cdiv(V, rows), rows
+
+
+def find_keys(x: Tensor, E: Tensor, x2: Tensor | None, W2: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, int]:
+    """Keys ``[parts, T]`` of terms ``x [n, T, d]`` (and ``x2``)."""
+    T, (V, d) = x.shape[1], E.shape
+    BM, BN, BK, warps, stages = config(E.dtype, T)
+    parts, part_rows = split(T, V, BM, BN, E.device)
+    keys = torch.empty(parts, T, dtype=torch.int64, device=E.device)
+    blocks = triton.cdiv(T, BM)
+    y, table2 = (x, E) if x2 is None or W2 is None else (x2, W2)
+    oracle_parts[(blocks * parts,)](
+        x, E, y, table2, E if allowed is None else allowed, keys, T, V, d, table2.shape[1], x.stride(1), x.stride(0),
+        E.stride(0), y.stride(1), y.stride(0), table2.stride(0), part_rows, blocks, HAS_ALLOWED=allowed is not None,
+        HAS_SECOND=x2 is not None, TERMS=x.shape[0], TERMS2=y.shape[0], BM=BM, BN=BN, BK=BK,
+        WIDEN=interpreting_triton(), num_warps=warps,        num_stages=stages,
+    )  # fmt: skip
+    return keys, parts
+
+
+def vertex_oracle(
+    G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if candidates is not None:
+        return reference.vertex_oracle(G, E, allowed, Q2, W2, candidates)
+    T = G.shape[0]
+    ids = torch.empty(T, dtype=torch.int64, device=G.device)
+    values = torch.empty(T, dtype=torch.float32, device=G.device)
+    if T == 0:
+        return ids, values
+    x2 = None if Q2 is None or W2 is None else terms(Q2, W2.dtype)
+    keys, parts = find_keys(terms(G, E.dtype), E, x2, W2, None if allowed is None else allowed.contiguous())
+    oracle_finish[(T,)](keys, ids, values, T, parts, BP=triton.next_power_of_2(parts), num_warps=1)
+    return ids, values
