@@ -34,7 +34,7 @@ from latentrevise import __version__
 from latentrevise.audit import Candidate, GuardConfig, guard
 from latentrevise.config import config_hash, to_dict
 from latentrevise.data import load_prompts
-from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
+from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.hull import Mixture
 from latentrevise.metrics import Outcome, run_metrics
@@ -220,35 +220,11 @@ class Recovery:
         prompts: a file, or rows with a prompt and an answer; None when the run has its prompts already.
         """
         self._take_prompts(prompts)
-        params = self._sampling(self.config.rollouts)
-        chunks = _chunks(self.prompts, self.config.chunk)
         with self._bar("mine", len(self.prompts)) as bar:
-            for index, chunk in enumerate(chunks):
+            for index, chunk in enumerate(_chunks(self.prompts, self.config.chunk)):
                 path = self.run.part("rollouts", index)
                 if not path.exists():
-                    seeds = [row_seed(self.config.seed, "mine", p.id) for p in chunk]
-                    requests = [Request(p.ids, seed=seed) for p, seed in zip(chunk, seeds, strict=True)]
-                    found = self.engine.generate(requests, params)
-                    texts = [[self._text(c.ids) for c in completions] for completions in found]
-                    pairs = [(p.answer, t) for p, own in zip(chunk, texts, strict=True) for t in own]
-                    judged = iter(self.verifier.verify(pairs))
-                    rows = []
-                    for prompt, completions, own in zip(chunk, found, texts, strict=True):
-                        for j, (completion, text) in enumerate(zip(completions, own, strict=True)):
-                            judgement = next(judged)
-                            rows.append(
-                                Rollout(
-                                    prompt_id=prompt.id,
-                                    sample_id=f"{prompt.id}/{j}",
-                                    completion_ids=completion.ids,
-                                    completion=text,
-                                    extracted=judgement.extracted,
-                                    verdict=judgement.verdict,
-                                    finish_reason=completion.finish_reason,
-                                    sampling_logprobs=completion.logprobs or (),
-                                )
-                            )
-                    write_records(path, rows, Rollout)
+                    write_records(path, self._mined(chunk, bar), Rollout)
                 bar.update(len(chunk))
 
     def revise(self) -> None:
@@ -388,7 +364,26 @@ class Recovery:
         pool = self.pool()
         return [*self.arms(), *([] if pool is None else [pool])]
 
-    # One arm, stage by stage
+    # One part of one arm, stage by stage
+
+    def _mined(self, prompts: Sequence[Prompt], bar: tqdm) -> list[Rollout]:
+        requests = [Request(p.ids, seed=row_seed(self.config.seed, "mine", p.id)) for p in prompts]
+        found = self._generate(requests, [self._sampling(self.config.rollouts)] * len(requests), bar)
+        flat = [(p, j, c, self._text(c.ids)) for p, own in zip(prompts, found, strict=True) for j, c in enumerate(own)]
+        judged = self.verifier.verify([(prompt.answer, text) for prompt, _, _, text in flat])
+        return [
+            Rollout(
+                prompt_id=prompt.id,
+                sample_id=f"{prompt.id}/{j}",
+                completion_ids=completion.ids,
+                completion=text,
+                extracted=judgement.extracted,
+                verdict=judgement.verdict,
+                finish_reason=completion.finish_reason,
+                sampling_logprobs=completion.logprobs or (),
+            )
+            for (prompt, j, completion, text), judgement in zip(flat, judged, strict=True)
+        ]
 
     def _stage(self, name: str, arms: Sequence[_Arm], work: Callable[[_Arm, tqdm], None]) -> None:
         with self._bar(name, sum(len(self._cases_of(arm)) for arm in arms)) as bar:
@@ -422,7 +417,7 @@ class Recovery:
             requests = [self._request(by_id[s.prompt_id], s, mixtures.get(s.start_id)) for s in starts]
             params = [self._sampling(start.n) for start in starts]
             began = time.perf_counter()
-            found = self.engine.generate(requests, params)
+            found = self._generate(requests, params, bar)
             seconds = (time.perf_counter() - began) / max(sum(s.n for s in starts), 1)
             rows = [
                 Sample(
@@ -484,10 +479,9 @@ class Recovery:
     # Details
 
     def _take_prompts(self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> None:
-        if self.run.prompts.exists():
-            return
         if source is None:
-            raise InputError(f"{self.run.path} has no prompts yet: pass a file or rows of prompts to mine")
+            _ = self.prompts  # raises where there are none
+            return
         config = self.config
         prompts, errors = load_prompts(
             source,
@@ -498,6 +492,12 @@ class Recovery:
             max_prompt_tokens=config.max_prompt_tokens or self._longest_prompt(),
             verifier=self.verifier,
         )
+        if self.run.prompts.exists():
+            if prompts != self.prompts:
+                raise RunError(
+                    f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
+                )
+            return
         write_jsonl(self.run.errors, errors)
         for error in errors[:5]:
             log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
@@ -577,6 +577,23 @@ class Recovery:
             )
         atoms = read_atoms(path.with_suffix(".safetensors"))
         return read_records(path, Start), {name: Mixture(ids, weights) for name, (ids, weights) in atoms.items()}
+
+    def _generate(
+        self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: tqdm
+    ) -> list[list[Completion]]:
+        """Sample, with the rate in tokens shown on the bar: a part of long rollouts takes a while."""
+        began = shown = time.perf_counter()
+        tokens = 0
+
+        def progress(_: int, new: int) -> None:
+            nonlocal shown, tokens
+            tokens += new
+            now = time.perf_counter()
+            if now - shown > 1.0:
+                shown = now
+                bar.set_postfix_str(f"{tokens / (now - began):,.0f} tokens/s")
+
+        return self.engine.generate(requests, params, progress)
 
     def _request(self, prompt: Prompt, start: Start, mixture: Mixture | None) -> Request:
         seed = row_seed(self.config.seed, "sample", start.start_id)

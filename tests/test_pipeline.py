@@ -162,6 +162,8 @@ def test_another_run_is_refused(finished, rule):
     _, model, tokenizer = rule
     with pytest.raises(RunError, match=r"config\.samples: 4 there, 6 now"):
         Recovery(model, tokenizer, small(samples=6), recovered.out)
+    with pytest.raises(RunError, match="other prompts"):
+        recover(model, tokenizer, [{"prompt": "1 ?", "answer": "2"}], small(), recovered.out)
     other = tiny_model("qwen3", vocab=len(tokenizer), seed=1)
     with pytest.raises(RunError, match="fingerprint"):
         Recovery(other, tokenizer, small(), recovered.out)
@@ -271,7 +273,7 @@ def test_steps_out_of_order_say_what_is_missing(rule, tmp_path):
     run = Recovery(model, tokenizer, small(), tmp_path / "out", progress=False)
     with pytest.raises(RunError, match="no prompts yet"):
         run.revise()
-    with pytest.raises(InputError, match="no prompts yet"):
+    with pytest.raises(RunError, match="no prompts yet"):
         run.mine()
     run.mine(make_prompts(family, 8, split="develop", seed=9))
     with pytest.raises(RunError, match="latentrevise revise"):
