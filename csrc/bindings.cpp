@@ -106,7 +106,6 @@ PYBIND11_MODULE(LR_MODULE, m) {
       py::kw_only(), py::arg("table"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("vocab"), py::arg("dim"),
       py::arg("ids"), py::arg("ids_dtype"), py::arg("rows"), py::arg("atoms"), py::arg("grad_z"),
       py::arg("grad_weights"), py::arg("where"));
-#ifndef LATENTREVISE_CUDA
   m.def("vertex_oracle", [](const py::kwargs &kw) {
     lr_oracle_args a{};
     Fields f(kw);
@@ -119,6 +118,7 @@ PYBIND11_MODULE(LR_MODULE, m) {
     f("ids", a.ids)("values", a.values)("splits", a.splits)("workspace", a.workspace);
     call(LR_FUNCTION(vertex_oracle), a, f.where());
   });
+#ifndef LATENTREVISE_CUDA
   m.def("linear_logprob", [](const py::kwargs &kw) {
     lr_logprob_args a{};
     Fields f(kw);

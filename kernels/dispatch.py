@@ -32,7 +32,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Implementations that exist, in the order in which they are tried.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "vertex_oracle": ("triton", "cpu", "reference"),
+    "vertex_oracle": ("triton", "cuda", "cpu", "reference"),
     "plausible_vertices": ("cpu", "reference"),
     "linear_logprob": ("triton", "cpu", "reference"),
     "mixture_embed": ("cuda", "triton", "cpu", "reference"),

@@ -25,6 +25,7 @@ def register(schema: str, fake: Callable) -> Callable[[Function], Function]:
         name = schema.partition("(")[0]
         _library.define(schema)
         _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # outputs need no gradient
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
 

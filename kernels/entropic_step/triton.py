@@ -16,8 +16,9 @@ BLOCK = 1024
 
 @triton.jit
 def entropic_scores(g, ids, weights, table, scores, T, d, C, table_stride, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64)
-    t = pair // C
+    program = tl.program_id(0)
+    pair = program.to(tl.int64)
+    t = (program // C).to(tl.int64)
     id = tl.load(ids + pair).to(tl.int64)
     reach = tl.where(tl.load(weights + pair) > 0, d, 0)
     acc = tl.zeros((BLOCK,), tl.float32)

@@ -35,8 +35,9 @@ def mixture_forward(ids, weights, table, z, V, d, A, table_stride, slices, BLOCK
 
 @triton.jit
 def mixture_backward(ids, grad_z, table, grad_weights, V, d, A, table_stride, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64)
-    t = pair // A
+    program = tl.program_id(0)
+    pair = program.to(tl.int64)
+    t = (program // A).to(tl.int64)
     id = tl.load(ids + pair).to(tl.int64)
     reach = tl.where(id >= 0, tl.where(id < V, d, 0), 0)
     acc = tl.zeros((BLOCK,), tl.float32)

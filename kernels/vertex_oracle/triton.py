@@ -31,8 +31,9 @@ CONFIGS = {
 }
 
 
-def config(dtype: torch.dtype, T: int) -> tuple[int, int, int, int, int]:
-    return CONFIGS[str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"]
+def config(dtype: torch.dtype, T: int, terms: int = 1) -> tuple[int, int, int, int, int]:
+    BM, *rest = CONFIGS[str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"]
+    return (min(BM, 64) if terms > 1 else BM, *rest)  # three query tiles at once: half the tokens, or registers spill
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def split(T: int, V: int, BM: int, BN: int, device: torch.device) -> tuple[int, 
 def find_keys(x: Tensor, E: Tensor, x2: Tensor | None, W2: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, int]:
     """Keys ``[parts, T]`` of terms ``x [n, T, d]`` (and ``x2``)."""
     T, (V, d) = x.shape[1], E.shape
-    BM, BN, BK, warps, stages = config(E.dtype, T)
+    BM, BN, BK, warps, stages = config(E.dtype, T, x.shape[0])
     parts, part_rows = split(T, V, BM, BN, E.device)
     keys = torch.empty(parts, T, dtype=torch.int64, device=E.device)
     blocks = triton.cdiv(T, BM)

@@ -158,6 +158,7 @@ const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512": what this machine (
 /* CUDA library; `stream` is a cudaStream_t */
 int lr_cuda_mixture_embed(const lr_mixture_args *args, void *stream);
 int lr_cuda_mixture_embed_backward(const lr_mixture_args *args, void *stream);
+int lr_cuda_vertex_oracle(const lr_oracle_args *args, void *stream); /* bfloat16, one table, no candidates */
 int lr_cuda_device_count(int *count);
 
 const char *lr_last_error(void);

@@ -1,0 +1,94 @@
+"""``python -m benchmarks [NAME ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import cubins, harness, ops
+
+DESCRIPTIONS = {
+    "vertex_oracle": "argmin of gradients over the embedding table",
+    "linear_logprob": "log-probs from hidden states with their gradient, signed coefficients",
+    "plausible_vertices": "tokens above a probability floor",
+    "softmax_mixture": "dense softmax projection",
+    "mixture_embed": "sparse mixtures of table rows",
+    "hull_step": "one Frank-Wolfe step, two normalised gradients",
+    "entropic_step": "one mirror-descent step on candidate sets",
+    "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; none: list them")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--T", type=int, nargs="+", help="tokens")
+    parser.add_argument("--d", type=int, nargs="+", help="dimensions")
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"])
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
+    parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args(argv)
+    unknown = set(options.names) - set(DESCRIPTIONS)
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; choose from {', '.join(DESCRIPTIONS)}")
+    if not options.names:
+        for name, what in DESCRIPTIONS.items():
+            print(f"{name:20} {what}")
+        return 0
+    status, documents = 0, []
+    for name in options.names:
+        if name == "cubins":
+            document, bad = cubins.main()
+            status |= bad
+        else:
+            document = measure(name, options)
+        documents.append(document)
+    if options.json:
+        write(options.json, documents[0] if len(documents) == 1 else documents)
+    return status
+
+
+def measure(name: str, options: argparse.Namespace) -> dict:
+    device = torch.device(options.device)
+    gpu = device.type == "cuda"
+    sizes = ops.Sizes(
+        T=tuple(options.T or ((256, 2048, 16384) if gpu else (16, 256, 1024))),
+        d=tuple(options.d or ((896, 2048, 4096) if gpu else (896, 2048))),
+        V=options.vocab,
+        dtypes=tuple(getattr(torch, dtype) for dtype in options.dtype or ["float32", "bfloat16"]),
+        device=device,
+        budget_s=options.budget,
+        compile=not options.no_compile,
+        backends=tuple(options.backend or [None]),
+    )
+    report = harness.Report.start(name, device)
+    for dtype in sizes.dtypes:
+        report.floor[ops.name_of(dtype)] = harness.matmul_rate(device, dtype) / 1e12
+    report.floor["read_GB_s"] = harness.read_rate(device) / 1e9
+    print(f"{name} on {report.device}, {report.threads} threads, load {report.load_average}; floor {report.floor}")
+    ops.run(name, sizes, report)
+    print(harness.table(report.rows))
+    return report.to_json()
+
+
+def write(path: Path, document: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        json.dump(document, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Every Triton and CUDA kernel compiled for sm_80 and sm_90 without a GPU, and what the compiler made of it.
+
+Triton kernels are compiled in their default configurations; CUDA ones by nvcc from csrc/cuda. Registers, stack, spills
+and shared memory are read from the cubins (cuobjdump, which triton brings along) and, for spills, from ptxas -v.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import version
+
+ARCHITECTURES = (80, 90)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel takes; bytes, but for registers (a thread)."""
+
+    kernel: str
+    variant: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, object], dict[str, int]]]:
+    """(kernel, variant, signature, constants, options) of every Triton kernel in its default configurations."""
+    from latentrevise.kernels.entropic_step import triton as entropic
+    from latentrevise.kernels.hull_step import triton as hull
+    from latentrevise.kernels.linear_logprob import triton as logprob
+    from latentrevise.kernels.mixture_embed import triton as mixture
+    from latentrevise.kernels.vertex_oracle import triton as oracle
+
+    element = {"bfloat16": "*bf16", "float32": "*fp32"}
+    for dtype, tokens in oracle.CONFIGS:
+        p = element[dtype]
+        signature = {"x": p, "table": p, "x2": p, "table2": p, "allowed": "*i1", "keys": "*i64"}
+        for terms in (1, 3) if dtype == "bfloat16" else (1,):
+            T = 32 if tokens == "few" else 2048
+            BM, BN, BK, warps, stages = oracle.config(getattr(torch, dtype), T, terms)
+            yield (
+                oracle.oracle_parts,
+                f"{dtype} {tokens} terms={terms}",
+                signature,
+                {
+                    "HAS_ALLOWED": True,
+                    "HAS_SECOND": False,
+                    "TERMS": terms,
+                    "TERMS2": terms,
+                    "BM": BM,
+                    "BN": BN,
+                    "BK": BK,
+                    "WIDEN": False,
+                },
+                {"num_warps": warps, "num_stages": stages},
+            )
+    finish = {"keys": "*i64", "ids": "*i64", "values": "*fp32"}
+    yield oracle.oracle_finish, "", finish, {"BP": 256}, {"num_warps": 1, "num_stages": 1}
+    for dtype, p in element.items():
+        BM, BN, BK, warps, stages = logprob.SCORES[dtype]
+        floats = ("exponents", "sums", "moments", "target_logits", "target_slopes")
+        signature = {"x": p, "table": p, "bias": "*fp32", "targets": "*i64", "exps": p} | dict.fromkeys(floats, "*fp32")
+        signature |= dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32")
+        for softcap, moment, store in ((False, False, True), (True, True, True), (False, False, False)):
+            yield (
+                logprob.score_tiles,
+                f"{dtype} softcap={softcap} entropy={moment} store={store}",
+                signature,
+                {
+                    "HAS_BIAS": softcap,
+                    "HAS_SOFTCAP": softcap,
+                    "STORE": store,
+                    "MOMENT": moment,
+                    "TERMS": 1,
+                    "BM": BM,
+                    "BN": BN,
+                    "BK": BK,
+                    "WIDEN": False,
+                },
+                {"num_warps": warps, "num_stages": stages},
+            )
+        CM, CN, warps, stages = logprob.MEANS[dtype]
+        signature = {"exps": p, "exponents": "*fp32", "row_exponents": "*fp32", "table": p, "out": "*fp32"}
+        yield (
+            logprob.weighted_rows,
+            dtype,
+            signature,
+            {"BM": CM, "BN": CN, "BK": BN, "WIDEN": False},
+            {"num_warps": warps, "num_stages": stages},
+        )
+        four = {"num_warps": 4, "num_stages": 3}
+        signature = {"ids": "*i64", "weights": "*fp32", "table": p, "z": p}
+        yield mixture.mixture_forward, dtype, signature, {"BLOCK": mixture.BLOCK}, four
+        signature = {"ids": "*i64", "grad_z": p, "table": p, "grad_weights": "*fp32"}
+        yield mixture.mixture_backward, dtype, signature, {"BLOCK": mixture.BLOCK}, four
+        terms = 1 if dtype == "float32" else 3
+        signature = {"gold": p, "away": p, "out": p, "alpha": "fp32", "beta": "fp32"}
+        constants = {"HAS_AWAY": True, "NORMALIZED": True, "TERMS": terms, "BLOCK": hull.BLOCK}
+        yield hull.combine_rows, dtype, signature, constants, four
+        signature = dict.fromkeys(("keys", "ids", "new_ids", "vertices"), "*i64")
+        signature |= dict.fromkeys(("weights", "gamma", "new_weights", "gaps"), "*fp32") | {"g": p, "table": p, "z": p}
+        constants = {"TERMS": terms, "BP": 256, "BA": 16, "BLOCK": hull.BLOCK}
+        yield hull.finish_step, dtype, signature, constants, four
+        signature = {"g": p, "ids": "*i64", "weights": "*fp32", "table": p, "scores": "*fp32"}
+        yield entropic.entropic_scores, dtype, signature, {"TERMS": terms, "BLOCK": entropic.BLOCK}, four
+        signature = dict.fromkeys(("rel", "gaps", "scales", "weights", "new_weights"), "*fp32")
+        signature |= {"ids": "*i64", "table": p, "z": p, "eta": "fp32"}
+        yield entropic.entropic_update, dtype, signature, {"BC": 128, "BLOCK": entropic.BLOCK}, four
+    spans = dict.fromkeys(("scores", "weights", "rel", "gaps", "spans"), "*fp32")
+    yield entropic.entropic_spans, "", spans, {"BC": 128}, {"num_warps": 1, "num_stages": 1}
+
+
+def compile_triton() -> Iterator[Resources]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for kernel, variant, types, constants, options in triton_variants():
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        # pointers and strides are multiples of 16 in the models this is for, which is what lets loads be wide
+        wide = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(kernel.arg_names)
+            if signature[name].startswith("*") or name in ("d", "table_stride", "x_stride", "x_term", "exps_stride")
+        }
+        for arch in ARCHITECTURES:
+            source = ASTSource(kernel, signature, constexprs=constants, attrs=wide)
+            done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(done.asm["cubin"])
+                file.flush()
+                found = list(read_cubin(str(tool), file.name))
+                spills = spilled(done.asm["ptx"], arch)
+            for _, registers, stack, _ in found:
+                yield Resources(
+                    f"triton {kernel.fn.__name__}",
+                    variant,
+                    f"sm_{arch}",
+                    registers,
+                    stack,
+                    spills,
+                    done.metadata.shared,
+                )
+
+
+def spilled(ptx: str, arch: int) -> int:
+    """Bytes of spill stores and loads that ptxas reports."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptxas = get_ptxas(arch).path  # the one that triton itself uses for this PTX
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "k.ptx").write_text(ptx)
+        target = re.search(r"\.target (sm_\w+)", ptx)
+        name = target.group(1) if target else f"sm_{arch}"
+        command = [str(ptxas), "-v", f"-arch={name}", "-o", str(Path(folder, "k.cubin")), str(Path(folder, "k.ptx"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
+
+
+def read_cubin(tool: str, path: str) -> Iterator[tuple[str, int, int, int]]:
+    """(function, registers, stack, shared) of a cubin."""
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    for name, registers, stack, shared in re.findall(pattern, text):
+        yield name, int(registers), int(stack), int(shared)
+
+
+def compile_cuda(nvcc: str) -> Iterator[Resources]:
+    """nvcc with -Xptxas -v, one file and architecture at a time."""
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        for arch in ("80", "90a"):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [
+                    nvcc,
+                    "-std=c++17",
+                    "-O3",
+                    "-Xptxas",
+                    "-v",
+                    "-I",
+                    str(ROOT / "csrc"),
+                    "-I",
+                    str(ROOT / "csrc/include"),
+                    "-gencode",
+                    f"arch=compute_{arch},code=sm_{arch}",
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(Path(folder, "k.o")),
+                ]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
+            yield from read_ptxas(source.stem, done.stderr, f"sm_{arch}")
+
+
+def read_ptxas(stem: str, log: str, arch: str) -> Iterator[Resources]:
+    pattern = (
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers(?:, used \d+ barriers)?(?:.*?(\d+) bytes smem)?[^\n]*"
+    )
+    for name, stack, stores, loads, registers, shared in re.findall(pattern, log, re.DOTALL):
+        yield Resources(
+            f"cuda {stem}", demangle(name), arch, int(registers), int(stack), int(stores) + int(loads), int(shared or 0)
+        )
+
+
+def demangle(name: str) -> str:
+    tool = shutil.which("c++filt")
+    text = name if tool is None else subprocess.run([tool, name], capture_output=True, text=True).stdout.strip()
+    return re.sub(r"\(.*$", "", text.replace("latentrevise::cuda::", "").replace("(anonymous namespace)::", ""))
+
+
+def measure(cuda: bool = True) -> tuple[list[Resources], dict[str, str]]:
+    """All kernels, and the reasons why some were left out."""
+    found: list[Resources] = []
+    absent: dict[str, str] = {}
+    if find_spec("triton") is None:
+        absent["triton"] = "triton is not installed"
+    else:
+        found += compile_triton()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        absent["cuda"] = "nvcc was not found in PATH"
+    elif cuda:
+        found += compile_cuda(nvcc)
+    return found, absent
+
+
+def main() -> tuple[dict, int]:
+    found, absent = measure()
+    for name, why in absent.items():
+        print(f"skipped {name}: {why}")
+    print(f"{'kernel':34} {'variant':46} {'arch':7} {'regs':>5} {'stack':>6} {'spills':>7} {'shared':>7}")
+    for r in found:
+        print(f"{r.kernel:34} {r.variant[:46]:46} {r.arch:7} {r.registers:5} {r.stack:6} {r.spills:7} {r.shared:7}")
+    bad = [r for r in found if r.spills]
+    print(f"{len(found)} compiled, {len(bad)} spill")
+    document = {
+        "name": "cubins",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: v for name in ("torch", "triton") if (v := version(name))},
+        "absent": absent,
+        "kernels": [asdict(r) for r in found],
+    }
+    return document, int(bool(bad))

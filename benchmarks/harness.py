@@ -1,0 +1,263 @@
+"""Timing of several implementations of one task, side by side.
+
+Every round calls each implementation once, in turn, so that a change of clock or load meets all of them; reported are
+the median and the 20th and 80th percentiles over the rounds. Extra memory is the peak over what the inputs hold. The
+floor is what the task's fewest operations take at the matmul rate measured on this machine beforehand, or its fewest
+bytes at the measured read rate, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+
+import torch
+
+Thunk = Callable[[], object]
+
+
+class Absent(Exception):
+    """An implementation that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of a benchmark: sizes, dtype and what must be done at least."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: str
+    data: str  # "flat" or "peaked" softmax, or "random"
+    flops: float
+    bytes: float
+
+
+@dataclass
+class Measurement:
+    """Times in milliseconds; memory in MiB."""
+
+    op: str
+    shape: dict[str, int]
+    dtype: str
+    data: str
+    implementation: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    tflops: float
+    percent_of_floor: float
+    extra_mib: float
+
+
+@dataclass
+class Report:
+    """What a run leaves behind: enough to repeat it."""
+
+    name: str
+    command: str
+    date: str
+    device: str
+    threads: int
+    load_average: list[float]
+    versions: dict[str, str]
+    floor: dict[str, float]
+    rows: list[Measurement] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, name: str, device: torch.device) -> Report:
+        packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "latentrevise")
+        versions = {"python": platform.python_version()} | {p: v for p in packages if (v := version(p))}
+        versions["os"] = platform.platform()
+        return cls(
+            name=name,
+            command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            device=describe(device),
+            threads=torch.get_num_threads(),
+            load_average=[round(x, 2) for x in os.getloadavg()],
+            versions=versions,
+            floor={},
+        )
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        return f"{p.name}, {p.multi_processor_count} SMs, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    with open("/proc/cpuinfo") as file:
+        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
+    return f"{model}, {os.cpu_count()} cores, torch {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of torch's matmul on a large product, best of several runs; on a CPU the faster of dtype and float32."""
+    m, n, k = (8192, 8192, 4096) if device.type == "cuda" else (512, 8192, 1024)
+    rates = []
+    for kind in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
+        a, b = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind)
+        times = [clock(lambda a=a, b=b: a @ b.T, device) for _ in range(8)]
+        rates.append(2.0 * m * n * k / min(times))
+    return max(rates)
+
+
+@cache
+def read_rate(device: torch.device) -> float:
+    """Bytes a second that a sum over a large array reads."""
+    x = torch.ones(2**30 // 4 if device.type == "cuda" else 2**28 // 4, device=device)
+    return x.numel() * 4 / min(clock(lambda: x.sum(), device) for _ in range(8))
+
+
+def clock(thunk: Thunk, device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        thunk()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    thunk()
+    return time.perf_counter() - begin
+
+
+def extra_memory(thunk: Thunk, device: torch.device) -> float:
+    """Peak MiB over what was held before the call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        thunk()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts over at the present resident size
+    before = status("VmRSS")
+    thunk()
+    return max(0, status("VmHWM") - before) / 2**10
+
+
+def status(key: str) -> int:
+    """A line of /proc/self/status in KiB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+
+def compare(
+    task: Task,
+    implementations: dict[str, Thunk],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    budget_s: float = 20.0,
+    most_rounds: int = 50,
+) -> list[Measurement]:
+    """Measure each implementation on ``task``: memory in a first call each, then rounds until the budget is used up."""
+    memory, times = {}, {name: [] for name in implementations}
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    for name, thunk in implementations.items():
+        thunk()  # compiles, allocates workspaces
+        memory[name] = extra_memory(thunk, device)
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 3 or (rounds < most_rounds and time.perf_counter() - begin < budget_s):
+        for name, thunk in implementations.items():
+            if flush is not None:
+                flush.zero_()  # nothing of the table stays in L2
+            times[name].append(clock(thunk, device))
+        rounds += 1
+    floor = max(task.flops / matmul_rate(device, dtype), task.bytes / read_rate(device))
+    rows = []
+    for name, seconds in times.items():
+        p20, median, p80 = quantiles(seconds)
+        rows.append(
+            Measurement(
+                task.op,
+                task.shape,
+                task.dtype,
+                task.data,
+                name,
+                1e3 * median,
+                1e3 * p20,
+                1e3 * p80,
+                rounds,
+                task.flops / median / 1e12,
+                100 * floor / median,
+                memory[name],
+            )
+        )
+    return rows
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(values)
+    return (
+        ordered[round(0.2 * (len(ordered) - 1))],
+        statistics.median(ordered),
+        ordered[round(0.8 * (len(ordered) - 1))],
+    )
+
+
+def table(rows: list[Measurement]) -> str:
+    """The rows as text; ``vs first`` is time over that of the task's first implementation."""
+    head = [
+        "shape",
+        "dtype",
+        "data",
+        "implementation",
+        "median ms",
+        "p20",
+        "p80",
+        "TFLOP/s",
+        "% floor",
+        "extra MiB",
+        "vs first",
+    ]
+    lines, first = [head], {}
+    for r in rows:
+        shape = " ".join(f"{k}={v}" for k, v in r.shape.items())
+        base = first.setdefault((shape, r.dtype, r.data), r.median_ms)
+        lines.append(
+            [
+                shape,
+                r.dtype,
+                r.data,
+                r.implementation,
+                f"{r.median_ms:.2f}",
+                f"{r.p20_ms:.2f}",
+                f"{r.p80_ms:.2f}",
+                f"{r.tflops:.3f}",
+                f"{r.percent_of_floor:.0f}",
+                f"{r.extra_mib:.0f}",
+                f"x{r.median_ms / base:.2f}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    out = []
+    for line in lines:
+        cells = [c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        out.append("  ".join(cells).rstrip())
+    return "\n".join(out)

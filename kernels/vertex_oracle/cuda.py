@@ -1,0 +1,56 @@
+"""CUDA implementation for bfloat16 (csrc/cuda/vertex_oracle.cu), launched on the current stream, no synchronisation.
+
+Calls it has no code for (a second table, candidate sets, rows that are not whole 16-byte chunks) are refused by name;
+the automatic choice prefers Triton until a measurement says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import BackendError, Call, only_dtypes
+
+
+def unsupported(call: Call) -> str | None:
+    return only_dtypes(call, (torch.bfloat16,))
+
+
+def vertex_oracle(
+    G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if Q2 is not None or candidates is not None or E.shape[1] % 8 or E.stride(0) % 8 or E.data_ptr() % 16:
+        raise BackendError(
+            "the CUDA vertex oracle takes one table whose rows are whole 16-byte chunks and no candidate sets; "
+            "leave backend unset or use 'triton'"
+        )
+    module = native.load("cuda")
+    G, T = native.rows(G), G.shape[0]
+    if G.stride(0) % 8 or G.data_ptr() % 16:
+        G = G.clone(memory_format=torch.contiguous_format)
+    allowed = None if allowed is None else allowed.contiguous()
+    ids = torch.empty(T, dtype=torch.int64, device=E.device)
+    values = torch.empty(T, dtype=torch.float32, device=E.device)
+    tiles, blocks = -(-E.shape[0] // 128), max(1, -(-T // 128))
+    processors = torch.cuda.get_device_properties(E.device).multi_processor_count
+    splits = max(1, min(tiles, 2 * processors // blocks))  # two blocks of 48 KiB a processor
+    workspace = torch.empty(splits * T, dtype=torch.int64, device=E.device)
+    module.vertex_oracle(
+        **native.matrix(module, "queries", G),
+        **native.matrix(module, "table", E),
+        **native.matrix(module, "queries2", None),
+        **native.matrix(module, "table2", None),
+        allowed=native.pointer(allowed),
+        **native.candidates(module, None),
+        rows=T,
+        vocab=E.shape[0],
+        dim=E.shape[1],
+        dim2=0,
+        ids=ids.data_ptr(),
+        values=values.data_ptr(),
+        splits=splits,
+        workspace=workspace.data_ptr(),
+        where=native.where("cuda", E.device),
+    )
+    return ids, values
