@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -77,17 +77,19 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:
-    """The module that turns token ids into input embeddings ``[.., d]``; ModelError if it isn't an nn.Embedding."""
+    """The module that turns token ids into input embeddings ``[.., d]``: an nn.Embedding, or a wrapper around one that
+    shows its weight (an adapter); ModelError for anything else."""
     try:
         module = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         module = None
-    if not isinstance(module, nn.Embedding):
+    inner = [m for m in module.modules() if isinstance(m, nn.Embedding)] if module is not None else []
+    if module is None or not any(m.weight is getattr(module, "weight", None) for m in inner):
         raise ModelError(
             f"{type(model).__name__} has no plain input embedding (found {type(module).__name__}), so its vocabulary"
             " spans no hull; use a causal LM whose get_input_embeddings() is an nn.Embedding"
         )
-    return module
+    return cast(nn.Embedding, module)
 
 
 def _check_place(name: str | os.PathLike[str]) -> None:

@@ -6,13 +6,15 @@ branches, which share the prefix and are blind to each other, their positions bo
     cached prompt x (P) | prefix z (T) | failed continuation c (W - 1) | template + answer (M - 1)
     position   0 .. P-1 | P .. P+T-1   | P+T ..                        | P+T ..
 
-The last token of a branch is predicted but never fed. Rows are padded on the right; the mask knows positions and
-segments, so neither padding nor the layout reaches the result. Nothing here knows a model: ids and indices only.
+Branches that are only scored (``pack_branches``) leave a cached trunk, each at a position of its own, and are blind to
+all others. The last token of a branch is predicted but never fed. Rows are padded on the right; the mask knows
+positions and segments, so neither padding nor the layout reaches the result. Nothing here knows a model: ids and
+indices only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,53 @@ from torch import Tensor
 from latentrevise.revision import FailedRollout, ReviseConfig
 
 PAD, PREFIX, FAILED, GOLD = -1, 0, 1, 2
+
+
+@dataclass(frozen=True)
+class BranchPacking:
+    """Index arrays of ``B`` rows of branches, each row behind one trunk; padded to ``S``.
+
+    tokens, segment, position, reach: int64 ``[B, S]``; a segment of its own for each branch; reach is where the branch
+    leaves the trunk. score_index, targets: int64 ``[N]``, the flat position that predicts each scored token that is not
+    the first of its branch, and the token.
+    """
+
+    tokens: Tensor
+    segment: Tensor
+    position: Tensor
+    reach: Tensor
+    score_index: Tensor
+    targets: Tensor
+
+
+def pack_branches(rows: Sequence[Sequence[tuple[int, Sequence[int], int]]], device: torch.device) -> BranchPacking:
+    """Lay branches out; a row is a list of (position where it leaves the trunk, tokens, first scored token)."""
+    width = max(sum(len(tokens) - 1 for _, tokens, _ in row) for row in rows)
+    flat: dict[str, list[int]] = {name: [] for name in ("tokens", "segment", "position", "reach")}
+    score_index: list[int] = []
+    targets: list[int] = []
+    for b, row in enumerate(rows):
+        start = b * width
+        for segment, (at, tokens, first) in enumerate(row, start=1):
+            fed = len(tokens) - 1
+            flat["tokens"] += tokens[:-1]
+            flat["segment"] += [segment] * fed
+            flat["position"] += range(at, at + fed)
+            flat["reach"] += [at] * fed
+            scored = max(first, 1)
+            score_index += range(start + scored - 1, start + fed)
+            targets += tokens[scored:]
+            start += fed
+        free = (b + 1) * width - start
+        flat["segment"] += [PAD] * free
+        for name in ("tokens", "position", "reach"):
+            flat[name] += [0] * free
+    grid = {name: torch.tensor(values, device=device).view(len(rows), width) for name, values in flat.items()}
+    return BranchPacking(
+        **grid,
+        score_index=torch.tensor(score_index, dtype=torch.long, device=device),
+        targets=torch.tensor(targets, dtype=torch.long, device=device),
+    )
 
 
 @dataclass(frozen=True)
@@ -142,35 +191,45 @@ def suffix_length(rollout: FailedRollout, config: ReviseConfig) -> int:
 
 
 def visible(
-    query_segment: Tensor, query_position: Tensor, key_segment: Tensor, key_position: Tensor, window: int | None = None
+    query_segment: Tensor,
+    query_position: Tensor,
+    key_segment: Tensor,
+    key_position: Tensor,
+    window: int | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Who sees whom: bool ``[B, Q, L]`` from ``[B, Q]`` queries and ``[B, L]`` keys.
 
     A key is seen by later positions of its own segment, and a key of the shared prefix by every later position; with a
-    ``window``, by positions less than ``window`` away. Prompt keys carry the segment PREFIX.
+    ``window``, by positions less than ``window`` away. Prompt keys carry the segment PREFIX. reach: int64 ``[B, Q]``,
+    where a query's branch leaves the shared prefix: it sees only the keys before that.
     """
     distance = query_position.unsqueeze(2) - key_position.unsqueeze(1)
     same = query_segment.unsqueeze(2) == key_segment.unsqueeze(1)
     shared = (key_segment == PREFIX).unsqueeze(1)
+    if reach is not None:
+        shared = shared & (key_position.unsqueeze(1) < reach.unsqueeze(2))
     seen = (same | shared) & (key_segment != PAD).unsqueeze(1) & (distance >= 0)
     return seen if window is None else seen & (distance < window)
 
 
-def batches(rollouts: Sequence[FailedRollout], config: ReviseConfig) -> Iterator[list[int]]:
-    """Split into batches whose padded size stays within ``config.token_budget``; yields lists of indices.
+def batches(sizes: Sequence[tuple[int, int]], token_budget: int) -> list[list[int]]:
+    """Split rows of (cached, fed) tokens into batches whose padded size stays within the budget; lists of indices.
 
-    Rollouts are taken in order of length, so that little is padded; a rollout larger than the budget goes alone.
+    Rows are taken in order of length, the longest first, so that memory fails early if it has to. A batch also ends
+    where padding would make up more than a quarter of what is fed. A row larger than the budget goes alone.
     """
-    size = [(len(r.prompt_ids), suffix_length(r, config)) for r in rollouts]
-    order = sorted(range(len(rollouts)), key=lambda i: (sum(size[i]), i))
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][1], -sizes[i][0], i))
+    found: list[list[int]] = []
     batch: list[int] = []
-    prompt = suffix = 0
+    cached = fed = real = 0
     for i in order:
-        p, s = max(prompt, size[i][0]), max(suffix, size[i][1])
-        if batch and (p + s) * (len(batch) + 1) > config.token_budget:
-            yield batch
-            batch, (p, s) = [], size[i]
+        own_cached, own_fed = sizes[i]
+        most = max(cached, own_cached)
+        rows = len(batch) + 1
+        if batch and ((most + fed) * rows > token_budget or 0.75 * fed * rows > real + own_fed):
+            found.append(batch)
+            batch, most, fed, real = [], own_cached, own_fed, 0
         batch.append(i)
-        prompt, suffix = p, s
-    if batch:
-        yield batch
+        cached, fed, real = most, max(fed, own_fed), real + own_fed
+    return [*found, batch] if batch else found

@@ -1,31 +1,36 @@
 """The frozen policy: a Hugging Face causal LM taken apart into embedding table, body and head.
 
-Everything is found from modules and configuration and then *measured*: at construction the policy's own logits on a few
-tokens are compared with the model's. A model that computes its logits in a way not understood here is refused with the
-reason, never approximated.
+Everything is found from modules and configuration and then *measured*: at construction the policy's own logits, plain
+and packed, are compared with the model's on a few tokens. A model that computes in a way not understood here is
+refused with the reason, never approximated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise import kernels
+from latentrevise.branches import Branch, BranchScores, score_branches
 from latentrevise.errors import InputError, ModelError
 from latentrevise.models import check_model, input_embedding
-from latentrevise.packing import PAD, PREFIX, Packing, visible
+from latentrevise.packing import PAD, PREFIX, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ATTENTION = ("sdpa", "eager")  # implementations that take an explicit mask
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -39,50 +44,93 @@ class Head:
 
     def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probability of ``targets [N]`` under ``hidden [N, d]``, float32 ``[N]``, without ``[N, V]``."""
-        return kernels.linear_logprob(
-            hidden,
+        logprobs = kernels.linear_logprob(
+            hidden.to(self.weight.device),
             self.weight,
-            targets,
+            targets.to(self.weight.device),
             bias=self.bias,
             scale=self.scale,
             softcap=self.softcap,
             temperature=temperature,
         )
+        assert isinstance(logprobs, Tensor)  # a pair only with entropy=True
+        return logprobs.to(hidden.device)
 
     def plausible(self, hidden: Tensor, p_min: float, count: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens with probability of at least ``p_min``: ids ``[T, C]`` (padded -1), logprobs, counts."""
-        return kernels.plausible_vertices(
-            hidden,
+        ids, logprobs, counts = kernels.plausible_vertices(
+            hidden.to(self.weight.device),
             self.weight,
             p_min,
             count,
             bias=self.bias,
             scale=self.scale,
             softcap=self.softcap,
-            allowed=allowed,
+            allowed=allowed.to(self.weight.device),
         )
+        return ids.to(hidden.device), logprobs.to(hidden.device), counts.to(hidden.device)
 
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of ``B`` prompts, right-padded to ``P``, and the last hidden state of each.
+    """Keys and values of ``B`` prompts, right-padded to ``P``, and the hidden states.
 
-    layers: one pair ``[B, heads, P, head_dim]`` a layer. lengths: int64 ``[B]``. last_hidden: ``[B, d]``.
+    layers: one pair ``[B, heads, P, head_dim]`` a layer. lengths: int64 ``[B]``. hidden: ``[B, P, d]``.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     lengths: Tensor
-    last_hidden: Tensor
+    hidden: Tensor
 
-    def select(self, rows: Tensor) -> PromptCache:
-        layers = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.layers]
-        return PromptCache(layers, self.lengths[rows], self.last_hidden[rows])
+    def select(self, rows: Tensor, width: int | None = None) -> PromptCache:
+        """Rows of the cache, cut to their first ``width`` positions."""
+        layers = [(_rows(keys[:, :, :width], rows), _rows(values[:, :, :width], rows)) for keys, values in self.layers]
+        return PromptCache(
+            layers,
+            self.lengths[rows].clamp(max=self.hidden.shape[1] if width is None else width),
+            _rows(self.hidden[:, :width], rows),
+        )
+
+    @property
+    def last_hidden(self) -> Tensor:
+        """``[B, d]``, at each prompt's last token."""
+        return self.hidden[torch.arange(len(self.lengths), device=self.hidden.device), self.lengths - 1]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All of a packed pass that does not change from step to step.
+
+    embeddings: ``[B, S, d]`` of the plain tokens; position: int64 ``[B, S]``; masks: what the body takes; layers: the
+    prompts' keys and values.
+    """
+
+    embeddings: Tensor
+    position: Tensor
+    masks: Any
+    layers: list[tuple[Tensor, Tensor]]
+
+
+class _Behind(DynamicLayer):
+    """A prompt's keys and values that others are put behind but never into: running a pass leaves no trace."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
 
 
 class Policy:
     """A causal LM that is read, and differentiated with respect to its input embeddings, but never changed.
 
-    model: any causal LM of transformers with a plain input embedding and a linear head.
+    model: any causal LM of transformers with a plain input embedding and a linear head; LoRA on top of it (peft),
+        weights spread over devices (device_map) and FSDP2 (fully_shard) are understood. It may be trained between
+        calls.
     tokenizer: used for which rows are real tokens and which of them are special; without it only the special ids of the
         configuration are known.
     """
@@ -96,10 +144,15 @@ class Policy:
         if self.body is model or self.body is None:
             raise ModelError(f"{type(model).__name__} has no separate decoder body; use a causal LM of transformers")
         self._check_attention()
+        self._check_forward()
+        # Under FSDP2 parameters are gathered by hooks on the root, so the pass must go through it.
+        self._whole_model = any(isinstance(module, FSDPModule) for module in model.modules())
+        self._derived: list[tuple[Tensor, Callable[[], Tensor]]] = []
         with torch.no_grad():
             self.table = self._table()
         self.allowed = self._allowed(tokenizer)
-        self.head = self._head()
+        self.limit = _position_limit(self.config)
+        self.head = self._measured()
 
     @property
     def device(self) -> torch.device:
@@ -111,13 +164,19 @@ class Policy:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The model in eval mode with no parameter requiring a gradient; both are restored on the way out."""
+        """The model in eval mode with no parameter requiring a gradient; both are restored on the way out.
+
+        Copies made of the weights (a scaled table, a head with LoRA) are brought up to date on the way in.
+        """
         training = [module for module in self.model.modules() if module.training]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
             self.model.eval()
+            with torch.no_grad():
+                for copy, make in self._derived:
+                    copy.copy_(make())
             yield
         finally:
             for parameter in trained:
@@ -130,126 +189,210 @@ class Policy:
         if top >= self.table.shape[0]:
             raise InputError(
                 f"{what} holds token {top}, but the model's table has {self.table.shape[0]} rows; tokenizer and"
-                " model do"
-                " not belong together"
+                " model do not belong together"
             )
 
-    def prompt_cache(self, prompts: Sequence[Sequence[int]]) -> PromptCache:
-        """Run the prompts once. Equal prompts are run once for all of their rows."""
-        unique = list(dict.fromkeys(tuple(p) for p in prompts))
+    def check_length(self, length: int, what: str) -> None:
+        if self.limit is not None and length > self.limit:
+            raise InputError(
+                f"{what}: {length} tokens exceed the model's {self.limit} positions; shorten the prompt or the prefix"
+            )
+
+    def prompt_cache(self, prompts: Sequence[Sequence[int] | Tensor]) -> PromptCache:
+        """Run the prompts once: token ids, or embeddings ``[L, d]``. Equal ids are run once for all of their rows."""
+        keys = [i if isinstance(p, Tensor) and p.is_floating_point() else _as_ids(p) for i, p in enumerate(prompts)]
+        row = {key: r for r, key in enumerate(dict.fromkeys(keys))}
+        unique = [prompts[key] if isinstance(key, int) else key for key in row]
         lengths = torch.tensor([len(p) for p in unique], device=self.device)
         width = int(lengths.max())
-        tokens = torch.zeros(len(unique), width, dtype=torch.long, device=self.device)
-        for i, prompt in enumerate(unique):
-            tokens[i, : len(prompt)] = torch.tensor(prompt, device=self.device)
+        embeddings = self.table.new_zeros(len(unique), width, self.table.shape[1])
+        for r, prompt in enumerate(unique):
+            given = prompt if isinstance(prompt, Tensor) else self._embed(torch.tensor(prompt, device=self.device))
+            embeddings[r, : len(prompt)] = given.to(self.device, self.table.dtype)
         position = torch.arange(width, device=self.device).expand(len(unique), -1)
         segment = torch.where(position < lengths.unsqueeze(1), PREFIX, PAD)
         with torch.no_grad():
             cache = DynamicCache()
-            hidden = self._run(self.embedding(tokens), position, segment, position, segment, cache)
-        row = {prompt: i for i, prompt in enumerate(unique)}
-        rows = torch.tensor([row[tuple(p)] for p in prompts], device=self.device)
-        last = hidden[torch.arange(len(unique), device=self.device), lengths - 1]
-        return PromptCache(_layers(cache), lengths, last).select(rows)
+            masks = self._masks(position, segment, position, segment, None)
+            hidden = self._run(embeddings, position, masks, cache)
+        whole = PromptCache(_layers(cache), lengths, hidden)
+        if len(unique) == len(prompts):
+            return whole
+        return whole.select(torch.tensor([row[key] for key in keys], device=self.device))
 
-    def packed(self, packing: Packing, prompt: PromptCache, prefix: Tensor) -> Tensor:
-        """Hidden states of the suffixes, ``[B * S, d]``, with ``prefix [T, d]`` in place of the plain prefix tokens."""
-        count, width = packing.tokens.shape
-        plain = self.embedding(packing.tokens).detach().reshape(count * width, -1)
-        embeddings = plain.index_copy(0, packing.prefix_index, prefix.to(plain.dtype)).view(count, width, -1)
-        position = packing.offset + prompt.lengths.unsqueeze(1)
-        longest = prompt.layers[0][0].shape[2]
-        prompt_position = torch.arange(longest, device=self.device).expand(count, -1)
+    def prepare(
+        self, tokens: Tensor, position: Tensor, segment: Tensor, prompt: PromptCache, reach: Tensor | None = None
+    ) -> Ready:
+        """What a packed pass behind ``prompt`` needs; all int64 ``[B, S]``, see ``packing``."""
+        longest = prompt.hidden.shape[1]
+        prompt_position = torch.arange(longest, device=self.device).expand(len(tokens), -1)
         prompt_segment = torch.where(prompt_position < prompt.lengths.unsqueeze(1), PREFIX, PAD)
-        hidden = self._run(
-            embeddings,
+        masks = self._masks(
             position,
-            packing.segment,
+            segment,
             torch.cat([prompt_position, position], 1),
-            torch.cat([prompt_segment, packing.segment], 1),
-            DynamicCache(prompt.layers),
+            torch.cat([prompt_segment, segment], 1),
+            reach,
         )
-        return hidden.reshape(count * width, -1)
+        return Ready(self._embed(tokens), position, masks, prompt.layers)
+
+    def hidden(self, ready: Ready, index: Tensor | None = None, values: Tensor | None = None) -> Tensor:
+        """Hidden states of the suffixes, ``[B * S, d]``.
+
+        values: ``[T, d]``, in place of the plain tokens that lie at ``index [T]`` of the flattened ``[B * S]``.
+        """
+        count, width, d = ready.embeddings.shape
+        embeddings = ready.embeddings
+        if index is not None and values is not None:
+            flat = embeddings.reshape(count * width, d).index_copy(0, index, values.to(embeddings.dtype))
+            embeddings = flat.view(count, width, d)
+        cache = Cache(layers=[_Behind(keys, values) for keys, values in ready.layers])
+        return self._run(embeddings, ready.position, ready.masks, cache).reshape(count * width, -1)
+
+    def score_branches(
+        self,
+        trunks: Sequence[Sequence[int] | Tensor],
+        branches: Sequence[Branch],
+        *,
+        token_budget: int | None = None,
+    ) -> BranchScores:
+        """Log-probabilities of many short branches that leave a few trunks at different positions.
+
+        trunks: token ids, or embeddings ``[L, d]`` (a prompt and a revised prefix); each is run once. branches: see
+        ``Branch``; any order, any number a trunk. token_budget: padded tokens in one batch; None: from free memory.
+        Raises InputError for a branch that leaves its trunk out of range or scores nothing.
+        """
+        return score_branches(self, trunks, branches, token_budget)
 
     def logprobs(
-        self, contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], token_budget: int
+        self,
+        contexts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int | None = None,
     ) -> list[Tensor]:
         """Log-probability of each completion token behind its plain context: float32 ``[len(completion)]`` on the CPU.
 
-        Temperature 1, unfiltered. token_budget: padded tokens in one batch.
+        Contexts that are equal are run once. An empty completion has no log-probs.
         """
-        size = [len(context) + len(completion) for context, completion in zip(contexts, completions, strict=True)]
-        order = sorted(range(len(size)), key=size.__getitem__)
-        found: dict[int, Tensor] = {}
-        with self.frozen(), torch.no_grad():
-            while order:
-                # The longest first: the batch's width is known, and memory fails early if it has to.
-                count = max(1, token_budget // size[order[-1]])
-                batch, order = order[-count:], order[:-count]
-                width = max(size[i] for i in batch)
-                tokens = torch.zeros(len(batch), width, dtype=torch.long)
-                for row, i in enumerate(batch):
-                    tokens[row, : size[i]] = torch.tensor([*contexts[i], *completions[i]])
-                tokens = tokens.to(self.device)
-                lengths = torch.tensor([size[i] for i in batch], device=self.device)
-                position = torch.arange(width, device=self.device).expand(len(batch), -1)
-                segment = torch.where(position < lengths.unsqueeze(1), PREFIX, PAD)
-                hidden = self._run(self.embedding(tokens), position, segment, position, segment, DynamicCache())
-                spans = [(row, slice(len(contexts[i]) - 1, size[i] - 1)) for row, i in enumerate(batch)]
-                scored = torch.cat([hidden[row, span] for row, span in spans])
-                targets = torch.cat([tokens[row, span.start + 1 : span.stop + 1] for row, span in spans])
-                parts = self.head.logprob(scored, targets).cpu().split([len(completions[i]) for i in batch])
-                found.update(zip(batch, parts, strict=True))
-        return [found[i] for i in range(len(size))]
+        trunks = {tuple(context): i for i, context in enumerate(dict.fromkeys(tuple(c) for c in contexts))}
+        branches = [
+            Branch(trunks[tuple(context)], len(context), completion)
+            for context, completion in zip(contexts, completions, strict=True)
+            if len(completion)
+        ]
+        scores = iter(self.score_branches(list(trunks), branches, token_budget=token_budget).logprobs)
+        return [next(scores) if len(completion) else torch.zeros(0) for completion in completions]
 
-    def _run(
-        self,
-        embeddings: Tensor,
-        position: Tensor,
-        segment: Tensor,
-        key_position: Tensor,
-        key_segment: Tensor,
-        cache: DynamicCache,
-    ) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens, self.table)
+
+    def _masks(
+        self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor, reach: Tensor | None
+    ) -> Any:
+        """The additive mask ``[B, 1, Q, L]`` of each kind of layer, in the form the body takes."""
+
         def mask(window: int | None) -> Tensor:
-            seen = visible(segment, position, key_segment, key_position, window).unsqueeze(1)
+            seen = visible(segment, position, key_segment, key_position, window, reach).unsqueeze(1)
             # Additive and finite: a padded query then attends to everything evenly instead of producing NaN.
-            lowest = torch.finfo(embeddings.dtype).min
-            return torch.zeros(seen.shape, dtype=embeddings.dtype, device=seen.device).masked_fill(~seen, lowest)
+            lowest = torch.finfo(self.dtype).min
+            return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, lowest)
 
         window = getattr(self.config, "sliding_window", None)
         kinds = sorted(set(getattr(self.config, "layer_types", None) or [])) or [
             "full_attention" if window is None else "sliding_attention"
         ]
         by_kind = {kind: mask(window if kind == "sliding_attention" else None) for kind in kinds}
-        masks: Any = by_kind if len(by_kind) > 1 else by_kind[kinds[0]]
-        output = self.body(
-            inputs_embeds=embeddings, attention_mask=masks, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        return output.last_hidden_state
+        return by_kind if len(by_kind) > 1 else by_kind[kinds[0]]
+
+    def _run(self, embeddings: Tensor, position: Tensor, masks: Any, cache: Cache) -> Tensor:
+        inputs = {
+            "inputs_embeds": embeddings,
+            "attention_mask": masks,
+            "position_ids": position,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self._whole_model:
+            hidden, _ = self._whole(**inputs)
+        else:
+            hidden = self.body(**inputs).last_hidden_state
+        return hidden.to(self.device)
+
+    def _whole(self, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Hidden states and logits of the model itself."""
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, arguments: Any, output: Any) -> None:
+            caught.append(output.last_hidden_state)
+
+        handle = self.body.register_forward_hook(catch)
+        try:
+            if "input_ids" not in inputs and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+                inputs["logits_to_keep"] = 1
+            logits = self.model(**inputs).logits
+        finally:
+            handle.remove()
+        if len(caught) != 1:
+            raise ModelError(
+                f"{type(self.model).__name__} ran its decoder {len(caught)} times in one forward pass; the packed pass"
+                " needs a model that runs it once"
+            )
+        return caught[0], logits
 
     def _check_attention(self) -> None:
         kind = getattr(self.config, "_attn_implementation", None)
         if kind not in _ATTENTION:
             raise ModelError(
                 f"attention implementation {kind!r} takes no explicit mask, which the packed pass needs; load the"
-                " model with"
-                " attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa'))"
+                " model with attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa')), or 'eager'"
+                " where the architecture has no sdpa"
             )
         types = set(getattr(self.config, "layer_types", None) or _LAYER_TYPES)
         strange = sorted(types - set(_LAYER_TYPES))
         if strange:
             raise ModelError(
                 f"{type(self.model).__name__} has layers of type {', '.join(strange)}; only full and sliding-window"
-                " attention"
-                " can share a prefix between two branches exactly"
+                " attention can share a prefix between two branches exactly"
             )
 
+    def _check_forward(self) -> None:
+        parameters = inspect.signature(self.body.forward).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        missing = [] if anything else [name for name in _NEEDED if name not in parameters]
+        if missing:
+            raise ModelError(
+                f"{type(self.body).__name__}.forward takes no {', '.join(missing)}; the packed pass places tokens and"
+                " masks itself, which this architecture does not allow"
+            )
+        for name, weight in (("input embedding", self.embedding.weight), ("body", next(self.body.parameters()))):
+            if weight.device.type == "meta":
+                raise ModelError(
+                    f"the weights of the {name} are not in memory (meta device: offloaded or not loaded); load the"
+                    " model without offloading, spread over more devices or in a smaller dtype"
+                )
+        if self.embedding.weight.ndim != 2 or not self.embedding.weight.numel():
+            raise ModelError(
+                f"the embedding table has shape {tuple(self.embedding.weight.shape)}: its weights are flattened or"
+                " partitioned (FSDP1, ZeRO-3); use FSDP2 (fully_shard), or gather the parameters first"
+            )
+
+    def _derive(self, make: Callable[[], Tensor]) -> Tensor:
+        """A copy that depends on the weights and is renewed at the start of every call."""
+        copy = make().clone()
+        self._derived.append((copy, make))
+        return copy
+
     def _table(self) -> Tensor:
-        if type(self.embedding) is nn.Embedding:
-            return self.embedding.weight.detach()
-        rows = torch.arange(self.embedding.num_embeddings, device=self.device)
-        return self.embedding(rows).detach()
+        weight = self.embedding.weight
+        plain = type(self.embedding).forward is nn.Embedding.forward
+        if plain:
+            return self._derive(weight.full_tensor) if isinstance(weight, DTensor) else weight.detach()
+        rows = torch.arange(weight.shape[0], device=weight.device)
+        if isinstance(weight, DTensor):
+            return self._derive(
+                lambda: torch.func.functional_call(self.embedding, {"weight": weight.full_tensor()}, (rows,)).detach()
+            )
+        return self._derive(lambda: self.embedding(rows).detach())
 
     def _allowed(self, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
         rows = self.table.shape[0]
@@ -263,32 +406,150 @@ class Policy:
         allowed[[i for i in ids if i < rows]] = False
         return allowed
 
-    def _head(self) -> Head:
+    def _output(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[V, d]`` and bias of the head."""
         module = self.model.get_output_embeddings()
-        if not isinstance(getattr(module, "weight", None), Tensor) or module.weight.ndim != 2:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise ModelError(f"{type(self.model).__name__} has no linear head; the loss needs logits = h W^T")
-        bias = getattr(module, "bias", None)
-        weight, bias = module.weight.detach(), None if bias is None else bias.detach()
-        tokens = torch.arange(min(8, self.table.shape[0]), device=self.device).unsqueeze(0)
+        if type(module).forward is nn.Linear.forward:
+            bias = getattr(module, "bias", None)
+            if isinstance(weight, DTensor):
+                tied = weight is self.embedding.weight and type(self.embedding).forward is nn.Embedding.forward
+                whole = self.table if tied else self._derive(weight.full_tensor)
+                return whole, bias if bias is None else self._derive(bias.full_tensor)
+            return weight.detach(), None if bias is None else bias.detach()
+
+        # Linear in some other way (LoRA on the head, quantised): what it does to the unit vectors is its matrix.
+        def zero() -> Tensor:
+            return module(torch.zeros(1, self.table.shape[1], dtype=self.dtype, device=weight.device))[0]
+
+        def matrix() -> Tensor:
+            units = torch.eye(self.table.shape[1], dtype=self.dtype, device=weight.device)
+            return (module(units) - zero()).T.contiguous()
+
         with self.frozen(), torch.no_grad():
-            own = self.model(input_ids=tokens, use_cache=False).logits[0].float()
-            hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state[0]
-            raw = nn.functional.linear(hidden, weight, bias).float()
-        closest = float("inf")
-        for scale, softcap in _transforms(self.config):
-            logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
-            difference = float((logits - own).abs().max() / own.abs().max().clamp_min(1e-6))
-            if difference < (1e-4 if own.dtype == torch.float32 and self.dtype == torch.float32 else 2e-2):
-                return Head(weight, bias, scale, softcap)
-            closest = min(closest, difference)
+            return self._derive(matrix), self._derive(zero) if bool(zero().any()) else None
+
+    def _measured(self) -> Head:
+        """The head, after the model's own passes over a few tokens were compared with ours, plain and packed."""
+        weight, bias = self._output()
+        exact = self.dtype in (torch.float32, torch.float64)
+        known = self.allowed.nonzero().flatten()
+        ids = known[torch.linspace(0, len(known) - 1, 12, device=self.device).long()].tolist()
+        # A prompt, a prefix and two branches; the second row is shorter everywhere.
+        work = [(ids[:4], ids[4:7], [ids[7:10], ids[10:12]]), (ids[2:4], ids[5:7], [ids[8:10], ids[11:]])]
+        with self.frozen(), torch.no_grad(), self._narrow_window():
+            plain = [[self._plain([*x, *z, *end]) for end in ends] for x, z, ends in work]
+            head = self._transform(weight, bias, *plain[0][0], exact)
+            try:
+                packed = self._packed(work)
+            except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ModelError(
+                    f"{type(self.model).__name__} does not run on embeddings with masks, positions and a cache of its"
+                    f" prompt ({type(error).__name__}: {error}); its attention cannot share a prefix between branches"
+                ) from error
+        own = [
+            hidden[0, len(x) + (0 if first else len(z)) :]
+            for (x, z, _), rows in zip(work, plain, strict=True)
+            for first, (hidden, _) in zip((True, False), rows, strict=True)
+        ]
+        wanted = torch.cat([part.to(self.device) for part in own]).float()
+        off = (packed.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-6)
+        # In low precision single tokens may be far off (a router at a tie), but not half of them.
+        difference = float(off.max() if exact else off.median())
+        if not difference < (1e-4 if exact else 5e-2):
+            raise ModelError(
+                f"{type(self.model).__name__} gives other hidden states for two branches packed behind a cached prompt"
+                f" than for plain sequences (relative difference {difference:.1e}): its attention, positions or inputs"
+                " do not follow the masks, positions and embeddings it is given"
+            )
+        return head
+
+    def _plain(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        hidden, logits = self._whole(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+        if not hidden.shape[1] == logits.shape[1] == len(ids):
+            raise ModelError(
+                f"{type(self.model).__name__} runs {hidden.shape[1]} positions for {len(ids)} tokens (virtual tokens?);"
+                " a prompt can be cached only if the model reads nothing but its tokens"
+            )
+        return hidden, logits
+
+    def _packed(self, work: list[tuple[list[int], list[int], list[list[int]]]]) -> Tensor:
+        """Hidden states of (prompt, prefix, branches), packed: of each prefix, then of its branches."""
+        width = max(len(z) + sum(map(len, ends)) for _, z, ends in work)
+        grid = torch.zeros(3, len(work), width, dtype=torch.long)  # tokens, positions, segments
+        grid[2] = PAD
+        for b, (x, z, ends) in enumerate(work):
+            start = 0
+            for segment, part in enumerate([z, *ends]):
+                first = len(x) + (len(z) if segment else 0)
+                for row, values in enumerate((part, range(first, first + len(part)), [segment] * len(part))):
+                    grid[row, b, start : start + len(part)] = torch.tensor(values)
+                start += len(part)
+        tokens, position, segments = grid.to(self.device)
+        hidden = self.hidden(self.prepare(tokens, position, segments, self.prompt_cache([x for x, _, _ in work])))
+        return hidden[segments.flatten() != PAD]
+
+    @contextmanager
+    def _narrow_window(self) -> Iterator[None]:
+        """A sliding window of 3 tokens, so that which layers have one shows on a few tokens already."""
+        configs = {id(c): c for c in (self.config, getattr(self.body, "config", self.config))}.values()
+        saved = [(c, c.sliding_window) for c in configs if getattr(c, "sliding_window", None) is not None]
+        try:
+            for config, _ in saved:
+                config.sliding_window = 3
+            yield
+        finally:
+            for config, window in saved:
+                config.sliding_window = window
+
+    def _transform(self, weight: Tensor, bias: Tensor | None, hidden: Tensor, own: Tensor, exact: bool) -> Head:
+        """The head whose logits are the model's own: ``hidden [1, n, d]``, ``own [1, n, V]``."""
+        raw = nn.functional.linear(hidden.to(weight), weight, bias).float()
+        own = own.float().to(raw.device)
         if not torch.isfinite(own).all():
             raise ModelError(
                 f"{type(self.model).__name__} gives NaN or infinite logits on plain tokens; check its weights"
             )
+        closest = float("inf")
+        for scale, softcap in _transforms(self.config):
+            logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+            difference = float((logits - own).abs().max() / own.abs().max().clamp_min(1e-6))
+            if difference < (1e-4 if exact else 2e-2):
+                return Head(weight, bias, scale, softcap)
+            closest = min(closest, difference)
         raise ModelError(
             f"{type(self.model).__name__} computes its logits in a way not understood here (closest form differs by"
             f" {closest:.1e}): neither plain, scaled nor soft-capped h W^T"
         )
+
+
+def _position_limit(config: Any) -> int | None:
+    """Positions up to which a token's encoding does not depend on how long the sequence is.
+
+    Beyond the original length, dynamic and long rotary embeddings change for *all* positions, those of the cached
+    prompt too, so no cache is exact there.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *rope.values()]:
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(
+                kind.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+            )
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _as_ids(prompt: Sequence[int] | Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in prompt)
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    return values.index_select(0, rows.to(values.device))
 
 
 def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from latentrevise import kernels, solver
+from latentrevise import kernels, memory, solver
 from latentrevise.errors import InputError, ModelError
 from latentrevise.hull import Mixture, VocabularyHull
 from latentrevise.objective import branch_losses
-from latentrevise.packing import Packing, batches, pack
-from latentrevise.policy import Policy, PromptCache
+from latentrevise.packing import Packing, pack, suffix_length
+from latentrevise.policy import Policy, PromptCache, Ready
 from latentrevise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class _Batch:
     rollouts: list[FailedRollout]
     packing: Packing
     prompt: PromptCache
+    ready: Ready
     candidates: Tensor | None
 
 
@@ -87,19 +88,21 @@ class Reviser:
             self._check_mixtures(rollouts, mixtures)
         config = dataclasses.replace(self.config, combine="sum")
         results: dict[int, Evaluation] = {}
-        with self._scope():
-            for index in batches(rollouts, config):
-                batch = self._batch(index, [rollouts[i] for i in index], config)
-                if mixtures is None:
-                    point = Mixture.from_tokens(batch.packing.prefix_ids)
-                else:
-                    point = _concatenate([mixtures[i] for i in index], self.policy.device)
-                losses, gradients, _ = self._value_and_grad(batch, point, config)
-                parts = gradients.gold.float().split(batch.packing.lengths)
-                for b, i in enumerate(index):
-                    results[i] = Evaluation(
-                        float(losses.total[b]), float(losses.gold[b]), float(losses.away[b]), parts[b].clone()
-                    )
+
+        def evaluate(index: list[int]) -> None:
+            batch = self._batch(index, [rollouts[i] for i in index], config)
+            if mixtures is None:
+                point = Mixture.from_tokens(batch.packing.prefix_ids)
+            else:
+                point = _concatenate([mixtures[i] for i in index], self.policy.device)
+            losses, gradients, _ = self._value_and_grad(batch, point, config)
+            parts = gradients.gold.float().split(batch.packing.lengths)
+            for b, i in enumerate(index):
+                results[i] = Evaluation(
+                    float(losses.total[b]), float(losses.gold[b]), float(losses.away[b]), parts[b].clone()
+                )
+
+        self._in_batches(rollouts, evaluate)
         return [results[i] for i in range(len(rollouts))]
 
     def revise(self, rollouts: Sequence[FailedRollout]) -> list[Revision]:
@@ -109,10 +112,14 @@ class Reviser:
         """
         self._check(rollouts)
         done: dict[int, Revision] = {}
-        with self._scope():
-            for index in batches(rollouts, self.config):
-                self._revise_batch(index, [rollouts[i] for i in index], done)
+        self._in_batches(rollouts, lambda index: self._revise_batch(index, [rollouts[i] for i in index], done))
         return [done[i] for i in range(len(rollouts))]
+
+    def _in_batches(self, rollouts: Sequence[FailedRollout], work: Callable[[list[int]], None]) -> None:
+        sizes = [(len(rollout.prompt_ids), suffix_length(rollout, self.config)) for rollout in rollouts]
+        with self._scope():
+            budget = self.config.token_budget or memory.token_budget(self.policy)
+            memory.in_batches(sizes, budget, work, "rollout")
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -212,28 +219,30 @@ class Reviser:
         rows = torch.tensor(staying, dtype=torch.long, device=self.policy.device)
         keep = torch.isin(batch.packing.prefix_row, rows)
         rollouts = [batch.rollouts[b] for b in staying]
-        smaller = _Batch(
-            [batch.index[b] for b in staying],
-            rollouts,
-            pack(rollouts, self.config, self.policy.device) if rollouts else batch.packing,
-            batch.prompt.select(rows),
-            None if batch.candidates is None else batch.candidates[keep],
+        packing = pack(rollouts, self.config, self.policy.device) if rollouts else batch.packing
+        prompt = batch.prompt.select(rows)
+        ready = self._ready(packing, prompt) if rollouts else batch.ready
+        candidates = None if batch.candidates is None else batch.candidates[keep]
+        return _Batch([batch.index[b] for b in staying], rollouts, packing, prompt, ready, candidates), mixture[keep]
+
+    def _ready(self, packing: Packing, prompt: PromptCache) -> Ready:
+        return self.policy.prepare(
+            packing.tokens, packing.offset + prompt.lengths.unsqueeze(1), packing.segment, prompt
         )
-        return smaller, mixture[keep]
 
     def _batch(
         self, index: list[int], rollouts: list[FailedRollout], config: ReviseConfig, *, candidates: bool = False
     ) -> _Batch:
         packing = pack(rollouts, config, self.policy.device)
         prompt = self.policy.prompt_cache([r.prompt_ids for r in rollouts])
-        listed = self._plausible(packing, prompt) if candidates else None
-        return _Batch(list(index), rollouts, packing, prompt, listed)
+        ready = self._ready(packing, prompt)
+        listed = self._plausible(packing, prompt, ready) if candidates else None
+        return _Batch(list(index), rollouts, packing, prompt, ready, listed)
 
-    def _plausible(self, packing: Packing, prompt: PromptCache) -> Tensor:
+    def _plausible(self, packing: Packing, prompt: PromptCache, ready: Ready) -> Tensor:
         """Candidates ``[T, C + 1]``: what the policy finds plausible at each position of the plain prefix."""
         with torch.no_grad():
-            plain = self.policy.embedding(packing.prefix_ids)
-            hidden = self.policy.packed(packing, prompt, plain)
+            hidden = self.policy.hidden(ready)
             first = torch.ones_like(packing.prefix_row, dtype=torch.bool)
             first[1:] = packing.prefix_row[1:] != packing.prefix_row[:-1]
             before = hidden[(packing.prefix_index - 1).clamp_min(0)]
@@ -245,7 +254,7 @@ class Reviser:
 
     def _losses(self, batch: _Batch, prefix: Tensor, config: ReviseConfig) -> _Losses:
         packing = batch.packing
-        hidden = self.policy.packed(packing, batch.prompt, prefix)
+        hidden = self.policy.hidden(batch.ready, packing.prefix_index, prefix)
         logprobs = self.policy.head.logprob(hidden.index_select(0, packing.score_index), packing.targets)
         gold, away = branch_losses(logprobs, packing.score_row, packing.score_gold, len(batch.rollouts), config)
         losses = _Losses(config.alpha * gold + config.beta * away, gold, away)
@@ -283,7 +292,6 @@ class Reviser:
         return detached, gradients, passes
 
     def _check(self, rollouts: Sequence[FailedRollout]) -> None:
-        limit = getattr(self.policy.config, "max_position_embeddings", None)
         seen: set[str] = set()
         for i, rollout in enumerate(rollouts):
             name = f"rollout {rollout.id if rollout.id is not None else i!r}"
@@ -300,10 +308,7 @@ class Reviser:
                 min(len(rollout.continuation_ids), self.config.away_window),
             )
             length = len(rollout.prompt_ids) + len(rollout.prefix_ids) + branch
-            if limit is not None and length > limit:
-                raise InputError(
-                    f"{name}: {length} tokens exceed the model's {limit} positions; shorten the prompt or the prefix"
-                )
+            self.policy.check_length(length, name)
             if rollout.id is not None and rollout.id in seen:
                 raise InputError(f"{name}: the id appears twice; give each rollout an id of its own, or none")
             seen.add(rollout.id or "")

@@ -88,7 +88,8 @@ class ReviseConfig:
     iterate: ``last``, or ``best``: the iterate with the lowest objective, taken at what is continued from: with
         ``rounding="argmax"`` that is the rounded prefix, at one more forward pass an iterate.
     rounding: ``none`` keeps the latent; ``argmax`` continues from the heaviest atoms, as plain tokens.
-    token_budget: padded tokens (prompt, prefix and branches) in one batch.
+    token_budget: padded tokens (prompt, prefix and branches) in one batch; None: what the free memory allows. Where it
+        does not suffice, half as many are tried.
     backend: kernel implementation; None lets the dispatch decide.
     seed: of the random choices, where a solver makes any.
     """
@@ -113,7 +114,7 @@ class ReviseConfig:
     stop_nll: float | None = None
     iterate: Literal["last", "best"] = "last"
     rounding: Literal["none", "argmax"] = "none"
-    token_budget: int = 8192
+    token_budget: int | None = None
     backend: str | None = None
     seed: int = 0
 
@@ -129,7 +130,7 @@ class ReviseConfig:
             "away_window": (self.away_window >= 1, "at least 1"),
             "away_ceiling": (self.away_ceiling > 0, "positive"),
             "update_fraction": (0.0 < self.update_fraction <= 1.0, "in (0, 1]"),
-            "token_budget": (self.token_budget >= 1, "at least 1"),
+            "token_budget": (self.token_budget is None or self.token_budget >= 1, "None or at least 1"),
         }
         for name, (good, wanted) in checks.items():
             if not good:

@@ -220,14 +220,17 @@ def test_compute_counts_tokens_and_not_padding_or_the_cached_prompt():
 
 
 def test_batches_keep_the_budget_and_lose_nothing():
-    config = ReviseConfig(token_budget=90)
-    work = rollouts(seed=14, count=20)
+    config = ReviseConfig()
+    sizes = [(len(r.prompt_ids), suffix_length(r, config)) for r in rollouts(seed=14, count=20)]
     seen = []
-    for index in batches(work, config):
+    for index in batches(sizes, 90):
         seen += index
-        width = max(len(work[i].prompt_ids) for i in index) + max(suffix_length(work[i], config) for i in index)
+        fed = max(sizes[i][1] for i in index)
+        width = max(sizes[i][0] for i in index) + fed
         assert len(index) == 1 or width * len(index) <= 90
+        assert fed * len(index) * 0.75 <= sum(sizes[i][1] for i in index), "too much padding"
     assert sorted(seen) == list(range(20))
+    assert batches([], 90) == []
 
 
 def test_branches_without_weight_are_left_out_of_the_pass():
