@@ -89,24 +89,23 @@ def test_rule_model_has_implicit_knowledge(bundled):
 
 def test_rule_model_misses_most_uniform_prompts(bundled):
     family = get_family("rule")
-    found = training.hits(*bundled["rule"], family, make_prompts(family, 48, split="develop", seed=1))
+    found = training.hits(*bundled["rule"], family, make_prompts(family, 32, split="develop", seed=1))
     assert 0.4 <= found["zero_hit"] <= 0.9
-    trained = training.hits(*bundled["rule"], family, training.problems(family, 32, seed=1))
-    assert trained["accuracy"] >= 0.2
+    trained = training.hits(*bundled["rule"], family, training.problems(family, 32, seed=1), n=8)
+    assert trained["accuracy"] >= 0.1
     assert trained["accuracy"] > 2 * found["accuracy"]
 
 
-def test_chain_model_falls_with_the_number_of_steps(bundled):
+def test_chain_model_does_one_step_and_often_fails_six(bundled):
     family = get_family("chain")
-    one, three, six = (
-        training.hits(*bundled["chain"], family, training.problems(family, 24, seed=1, steps=steps), n=8)
-        for steps in (1, 3, 6)
+    one, six = (
+        training.hits(*bundled["chain"], family, training.problems(family, 32, seed=1, steps=steps), n=8)
+        for steps in (1, 6)
     )
     assert one["accuracy"] >= 0.9
-    assert one["accuracy"] > three["accuracy"] + 0.2 > six["accuracy"] + 0.3
-    assert six["accuracy"] >= 0.03
-    assert six["zero_hit"] >= 0.2
     assert one["valid"] >= 0.9
+    assert 0.05 <= six["accuracy"] <= 0.45
+    assert six["zero_hit"] >= 0.25
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,6 +114,6 @@ def test_training_record_matches_the_model(name, bundled):
     family = get_family(name)
     record = json.loads((model_dir(name) / "training.json").read_text())
     assert record["evaluation"]["mined"]["prompts"] >= 128
-    found = training.hits(*bundled[name], family, make_prompts(family, 48, split="develop", seed=2))
+    found = training.hits(*bundled[name], family, make_prompts(family, 32, split="develop", seed=2))
     assert found["zero_hit"] == pytest.approx(record["evaluation"]["mined"]["zero_hit"], abs=0.25)
     assert found["accuracy"] == pytest.approx(record["evaluation"]["mined"]["accuracy"], abs=0.12)
