@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, harness, ops
+from benchmarks import cubins, harness, ops, revise
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -20,6 +20,7 @@ DESCRIPTIONS = {
     "mixture_embed": "sparse mixtures of table rows",
     "hull_step": "one Frank-Wolfe step, two normalised gradients",
     "entropic_step": "one mirror-descent step on candidate sets",
+    "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 
@@ -36,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    model = parser.add_argument_group("revise")
+    model.add_argument("--shapes", nargs="+", choices=list(revise.SHAPES), help="none: 0.5B, on a GPU all")
+    model.add_argument("--layers", type=int, help="fewer layers than the shape has; the result says so")
+    model.add_argument("--prefixes", type=int, nargs="+", help="also time our step over these numbers of prefixes")
+    model.add_argument("--rounds", type=int, default=5)
+    model.add_argument("--no-loop", action="store_true", help="leave out the loop over single prefixes")
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(DESCRIPTIONS)
     if unknown:
@@ -49,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         if name == "cubins":
             document, bad = cubins.main()
             status |= bad
+        elif name == "revise":
+            document = revise.main(options)
         else:
             document = measure(name, options)
         documents.append(document)

@@ -130,7 +130,8 @@ class Policy:
 
     model: any causal LM of transformers with a plain input embedding and a linear head; LoRA on top of it (peft),
         weights spread over devices (device_map) and FSDP2 (fully_shard) are understood. It may be trained between
-        calls.
+        calls. Under FSDP2 each pass gathers parameters from all processes, so all must be given the same work, with a
+        token budget that suffices everywhere.
     tokenizer: used for which rows are real tokens and which of them are special; without it only the special ids of the
         configuration are known.
     """

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentrevise import ReviseConfig, Reviser
@@ -225,6 +227,61 @@ def test_models_under_a_device_map():
     hooked = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     check(hooked)
     assert hooked._hf_hook is not None
+
+
+@pytest.fixture
+def one_process():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_under_fsdp2_between_training_steps(name, one_process):
+    """Sharded and plain models are trained alike, with revisions before and between."""
+    plain, sharded = build(name), build(name)
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=one_process)
+    fully_shard(sharded, mesh=one_process)
+    work = rollouts()
+    reviser = Reviser(sharded, CONFIG)
+    for _ in range(2):
+        for rollout, found in zip(work, reviser.value_and_grad(work), strict=True):
+            assert relative(found.grad, plain_passes(plain, rollout, CONFIG)[3]) < 1e-5
+        for model in (plain, sharded):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            loss = -model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.log_softmax(-1)[..., 9].mean()
+            loss.backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    reviser.value_and_grad(work)
+    assert all(parameter.grad is None for parameter in sharded.parameters())
+    assert all(parameter.requires_grad for parameter in sharded.parameters())
+
+
+def test_hooks_see_the_passes_and_stay():
+    model, seen = build("qwen3"), []
+    handles = [model.model.register_forward_hook(lambda *_: seen.append("body"))]
+    handles += [model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append("layer"))]
+    before = [(list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks)) for m in model.modules()]
+    reviser = Reviser(model, CONFIG)
+    seen.clear()
+    reviser.revise(rollouts()[:1])
+    assert seen.count("body") == seen.count("layer") == 1 + 10 + 1, "prompt, steps, last evaluation"
+    after = [(list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks)) for m in model.modules()]
+    assert before == after
+    assert all(
+        handle.id in (*model.model._forward_hooks, *model.model.layers[0]._forward_pre_hooks) for handle in handles
+    )
+
+
+def test_flattened_parameters_are_refused():
+    model = build("qwen3", tie_word_embeddings=False)
+    model.model.embed_tokens.weight = torch.nn.Parameter(torch.zeros(0))
+    with pytest.raises(ModelError, match="ZeRO-3"):
+        Policy(model)
 
 
 def test_offloaded_weights_are_refused():
