@@ -104,9 +104,10 @@ def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, o
         )
         four = {"num_warps": 4, "num_stages": 3}
         signature = {"ids": "*i64", "weights": "*fp32", "table": p, "z": p}
+        eight = {"num_warps": 8, "num_stages": 3}
         yield mixture.mixture_forward, dtype, signature, {"BLOCK": mixture.BLOCK}, four
         signature = {"ids": "*i64", "grad_z": p, "table": p, "grad_weights": "*fp32"}
-        yield mixture.mixture_backward, dtype, signature, {"BLOCK": mixture.BLOCK}, four
+        yield mixture.mixture_backward, dtype, signature, {"BLOCK": mixture.BLOCK}, eight
         terms = 1 if dtype == "float32" else 3
         signature = {"gold": p, "away": p, "out": p, "alpha": "fp32", "beta": "fp32"}
         constants = {"HAS_AWAY": True, "NORMALIZED": True, "TERMS": terms, "BLOCK": hull.BLOCK}

@@ -4,6 +4,7 @@
 // row is associative, and where sums are split (the softmax operations) the split follows from the shapes alone and is
 // merged in order.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -33,6 +34,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kPackedFloats = int64_t{4} << 20;  // tokens worked on together: 16 MiB of panels
+constexpr int64_t kMostHits = int64_t{2} << 20;       // rows that screening may leave in all: 24 MiB
 constexpr int64_t kMeanFloats = int64_t{6} << 20;    // partial sums of all tasks together: 24 MiB
 
 int check(const lr_mixture_args *a, bool backward) {
@@ -149,6 +151,68 @@ void find_vertices(int threads, const Panels &x, int64_t padded, const Matrix &t
     ids[t] = id;
     if (values) values[t] = value;
   }
+}
+
+// The same by certified screening: ids and values identical to those of find_vertices, bit for bit. False where the
+// bounds do not help (too many rows left, inputs that cannot be bounded); nothing is written then.
+bool screen_vertices(int threads, const Combination &c, int64_t first, int64_t rows, const Matrix &table, int64_t vocab,
+                     const uint8_t *allowed, int64_t *ids, float *values) {
+  struct Hit {
+    int32_t token, id;
+    float lower;
+  };
+  struct Hits {
+    std::vector<Hit> list;
+    size_t most;
+  };
+  const int64_t width = 2 * active().lanes, padded = (rows + width - 1) / width * width, depth = (c.dim + 3) / 4;
+  Aligned words(padded * depth), tokens(rows * c.dim), numbers(3 * padded);
+  std::vector<int32_t> sums(padded);
+  const ScreenPanels x{reinterpret_cast<int32_t *>(words.data), tokens.data,    numbers.data,
+                       numbers.data + padded,                   numbers.data + 2 * padded, sums.data(), depth, c.dim, rows};
+  std::atomic<bool> fine{true};
+  parallel_ranges(threads, padded / width, [&](int64_t begin, int64_t end) {
+    if (!active().screen_pack(c, x, first, begin, end)) fine = false;
+  });
+  if (!fine) return false;
+  const int64_t parts = threads == 1 ? 1 : 4 * threads;
+  std::vector<float> upper(parts * padded, kInf);
+  std::vector<Hits> hits(parts);
+  parallel_tasks(threads, parts, [&](int64_t part) {
+    if (!fine) return;
+    hits[part].most = static_cast<size_t>(kMostHits / parts);
+    const auto emit = [](void *context, int64_t token, int64_t v, float lower) {
+      auto &h = *static_cast<Hits *>(context);
+      h.list.push_back({static_cast<int32_t>(token), static_cast<int32_t>(v), lower});
+      return h.list.size() < h.most;
+    };
+    if (!active().screen({x, table, allowed, vocab * part / parts, vocab * (part + 1) / parts,
+                          upper.data() + part * padded, emit, &hits[part]}))
+      fine = false;
+  });
+  if (!fine) return false;
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t part = 1; part < parts; ++part) upper[t] = std::min(upper[t], upper[part * padded + t]);
+  std::vector<std::vector<int32_t>> left(rows);  // by rising id
+  for (const Hits &part : hits)
+    for (const Hit &hit : part.list)
+      if (hit.lower <= upper[hit.token]) left[hit.token].push_back(hit.id);
+  parallel_ranges(threads, rows, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores;
+    for (int64_t t = begin; t < end; ++t) {
+      scores.resize(left[t].size());
+      active().exact_scores(tokens.data + t * c.dim, table, c.dim, left[t].data(), left[t].size(), scores.data());
+      const auto best = std::min_element(scores.begin(), scores.end());  // the first of equal ones
+      ids[t] = best == scores.end() ? -1 : left[t][best - scores.begin()];
+      if (values) values[t] = best == scores.end() ? kInf : *best;
+    }
+  });
+  return true;
+}
+
+// Worth it where products outweigh the quantisation of the table, and only where scores are float32 chains.
+bool worth_screening(int64_t rows, int64_t vocab, bool pairs) {
+  return active().screen != nullptr && !pairs && rows >= 64 && vocab >= 4096;
 }
 
 // ---------------------------------------------------------------------------------------------------------- softmax
@@ -434,7 +498,12 @@ int lr_cpu_vertex_oracle(const lr_oracle_args *a) {
                         a->dim2 == 0 && native_pairs(a->queries_dtype, a->table_dtype, a->dim));
     for (int64_t first = 0; first < a->rows; first += packed.chunk) {
       const int64_t rows = std::min(packed.chunk, a->rows - first);
-      packed.fill(a->threads, plain(a->queries, a->queries_stride, a->queries_dtype, a->dim), first, rows, 0);
+      const Combination queries = plain(a->queries, a->queries_stride, a->queries_dtype, a->dim);
+      if (a->dim2 == 0 && worth_screening(rows, a->vocab, packed.pairs) &&
+          screen_vertices(a->threads, queries, first, rows, {a->table, a->table_stride, a->table_dtype}, a->vocab,
+                          a->allowed, a->ids + first, a->values + first))
+        continue;
+      packed.fill(a->threads, queries, first, rows, 0);
       if (a->dim2)
         packed.fill(a->threads, plain(a->queries2, a->queries2_stride, a->queries2_dtype, a->dim2), first, rows, a->dim);
       find_vertices(a->threads, packed.panels(rows), packed.padded(rows), {a->table, a->table_stride, a->table_dtype},
@@ -515,6 +584,10 @@ int lr_cpu_hull_step(const lr_hull_args *a) {
       const Packed packed(a->rows, a->dim);
       for (int64_t first = 0; first < a->rows; first += packed.chunk) {
         const int64_t rows = std::min(packed.chunk, a->rows - first);
+        if (worth_screening(rows, a->vocab, false) &&
+            screen_vertices(a->threads, c, first, rows, {a->table, a->table_stride, a->table_dtype}, a->vocab, a->allowed,
+                            a->vertex + first, nullptr))
+          continue;
         packed.fill(a->threads, c, first, rows, 0);
         find_vertices(a->threads, packed.panels(rows), packed.padded(rows), {a->table, a->table_stride, a->table_dtype},
                       {}, a->dim, 0, a->vocab, a->allowed, a->vertex + first, nullptr);

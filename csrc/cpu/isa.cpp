@@ -7,7 +7,7 @@ namespace latentrevise::cpu {
 namespace {
 
 const Isa *select() {
-  const Isa *runnable[4] = {&scalar_isa};
+  const Isa *runnable[5] = {&scalar_isa};
   int count = 1;
 #ifdef LATENTREVISE_X86
   __builtin_cpu_init();
@@ -15,7 +15,8 @@ const Isa *select() {
   if (count == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     runnable[count++] = &avx512_isa;
-  if (count == 3 && __builtin_cpu_supports("avx512bf16")) runnable[count++] = &avx512bf16_isa;
+  if (count == 3 && __builtin_cpu_supports("avx512vnni")) runnable[count++] = &avx512vnni_isa;
+  if (count == 4 && __builtin_cpu_supports("avx512bf16")) runnable[count++] = &avx512bf16_isa;
 #endif
   // An unknown or unrunnable name must not crash the process later with SIGILL: it is answered by the best runnable set,
   // and lr_cpu_isa() shows which.

@@ -45,6 +45,28 @@ struct OracleTask {
   int32_t *ids;
 };
 
+// Certified screening: scores by 8-bit products, each with a rigorous bound on how far the float32 score can be from it.
+// A token or row x is q * scale with |q| <= 127 and the rest x - q * scale, whose norm is known. By Cauchy-Schwarz
+//   |<g, e> - <g', e'>| <= |g - g'| |e| + |g'| |e - e'|, and float32 rounding adds at most slack * |g| |e|.
+// Rows whose lower bound is above the least upper bound of any row cannot be the minimum.
+struct ScreenPanels {
+  int32_t *words;     // panels of 4 signed bytes a word
+  float *rows_data;   // [rows, dim] the tokens themselves, for the exact scores of what is left
+  float *scale, *bound, *norm;  // a token: its scale; |g - g'| + slack |g|; |g'|
+  int32_t *sums;      // 128 * sum of its bytes: rows are stored with 128 added
+  int64_t depth, dim, rows;  // words, coordinates, tokens
+};
+
+struct ScreenTask {
+  ScreenPanels x;
+  Matrix table;
+  const uint8_t *allowed;
+  int64_t begin, end;  // vocabulary
+  float *upper;        // in and out: least upper bound of each token, padded to whole panels
+  bool (*emit)(void *context, int64_t token, int64_t v, float lower);  // false: too many, give up
+  void *context;
+};
+
 // Online softmax of one task. Arrays are indexed by the token within the task.
 struct SoftmaxTask {
   Panels x;                // scores come from <x, table> ...
@@ -78,6 +100,11 @@ struct Isa {
   // Rows [first, first + x.rows) of a combination, written at coordinate `offset` of the panels' depth; panels [begin, end).
   void (*pack)(const Combination &, const Panels &x, int64_t first, int64_t offset, int64_t begin, int64_t end);
   void (*oracle)(const OracleTask &);
+  // False where something is not finite or too large to be bounded; null on an instruction set without 8-bit products.
+  bool (*screen_pack)(const Combination &, const ScreenPanels &x, int64_t first, int64_t begin, int64_t end);
+  bool (*screen)(const ScreenTask &);
+  // Scores of listed rows, by the same chain of operations as in `oracle`.
+  void (*exact_scores)(const float *query, const Matrix &table, int64_t dim, const int32_t *ids, int64_t count, float *scores);
   void (*oracle_candidates)(const lr_oracle_args &, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxTask &);
   void (*softmax_backward)(const lr_softmax_args &, const Panels &x, int64_t first, int64_t begin, int64_t end);
@@ -94,6 +121,7 @@ extern const Isa scalar_isa;
 #ifdef LATENTREVISE_X86
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
+extern const Isa avx512vnni_isa;
 extern const Isa avx512bf16_isa;
 #endif
 

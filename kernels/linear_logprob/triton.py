@@ -28,7 +28,7 @@ from ..vertex_oracle.triton import add_scores, terms
 WORKSPACE = 256 << 20
 
 # scores: (BM, BN, BK, warps, stages); mean rows: (BM, BN, warps, stages), their inner tile is the scores' BN
-SCORES = {"bfloat16": (128, 64, 64, 4, 3), "float32": (64, 64, 32, 4, 3)}
+SCORES = {"bfloat16": (128, 64, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
 MEANS = {"bfloat16": (128, 128, 8, 3), "float32": (64, 64, 8, 3)}
 
 LOG2E = tl.constexpr(math.log2(math.e))

@@ -66,5 +66,5 @@ def mixture_embed_backward(ids: Tensor, grad_z: Tensor, E: Tensor) -> Tensor:
     (T, A), (V, d) = ids.shape, E.shape
     grad_weights = torch.empty(T, A, dtype=torch.float32, device=E.device)
     if T:
-        mixture_backward[(T * A,)](ids, grad_z, E, grad_weights, V, d, A, E.stride(0), BLOCK=BLOCK, num_warps=4)
+        mixture_backward[(T * A,)](ids, grad_z, E, grad_weights, V, d, A, E.stride(0), BLOCK=BLOCK, num_warps=8)
     return grad_weights

@@ -18,7 +18,7 @@ from benchmarks.ops import BENCHMARKS
 def test_the_list_names_every_benchmark(capsys):
     assert cli.main([]) == 0
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert listed == set(BENCHMARKS) | {"cubins"} == set(cli.DESCRIPTIONS)
+    assert listed == set(cli.DESCRIPTIONS) >= set(BENCHMARKS) | {"cubins"}
     with pytest.raises(SystemExit):
         cli.main(["matmul"])
 

@@ -88,7 +88,31 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert torch.equal(part[1], values[rows])
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("kind", ["normal", "integers", "heavy tails", "zero rows", "duplicates", "infinite"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_screening_changes_no_bit(kind, dtype):
+    """Many tokens are screened by 8-bit products where the CPU has them; few are not. Same rows, same bits."""
+    g = torch.Generator().manual_seed(len(kind))
+    G, E = torch.randn(70, 67, generator=g), torch.randn(5003, 67, generator=g)
+    if kind == "integers":
+        G, E = G.round(), E.round()
+    elif kind == "heavy tails":
+        E *= torch.exp(3 * torch.randn(5003, 1, generator=g))
+    elif kind == "zero rows":
+        G[3], E[7] = 0, 0
+    elif kind == "duplicates":
+        E[2502:] = E[:2501]
+    elif kind == "infinite":
+        E[9, 2], E[11, 5] = torch.inf, torch.nan
+    G, E = G.to(dtype), E.to(dtype)
+    for allowed in (None, torch.rand(5003, generator=g) > 0.5):
+        ids, values = vertex_oracle(G, E, allowed, backend="cpu")
+        parts = [vertex_oracle(part, E, allowed, backend="cpu") for part in G.split(30)]
+        assert torch.equal(ids, torch.cat([part[0] for part in parts]))
+        assert torch.equal(values.view(torch.int32), torch.cat([part[1] for part in parts]).view(torch.int32))
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"])
 def test_every_instruction_set(isa):
     """In a process of its own, since the choice is made once: the contract tests of the vocabulary-sized ops."""
     if isa == native.load("cpu").isa():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ def test_every_op_has_a_reference_last():
     for op, backends in dispatch.IMPLEMENTATIONS.items():
         assert backends[-1] == "reference"
         for backend in backends:
+            if backend == "triton" and find_spec("triton") is None:
+                continue
             module = dispatch.implementation(op, backend)
             assert callable(getattr(module, op))
             assert backend == "reference" or callable(module.unsupported)
