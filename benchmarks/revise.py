@@ -6,7 +6,8 @@ argmin. Only the rows of the logits that are scored go through a softmax. ``loop
 ``latentrevise``: the packed pass under the token budget the package chooses by itself; the prompts' cache is made
 before the clock starts, as it is once for all K steps, but counts in the memory.
 
-All three start from the same prefixes, and their gradients are compared before anything is timed.
+All three start from the same prefixes, and the gradient of the first is compared before anything is timed. Prompts
+are as long as prefixes.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Packed:
             ]
 
     def gradient(self) -> Tensor:
-        return torch.stack([e.grad for e in self.reviser.value_and_grad(self.rollouts)])
+        return self.reviser.value_and_grad(self.rollouts[:1])[0].grad
 
     def step(self) -> None:
         config = self.reviser.config
@@ -170,7 +171,7 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
     if singles:
         extra["loop"] = harness.extra_memory(singles[0].step, work.device)
     first = Obvious(model, rollouts[:1], config).gradient()[0].float()
-    found = packed.gradient()[0]
+    found = packed.gradient()
     difference = float((found - first).norm() / first.norm())
     if not difference < (1e-3 if work.dtype == torch.float32 else 0.2):
         raise RuntimeError(f"the two do not compute the same gradient: relative difference {difference:.1e}")
@@ -178,6 +179,7 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(harness.clock(step, work.device))
+            print(f"{name}: {times[name][-1]:.2f} s, {extra[name]:.0f} MiB", flush=True)
     dtype = str(work.dtype).removeprefix("torch.")
     shape = {"B": work.batch, "P": work.prompt, "T": work.prefix, "layers": work.layers, "V": work.vocab}
     floor = work.flops / harness.matmul_rate(work.device, work.dtype)
@@ -227,7 +229,9 @@ def main(options: argparse.Namespace) -> dict:
             layers = options.layers or SHAPES[shape]["num_hidden_layers"]
             work = Work(shape, layers, options.vocab, dtype, device)
             for prefix in options.T or [work.prefix]:
-                documents.append(run(replace(work, prefix=prefix), report, options.rounds, not options.no_loop))
+                documents.append(
+                    run(replace(work, prompt=prefix, prefix=prefix), report, options.rounds, not options.no_loop)
+                )
                 show(documents[-1])
             if options.prefixes:
                 scales.append({"shape": shape, "dtype": str(dtype), "layers": layers})

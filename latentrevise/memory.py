@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from latentrevise.policy import Policy
 
 # On a CPU larger batches gain no speed once a product has some hundred rows, they only take memory.
-_CPU_BYTES = 2 << 30
+_CPU_BYTES = 1 << 30
 _CPU_TOKENS = 16384
 _GPU_TOKENS = 131072
 
@@ -40,7 +40,7 @@ def token_budget(policy: Policy) -> int:
     """Padded tokens for one batch: what fits into half of the free memory, rounded down to a power of two.
 
     The rounding keeps the batches, and so the last bits of the results, the same while free memory varies a little. On
-    a CPU at most 2 GiB are taken.
+    a CPU at most 1 GiB is taken.
     """
     if policy.device.type == "cuda":
         # Memory the allocator holds but does not use is free too.
