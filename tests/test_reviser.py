@@ -1,6 +1,7 @@
 """The packed pass against two plain Hugging Face passes, and the invariants of a revision."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_descent_on_the_gold_branch():
     config = ReviseConfig(steps=10, step_rule="line-search", beta=0.0, iterate="best")
     for revision in Reviser(model, config).revise(rollouts(seed=9)):
         losses = revision.trace.loss
-        assert all(b <= a + 1e-5 for a, b in zip(losses, losses[1:], strict=False))
+        assert all(b <= a + 1e-5 for a, b in itertools.pairwise(losses))
         assert losses[-1] < losses[0] - 0.1
 
 
@@ -261,16 +262,16 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(prompt_ids=[]), "prompt_ids is empty"),
-        (dict(prefix_ids=[]), "prefix_ids is empty"),
-        (dict(answer_ids=[]), "answer_ids is empty"),
-        (dict(prefix_ids=[[1, 2]]), "one flat sequence"),
-        (dict(prefix_ids=[0.5]), "one flat sequence"),
-        (dict(answer_ids=[-100]), "negative id"),
+        ({"prompt_ids": []}, "prompt_ids is empty"),
+        ({"prefix_ids": []}, "prefix_ids is empty"),
+        ({"answer_ids": []}, "answer_ids is empty"),
+        ({"prefix_ids": [[1, 2]]}, "one flat sequence"),
+        ({"prefix_ids": [0.5]}, "one flat sequence"),
+        ({"answer_ids": [-100]}, "negative id"),
     ],
 )
 def test_bad_rollouts_name_the_field(change, match):
-    fields = dict(prompt_ids=[5], prefix_ids=[6], continuation_ids=[7], answer_ids=[8])
+    fields = {"prompt_ids": [5], "prefix_ids": [6], "continuation_ids": [7], "answer_ids": [8]}
     with pytest.raises(InputError, match=match):
         FailedRollout(**{**fields, **change})
 
@@ -293,11 +294,11 @@ def test_bad_input_to_the_reviser():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(steps=0), "steps"),
-        (dict(alpha=0.0, beta=0.0), "nothing to optimise"),
-        (dict(step_size=1.5), "leaves the hull"),
-        (dict(solver="entropic"), "hull='plausible'"),
-        (dict(step_rule="line-search", line_search_grid=(2.0,)), "line_search_grid"),
+        ({"steps": 0}, "steps"),
+        ({"alpha": 0.0, "beta": 0.0}, "nothing to optimise"),
+        ({"step_size": 1.5}, "leaves the hull"),
+        ({"solver": "entropic"}, "hull='plausible'"),
+        ({"step_rule": "line-search", "line_search_grid": (2.0,)}, "line_search_grid"),
     ],
 )
 def test_bad_settings(change, match):

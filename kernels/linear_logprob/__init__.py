@@ -106,8 +106,9 @@ class _LinearLogprob(torch.autograd.Function):
         grad_W: Tensor | None = None
         grad_bias: Tensor | None = None
         if need_W or need_bias or grad_entropy is not None:
+            scale, softcap, temperature = ctx.transform
             grad_H, grad_W, grad_bias = _backward(
-                H, W, y, bias, *ctx.transform, logp, entropies if ctx.entropy else None,
+                H, W, y, bias, scale, softcap, temperature, logp, entropies if ctx.entropy else None,
                 torch.zeros_like(logp) if grad_logp is None else grad_logp, grad_entropy, need_W, need_bias
             )  # fmt: skip
         elif need_H and grad_logp is not None:
