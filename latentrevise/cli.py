@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentrevise.errors import LatentReviseError
+from latentrevise.errors import ConfigError, LatentReviseError
 
 if TYPE_CHECKING:
     from latentrevise.pipeline import Recovery
@@ -31,6 +31,7 @@ Set = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; if left out the first GPU, or else the CPU.")]
+Sampler = Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
@@ -42,13 +43,14 @@ def recover(
     out: Out,
     config: ConfigFile = None,
     settings: Set = None,
+    engine: Sampler = "hf",
     dtype: Dtype = "auto",
     device: Device = None,
     jsonl: Jsonl = False,
     quiet: Quiet = False,
 ) -> None:
     """Mine, revise, continue, verify: the whole job. Prints the table, writes the trajectories, metrics and report."""
-    _finish(_recovery(model, out, config, settings, dtype, device, quiet).recover(prompts), jsonl)
+    _finish(_recovery(model, out, config, settings, engine, dtype, device, quiet).recover(prompts), jsonl)
 
 
 @app.command()
@@ -58,12 +60,13 @@ def mine(
     out: Out,
     config: ConfigFile = None,
     settings: Set = None,
+    engine: Sampler = "hf",
     dtype: Dtype = "auto",
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample and verify rollouts; find the prompts that no rollout solves. Starts a run that the next steps take up."""
-    recovery = _recovery(model, out, config, settings, dtype, device, quiet)
+    recovery = _recovery(model, out, config, settings, engine, dtype, device, quiet)
     with recovery.session():
         recovery.mine(prompts)
         typer.echo(f"{len(recovery.cases())} of {len(recovery.prompts)} prompts are zero-hit")
@@ -150,10 +153,13 @@ def _recovery(
     out: Path,
     config: Path | None,
     settings: list[str] | None,
+    engine: str,
     dtype: str,
     device: str | None,
     quiet: bool,
 ) -> Recovery:
+    if engine != "hf":
+        raise ConfigError(f"--engine {engine}: this version samples with hf alone; leave the option out")
     from latentrevise.config import load_config
     from latentrevise.models import load_model
     from latentrevise.pipeline import RecoverConfig, Recovery
