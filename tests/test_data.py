@@ -121,8 +121,8 @@ def test_the_tokenizers_own_beginning_is_kept_once():
     class WithBos:
         chat_template = None
 
-        def encode(self, text):
-            return [BOS, *TOKENIZER.encode(text)]
+        def encode(self, text, add_special_tokens=True):
+            return [BOS] * add_special_tokens + TOKENIZER.encode(text)
 
     (prompt,), _ = load([{"prompt": "1+1", "answer": "2"}], tokenizer=WithBos())
     assert prompt.ids == (BOS, *TOKENIZER.encode("1+1"))
