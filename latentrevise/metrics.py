@@ -12,7 +12,8 @@ from latentrevise.audit import GUARDS, markers, pass_at_k, wilson
 from latentrevise.records import Rollout, Sample, Start, Verdict
 from latentrevise.revision import Compute
 
-POOL = "resample@equal"
+# Names of the side arms: a strategy aimed at a wrong answer, and the equal-compute control.
+WRONG, POOL = "@wrong", "resample@equal"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _arm(
     valid = {v.prompt_id for _, _, v in correct if v.valid}
     # A strategy that reads the answer was run again on the wrong one; the others reach it by chance, on the same
     # samples.
-    wrong = by_arm.get(outcome.arm + "@wrong") if outcome.uses_answer else outcome
+    wrong = by_arm.get(outcome.arm + WRONG) if outcome.uses_answer else outcome
     wrong_rate = None
     if wrong is not None and aimed_wrong:
         wrong_rate = wilson(len({v.prompt_id for _, _, v in wrong.rows if v.hits_wrong}), len(aimed_wrong))

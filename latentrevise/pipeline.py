@@ -37,7 +37,7 @@ from latentrevise.data import load_prompts
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.hull import Mixture
-from latentrevise.metrics import Outcome, run_metrics
+from latentrevise.metrics import POOL, WRONG, Outcome, run_metrics
 from latentrevise.policy import Policy
 from latentrevise.records import (
     Prompt,
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-WRONG, POOL = "@wrong", "resample@equal"
 
 
 class Derivation(Protocol):
@@ -95,7 +93,10 @@ class RecoverConfig:
     yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control, at most
     ``equal_compute_cap`` rollouts a prompt. verify_timeout: seconds for one answer.
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
-    when it has one. chunk: prompts in one part.
+    when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
+    prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
+    padded tokens in one batch of plain log-probs. latent, latent_plausible: settings of the two strategies. guards: see
+    ``GuardConfig``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
@@ -681,6 +682,7 @@ class Recovery:
             if arm.wrong:
                 continue
             kept = [(start, s, v) for start, s, v in self._results(arm) if v.verdict == "correct" and v.guard is None]
+            revised = config.latents.get(arm.strategy.name)
             mixtures: dict[str, Any] = {}
             for part in self.run.parts("starts", arm.name):
                 mixtures.update(read_atoms(part.with_suffix(".safetensors")))
@@ -716,7 +718,7 @@ class Recovery:
                         trace=start.trace,
                         sampling_logprobs=sample.sampling_logprobs,
                         plain_logprobs=verdict.plain_logprobs,
-                        backend=config.latent.backend or "auto",
+                        backend=(revised.backend or "auto") if revised is not None else "none",
                         config_hash=header["config_hash"],
                     )
                 )

@@ -135,7 +135,8 @@ class Trajectory:
         plain_prefix_ids. Both in nats at temperature 1, unfiltered, one an id. A trainer that corrects off-policy data
         needs the second.
     valid: the derivation was checked and holds; None: the task cannot check. reward: 1.0 for correct.
-    backend: the kernel implementation that revised. config_hash: of the run's settings.
+    backend: the kernel implementation that revised (``auto``: the dispatch chose; ``none``:
+    nothing was revised). config_hash: of the run's settings.
     """
 
     prompt_id: str
