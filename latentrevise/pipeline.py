@@ -55,9 +55,9 @@ from latentrevise.records import (
     write_jsonl,
     write_records,
 )
-from latentrevise.revision import Compute, ReviseConfig
+from latentrevise.revision import Compute
 from latentrevise.rundir import RunDirectory
-from latentrevise.strategies import Cut, Proposal, Strategy, Work, build
+from latentrevise.strategies import Cut, Proposal, Strategy, StrategySettings, Tools, Work, build
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ class Derivation(Protocol):
 Checker = Callable[[str, str, str, str], Derivation]  # (prompt, prefix, continuation, answer)
 
 
-@dataclass(frozen=True)
-class RecoverConfig:
-    """Settings of a recovery. All but ``latent`` describe the pipeline and are our own decision.
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig(StrategySettings):
+    """Settings of a recovery: the pipeline's, all our own decision, and every strategy's.
 
     strategies: by name, in the order of the table. rollouts: mined for each prompt. samples: continuations for each
     zero-hit prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the samples are spread
@@ -95,8 +95,8 @@ class RecoverConfig:
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
     when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
     prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs. latent, latent_plausible: settings of the two strategies. guards: see
-    ``GuardConfig``.
+    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. The strategies' own
+    settings: see ``StrategySettings``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
@@ -124,17 +124,11 @@ class RecoverConfig:
     chunk: int = 64
     token_budget: int = 16384
     seed: int = 0
-    latent: ReviseConfig = field(default_factory=ReviseConfig)
-    latent_plausible: ReviseConfig = field(
-        default_factory=lambda: ReviseConfig(
-            hull="plausible", solver="entropic", step_size=2.0, beta=0.0, iterate="best", rounding="argmax"
-        )
-    )
     guards: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         for name in self.strategies:
-            build(name, self.latents)
+            build(name, self)
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
             raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
         positive = (
@@ -157,10 +151,6 @@ class RecoverConfig:
             )
         if not 0.0 <= self.prefix_fraction < 1.0:
             raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
-
-    @property
-    def latents(self) -> Mapping[str, ReviseConfig]:
-        return {"latent": self.latent, "latent-plausible": self.latent_plausible}
 
 
 @dataclass(frozen=True)
@@ -342,7 +332,7 @@ class Recovery:
         """The strategies, and behind each one that reads the answer its wrong-target arm."""
         arms = []
         for name in self.config.strategies:
-            strategy = build(name, self.config.latents)
+            strategy = build(name, self.config)
             arms.append(_Arm(name, strategy, False, self.config.samples))
             if self.config.audit and strategy.uses_answer:
                 arms.append(_Arm(name + WRONG, strategy, True, self.config.samples))
@@ -359,7 +349,7 @@ class Recovery:
         ]
         fresh = sum(lengths) / len(lengths)
         count = min(self.config.equal_compute_cap, math.ceil(dearest / fresh))
-        return _Arm(POOL, build("resample", self.config.latents), False, max(count, self.config.samples))
+        return _Arm(POOL, build("resample", self.config), False, max(count, self.config.samples))
 
     def all_arms(self) -> list[_Arm]:
         pool = self.pool()
@@ -397,7 +387,7 @@ class Recovery:
         for index, chunk in self._todo("starts", arm, bar):
             work = [case.work(arm.wrong) for case in chunk]
             began = time.perf_counter()
-            proposals = arm.strategy.propose(self.policy, work, arm.samples)
+            proposals = arm.strategy.propose(self._tools(), work, arm.samples)
             spare = time.perf_counter() - began - sum(p.compute.seconds for own in proposals for p in own)
             rows, mixtures = [], {}
             count = sum(len(own) for own in proposals)
@@ -416,7 +406,7 @@ class Recovery:
         for index, _ in self._todo("samples", arm, bar):
             starts, mixtures = self._starts(arm, index)
             requests = [self._request(by_id[s.prompt_id], s, mixtures.get(s.start_id)) for s in starts]
-            params = [self._sampling(start.n) for start in starts]
+            params = [self._sampling(start.n, start.greedy) for start in starts]
             began = time.perf_counter()
             found = self._generate(requests, params, bar)
             seconds = (time.perf_counter() - began) / max(sum(s.n for s in starts), 1)
@@ -607,11 +597,21 @@ class Recovery:
             revised = Mixture(mixture.ids.to(device), mixture.weights.to(device)).embed(self.policy.table)
         return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
 
-    def _sampling(self, n: int) -> SamplingParams:
+    def _tools(self) -> Tools:
+        return Tools(
+            self.policy,
+            self.engine,
+            self.tokenizer,
+            self._sampling(1),
+            frozenset(self._boundary),
+            self.config.token_budget,
+        )
+
+    def _sampling(self, n: int, greedy: bool = False) -> SamplingParams:
         config = self.config
         return SamplingParams(
             n=n,
-            temperature=config.temperature,
+            temperature=0.0 if greedy else config.temperature,
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
             stop=config.stop,
@@ -668,7 +668,7 @@ class Recovery:
         total = Compute()
         for part in self.run.parts("starts", arm.name):
             for start in read_records(part, Start):
-                total += Compute(start.forward_tokens, start.backward_tokens, 0, start.seconds)
+                total += Compute(start.forward_tokens, start.backward_tokens, start.decoded_tokens, start.seconds)
         for part in self.run.parts("samples", arm.name):
             for sample in read_records(part, Sample):
                 total += Compute(0, 0, _decoded(sample.completion_ids, sample.finish_reason), sample.seconds)
@@ -682,7 +682,6 @@ class Recovery:
             if arm.wrong:
                 continue
             kept = [(start, s, v) for start, s, v in self._results(arm) if v.verdict == "correct" and v.guard is None]
-            revised = config.latents.get(arm.strategy.name)
             mixtures: dict[str, Any] = {}
             for part in self.run.parts("starts", arm.name):
                 mixtures.update(read_atoms(part.with_suffix(".safetensors")))
@@ -718,7 +717,7 @@ class Recovery:
                         trace=start.trace,
                         sampling_logprobs=sample.sampling_logprobs,
                         plain_logprobs=verdict.plain_logprobs,
-                        backend=(revised.backend or "auto") if revised is not None else "none",
+                        backend=arm.strategy.backend,
                         config_hash=header["config_hash"],
                     )
                 )
@@ -781,9 +780,11 @@ def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Sta
         prefix_ids=proposal.original_ids,
         plain_ids=proposal.plain_ids,
         latent=proposal.latent,
+        greedy=proposal.greedy,
         n=proposal.n,
         forward_tokens=compute.forward + proposal.uncached,
         backward_tokens=compute.backward,
+        decoded_tokens=compute.decoded,
         seconds=compute.seconds + seconds,
         trace=None if proposal.trace is None else asdict(proposal.trace),
     )

@@ -68,7 +68,9 @@ class Start:
 
     target: the answer aimed at. prefix_ids: the failed rollout's own prefix (empty: from the prompt). plain_ids: the
     tokens that stand for what is fed. latent: the mixture (``start_id`` in the atoms file) is fed, not ``plain_ids``.
-    forward_tokens, backward_tokens, seconds: what finding the start took. trace: the objective over the steps.
+    greedy: continue with the most probable token instead of sampling.
+    forward_tokens, backward_tokens, decoded_tokens, seconds: what finding the start took. trace: the objective over
+    the steps.
     """
 
     start_id: str
@@ -78,9 +80,11 @@ class Start:
     prefix_ids: tuple[int, ...]
     plain_ids: tuple[int, ...]
     latent: bool
+    greedy: bool
     n: int
     forward_tokens: int
     backward_tokens: int
+    decoded_tokens: int
     seconds: float
     trace: dict[str, Any] | None = None
 

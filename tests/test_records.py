@@ -72,8 +72,8 @@ def trajectory(**changes):
 ROWS = [
     Prompt("p1", "1 + 1 = ?", (1, 2, 3), "2", {"level": 5, "tags": ["a", "ß"]}),
     Rollout("p1", "p1/0", (), "", None, "unknown", "length", ()),
-    Start("s", "p1", None, "2", (), (4,), True, 8, 100, 200, 0.5, None),
-    Start("s", "p1", "p1/0", "2", (4,), (5,), False, 8, 100, 200, 0.5, {"gap": [0.5]}),
+    Start("s", "p1", None, "2", (), (4,), True, False, 8, 100, 200, 0, 0.5, None),
+    Start("s", "p1", "p1/0", "2", (4,), (5,), False, True, 1, 100, 200, 7, 0.5, {"gap": [0.5]}),
     Sample("s", "p1", "s/0", (5,), "five", "stop", (-0.75,), 0.25),
     Verdict("s/0", "s", "p1", "5", "wrong", False, True, None, [{"text": "x", "ok": False}], "too-short", (-2.0,)),
     trajectory(),

@@ -134,9 +134,11 @@ class RunBuilder:
                 prefix_ids=original,
                 plain_ids=original,
                 latent=strategy == "latent",
+                greedy=False,
                 n=samples,
                 forward_tokens=100,
                 backward_tokens=50,
+                decoded_tokens=0,
                 seconds=0.1,
                 trace=self.trace() if strategy in LATENT else None,
             )

@@ -15,8 +15,28 @@ from latentrevise.hull import Mixture
 from latentrevise.revision import Compute, FailedRollout, Trace
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from latentrevise.engines import Engine, SamplingParams
     from latentrevise.policy import Policy
     from latentrevise.records import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a strategy works with, the same for all.
+
+    policy: gradients, log-probs and branch scores. engine: samples, should finding a proposal need any. sampling: how
+    the run samples (temperature, lengths, stop strings), one sample a request. boundary: tokens that end a step; empty
+    where the run names none. token_budget: padded tokens in one batch of branch scores.
+    """
+
+    policy: Policy
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    sampling: SamplingParams
+    boundary: frozenset[int] = frozenset()
+    token_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +76,9 @@ class Proposal:
     """Sample ``n`` continuations of the prompt and this prefix.
 
     plain_ids: the prefix as tokens (empty: from the prompt itself). mixture: what it was before rounding; it is what
-    is fed when ``latent``. parent and original_ids: the rollout that was revised, and its own prefix. compute: what
-    finding the proposal took; sampling from it is charged by the pipeline.
+    is fed when ``latent``. parent and original_ids: the rollout that was revised, and its own prefix. greedy: continue
+    with the most probable token, so ``n`` is 1. compute: what finding the proposal took; sampling from it is charged
+    by the pipeline.
     """
 
     n: int
@@ -66,6 +87,7 @@ class Proposal:
     latent: bool = False
     parent: str | None = None
     original_ids: tuple[int, ...] = ()
+    greedy: bool = False
     compute: Compute = field(default_factory=Compute)
     trace: Trace | None = None
 
@@ -83,7 +105,11 @@ class Proposal:
 
 
 class Strategy(Protocol):
-    """``propose`` returns one list of proposals a piece of work, with ``samples`` continuations in all for each."""
+    """``propose`` returns a list of proposals for each piece of work, with at most ``samples`` continuations in all.
+
+    uses_answer: it reads ``Work.target``, so that the audit also runs it on a wrong one. backend: the kernel
+    implementation that revises (``auto``: the dispatch chooses; ``none``: nothing is revised).
+    """
 
     @property
     def name(self) -> str: ...
@@ -91,7 +117,10 @@ class Strategy(Protocol):
     @property
     def uses_answer(self) -> bool: ...
 
-    def propose(self, policy: Policy, work: Sequence[Work], samples: int) -> list[list[Proposal]]: ...
+    @property
+    def backend(self) -> str: ...
+
+    def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]: ...
 
 
 def shares(samples: int, parts: int) -> list[int]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentrevise.policy import Policy
 from latentrevise.reviser import Reviser
 from latentrevise.revision import ReviseConfig
-from latentrevise.strategies.base import Proposal, Work, shares
+from latentrevise.strategies.base import Proposal, Tools, Work, shares
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,14 @@ class Latent:
     config: ReviseConfig
     uses_answer: bool = True
 
-    def propose(self, policy: Policy, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
-        revisions = iter(Reviser(policy, self.config).revise([item.rollout(cut) for item in work for cut in item.cuts]))
+    @property
+    def backend(self) -> str:
+        return self.config.backend or "auto"
+
+    def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
+        revisions = iter(
+            Reviser(tools.policy, self.config).revise([item.rollout(cut) for item in work for cut in item.cuts])
+        )
         latent = self.config.rounding == "none"
         proposals: list[list[Proposal]] = []
         for item in work:

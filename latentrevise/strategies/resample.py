@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentrevise.policy import Policy
-from latentrevise.strategies.base import Proposal, Work, shares
+from latentrevise.strategies.base import Proposal, Tools, Work, shares
 
 
 @dataclass(frozen=True)
@@ -15,8 +14,9 @@ class Resample:
 
     name: str = "resample"
     uses_answer: bool = False
+    backend: str = "none"
 
-    def propose(self, policy: Policy, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
+    def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         return [[Proposal(n=samples)] for _ in work]
 
 
@@ -26,8 +26,9 @@ class ResamplePrefix:
 
     name: str = "resample-prefix"
     uses_answer: bool = False
+    backend: str = "none"
 
-    def propose(self, policy: Policy, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
+    def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         return [
             [
                 Proposal(n=n, plain_ids=cut.prefix_ids, parent=cut.sample_id, original_ids=cut.prefix_ids)
