@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from latentrevise.errors import ConfigError, InputError
+import torch
+from torch import nn
+
+from latentrevise.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from latentrevise.records import FinishReason
 
@@ -34,6 +39,11 @@ class Request:
             raise InputError(
                 "a request needs exactly one of ids and embeddings; pass one of them and leave out the other"
             )
+
+    @property
+    def length(self) -> int:
+        """Positions of the prompt."""
+        return len(self.embeddings if self.embeddings is not None else self.ids or ())
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,113 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Samples completions. For each request, in order, the list of its ``n`` completions.
-
-    ``params``: one for all requests, or one each. The same requests and seeds give the same completions. Raises
-    InputError before anything is computed if a request cannot be served (its index is named), and ModelError on logits
-    that are not numbers.
-    """
+    """Samples completions from the policy."""
 
     def generate(
         self,
         requests: Sequence[Request],
         params: SamplingParams | Sequence[SamplingParams],
         progress: Progress | None = None,
-    ) -> list[list[Completion]]: ...
+    ) -> list[list[Completion]]:
+        """For each request, in order, the list of its ``n`` completions.
+
+        ``params``: one for all requests, or one each. The same requests and seeds give the same completions. Raises
+        InputError before anything is computed if a request cannot be served (its index is named), and ModelError on
+        logits that are not numbers. No request is held on to.
+        """
+        ...
+
+    def update(self, model: PreTrainedModel) -> None:
+        """Sample from the weights that ``model`` has now: the policy after a training step."""
+        ...
+
+    def sleep(self) -> None:
+        """Give up memory that only sampling needs, as far as there is any; the next ``generate`` takes it again."""
+        ...
+
+
+def each(requests: Sequence[Request], params: SamplingParams | Sequence[SamplingParams]) -> list[SamplingParams]:
+    """The parameters of each request. Raises InputError if there are not as many."""
+    if isinstance(params, SamplingParams):
+        return [params] * len(requests)
+    if len(params) != len(requests):
+        raise InputError(f"{len(requests)} requests but {len(params)} parameters; give one for all, or one each")
+    return list(params)
+
+
+def check(
+    index: int,
+    request: Request,
+    params: SamplingParams,
+    *,
+    table: Tensor,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raises InputError, with the request's index, for what a model with this table ``[V, d]`` and this many positions
+    cannot continue; ConfigError for stop strings without a tokenizer."""
+    rows, width = table.shape
+    if request.embeddings is not None:
+        found = request.embeddings
+        if found.ndim != 2 or found.shape[1] != width:
+            raise InputError(
+                f"request {index}: embeddings of shape {tuple(found.shape)}, but the model takes [L, {width}];"
+                " make them with this model's embedding module"
+            )
+        if not found.is_floating_point():
+            raise InputError(f"request {index}: embeddings of type {found.dtype}; give floating numbers, or pass ids")
+        # In the type they are fed in: what is finite in float32 may not be in float16.
+        if not torch.isfinite(found.to(table.dtype)).all():
+            raise InputError(f"request {index}: the embeddings hold NaN or infinity; find out where they come from")
+    else:
+        bad = next((i for i in request.ids or () if not 0 <= i < rows), None)
+        if bad is not None:
+            raise InputError(
+                f"request {index}: token {bad}, but the model's table has rows 0 to {rows - 1}; encode with the"
+                " model's own tokenizer"
+            )
+    length = request.length
+    if length == 0:
+        raise InputError(f"request {index}: it is empty; give at least one token (a beginning-of-sequence token, say)")
+    if limit is not None and length + params.max_new_tokens > limit:
+        raise InputError(
+            f"request {index}: {length} tokens and up to {params.max_new_tokens} new ones, but the model has"
+            f" {limit} positions; lower max_new_tokens or shorten the request"
+        )
+    if params.stop and tokenizer is None:
+        raise ConfigError("SamplingParams.stop needs a tokenizer; pass one to the engine, or use stop_token_ids")
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model has, where its configuration says so."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> list[int]:
+    """Ids that end a completion: the model's, the tokenizer's and those of the parameters, ascending."""
+    own = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id]
+    if tokenizer is not None:
+        own.append(tokenizer.eos_token_id)
+    found = set(params.stop_token_ids)
+    for value in own:
+        found.update([] if value is None else [value] if isinstance(value, int) else value)
+    return sorted(found)
+
+
+def not_finite(index: int, token: int) -> ModelError:
+    return ModelError(
+        f"request {index}, token {token}: the model's logits are not finite; check its weights, and load it in bfloat16"
+        " or float32 if it is in float16"
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module is left as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

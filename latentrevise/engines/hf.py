@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from latentrevise.engines.base import Completion, Progress, Request, SamplingParams
-from latentrevise.errors import ConfigError, InputError, ModelError, RunError
+from latentrevise.engines.base import (
+    Completion,
+    Progress,
+    Request,
+    SamplingParams,
+    check,
+    each,
+    evaluating,
+    not_finite,
+    position_limit,
+    stop_ids,
+)
+from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.models import check_model, input_embedding
 from latentrevise.records import row_seed
 
@@ -57,7 +67,6 @@ class HFEngine:
         self.max_rows = max_rows
         self.token_budget = token_budget
         self._embedding = input_embedding(model)
-        self._limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" not in accepted:
             raise ModelError(
@@ -73,22 +82,18 @@ class HFEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See Engine. Raises RunError if even one sequence does not fit into memory."""
-        per_request = [params] * len(requests) if isinstance(params, SamplingParams) else list(params)
-        if len(per_request) != len(requests):
-            raise InputError(
-                f"{len(requests)} requests but {len(per_request)} parameters; give one for all, or one each"
-            )
+        per_request, limit = each(requests, params), position_limit(self.model)
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
-            self._check(index, request, p)
+            check(index, request, p, table=self._embedding.weight, limit=limit, tokenizer=self.tokenizer)
 
         groups: dict[SamplingParams, list[_Row]] = {}
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
             seed = request.seed if request.seed is not None else row_seed(p.seed, index)
             rows = groups.setdefault(replace(p, n=1, seed=0), [])
-            rows.extend(_Row(index, sample, row_seed(seed, sample), _length(request)) for sample in range(p.n))
+            rows.extend(_Row(index, sample, row_seed(seed, sample), request.length) for sample in range(p.n))
 
         done: dict[tuple[int, int], Completion] = {}
-        with _evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             for shared, rows in groups.items():
                 # The longest first: if memory does not suffice, it is known at once.
                 rows.sort(key=lambda row: (-row.length, row.request, row.sample))
@@ -97,42 +102,13 @@ class HFEngine:
                         done[row.request, row.sample] = completion
         return [[done[index, sample] for sample in range(p.n)] for index, p in enumerate(per_request)]
 
-    def _check(self, index: int, request: Request, params: SamplingParams) -> None:
-        if request.embeddings is not None:
-            wanted = self._embedding.weight.shape[1]
-            found = request.embeddings
-            if found.ndim != 2 or found.shape[1] != wanted:
-                raise InputError(
-                    f"request {index}: embeddings of shape {tuple(found.shape)}, but the model takes [L, {wanted}];"
-                    " make them with this model's embedding module"
-                )
-            if not found.is_floating_point():
-                raise InputError(
-                    f"request {index}: embeddings of type {found.dtype}; give floating numbers, or pass ids"
-                )
-            if not torch.isfinite(found).all():
-                raise InputError(f"request {index}: the embeddings hold NaN or infinity; find out where they come from")
-        else:
-            assert request.ids is not None
-            rows = self._embedding.weight.shape[0]
-            bad = next((i for i in request.ids if not 0 <= i < rows), None)
-            if bad is not None:
-                raise InputError(
-                    f"request {index}: token {bad}, but the model's table has rows 0 to {rows - 1}; encode with the"
-                    " model's own tokenizer"
-                )
-        length = _length(request)
-        if length == 0:
-            raise InputError(
-                f"request {index}: it is empty; give at least one token (a beginning-of-sequence token, say)"
-            )
-        if self._limit is not None and length + params.max_new_tokens > self._limit:
-            raise InputError(
-                f"request {index}: {length} tokens and up to {params.max_new_tokens} new ones, but the model has"
-                f" {self._limit} positions; lower max_new_tokens or shorten the request"
-            )
-        if params.stop and self.tokenizer is None:
-            raise ConfigError("SamplingParams.stop needs a tokenizer; pass one to HFEngine, or use stop_token_ids")
+    def update(self, model: PreTrainedModel) -> None:
+        """See Engine. The engine samples from the model itself, so its own needs nothing."""
+        check_model(model, self.tokenizer)
+        self.model, self._embedding = model, input_embedding(model)
+
+    def sleep(self) -> None:
+        """See Engine: between calls nothing is held but the model, and that is the policy's own."""
 
     def _batches(
         self, requests: Sequence[Request], rows: list[_Row], params: SamplingParams, progress: Progress | None
@@ -186,17 +162,14 @@ class HFEngine:
         produced = torch.full((count,), steps, device=device)  # tokens that are kept
         ended = torch.zeros(count, dtype=torch.bool, device=device)
         uniform = None if params.temperature == 0 else _uniform(batch, steps).to(device)
-        stops = self._stop_ids(params).to(device)
+        stops = torch.tensor(stop_ids(self.model, self.tokenizer, params), dtype=torch.long, device=device)
         held = torch.arange(count, device=device)  # which row each line of the cache belongs to
         for step in range(steps):
             normalizer = torch.logsumexp(logits, dim=-1)
             good = torch.isfinite(normalizer)
             if not good.all():
                 broken = batch[int(held[~good][0])]
-                raise ModelError(
-                    f"request {broken.request}, token {step}: the model's logits are not finite; check its weights, and"
-                    " load it in bfloat16 or float32 if it is in float16"
-                )
+                raise not_finite(broken.request, step)
             tokens = self._choose(logits, params, None if uniform is None else uniform[held, step])
             ids[held, step] = tokens
             logprobs[held, step] = logits.gather(1, tokens[:, None])[:, 0] - normalizer
@@ -228,7 +201,7 @@ class HFEngine:
     def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor]:
         """Next token's logits ``[U, V]``, cache, mask ``[U, L]`` (None: nothing is padded), lengths ``[U]``."""
         device, dtype = self._embedding.weight.device, self._embedding.weight.dtype
-        lengths = torch.tensor([_length(request) for request in requests], device=device)
+        lengths = torch.tensor([request.length for request in requests], device=device)
         width = int(lengths.max())
         embeddings = torch.zeros(len(requests), width, self._embedding.weight.shape[1], dtype=dtype, device=device)
         for i, request in enumerate(requests):
@@ -279,15 +252,6 @@ class HFEngine:
         # Strictly below the total, or rounding could land behind the last token that has any probability.
         target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-    def _stop_ids(self, params: SamplingParams) -> Tensor:
-        own = [getattr(self.model.generation_config, "eos_token_id", None), self.model.config.eos_token_id]
-        if self.tokenizer is not None:
-            own.append(self.tokenizer.eos_token_id)
-        found = set(params.stop_token_ids)
-        for value in own:
-            found.update([] if value is None else [value] if isinstance(value, int) else value)
-        return torch.tensor(sorted(found), dtype=torch.long)
 
     def _ends_in_stop(
         self, ids: Tensor, held: Tensor, candidates: Tensor, step: int, stop: tuple[str, ...], produced: Tensor
@@ -348,10 +312,6 @@ def _enlarged(buffer: Tensor, used: int, room: int) -> Tensor:
     return larger
 
 
-def _length(request: Request) -> int:
-    return len(request.embeddings if request.embeddings is not None else request.ids or ())
-
-
 def _uniform(batch: list[_Row], steps: int) -> Tensor:
     """``[B, steps]`` in [0, 1): each row's own stream."""
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(row.seed)) for row in batch])
@@ -365,17 +325,6 @@ def _completions(
         Completion(tuple(i[:n]), tuple(p[:n]) if with_logprobs else None, "stop" if stopped else "length")
         for i, p, n, stopped in rows
     ]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
