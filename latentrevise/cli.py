@@ -31,7 +31,7 @@ Set = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; if left out the first GPU, or else the CPU.")]
-Sampler = Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself.")]
+Sampler = Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself, or vllm.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
@@ -158,27 +158,29 @@ def _recovery(
     device: str | None,
     quiet: bool,
 ) -> Recovery:
-    if engine != "hf":
-        raise ConfigError(f"--engine {engine}: this version samples with hf alone; leave the option out")
     from latentrevise.config import load_config
+    from latentrevise.engines import engine_factory
     from latentrevise.models import load_model
     from latentrevise.pipeline import RecoverConfig, Recovery
 
-    chosen = load_config(RecoverConfig, config, settings or [])
+    make, chosen = engine_factory(engine), load_config(RecoverConfig, config, settings or [])
     policy, tokenizer = load_model(model, dtype=dtype, device=device)
-    return Recovery(policy, tokenizer, chosen, out, progress=not quiet)
+    sampler = make(policy, tokenizer, chosen.vllm)
+    return Recovery(policy, tokenizer, chosen, out, engine=sampler, progress=not quiet)
 
 
 def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery:
     from latentrevise.config import from_dict
+    from latentrevise.engines import engine_factory
     from latentrevise.models import load_model
     from latentrevise.pipeline import RecoverConfig, Recovery
     from latentrevise.rundir import RunDirectory
 
     header = RunDirectory(out).read_header()
-    stored = header["model"]
+    stored, make, chosen = header["model"], engine_factory(header["engine"]), from_dict(RecoverConfig, header["config"])
     policy, tokenizer = load_model(stored["path"], dtype=stored["dtype"] if dtype == "auto" else dtype, device=device)
-    return Recovery(policy, tokenizer, from_dict(RecoverConfig, header["config"]), out, progress=not quiet)
+    sampler = make(policy, tokenizer, chosen.vllm)
+    return Recovery(policy, tokenizer, chosen, out, engine=sampler, progress=not quiet)
 
 
 def _finish(recovered: Any, jsonl: bool) -> None:

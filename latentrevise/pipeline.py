@@ -34,7 +34,7 @@ from latentrevise import __version__
 from latentrevise.audit import Candidate, GuardConfig, guard
 from latentrevise.config import config_hash, to_dict
 from latentrevise.data import load_prompts
-from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
+from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.hull import Mixture
 from latentrevise.metrics import POOL, WRONG, Outcome, run_metrics
@@ -95,7 +95,7 @@ class RecoverConfig(StrategySettings):
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
     when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
     prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. The strategies' own
+    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine. The strategies' own
     settings: see ``StrategySettings``.
     """
 
@@ -125,6 +125,7 @@ class RecoverConfig(StrategySettings):
     token_budget: int = 16384
     seed: int = 0
     guards: GuardConfig = field(default_factory=GuardConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     def __post_init__(self) -> None:
         for name in self.strategies:
@@ -220,6 +221,7 @@ class Recovery:
 
     def revise(self) -> None:
         """Let every strategy propose its prefixes, for the right target and for a wrong one."""
+        self.engine.sleep()
         self._stage("revise", self.arms(), self._propose)
 
     def sample(self) -> None:
@@ -233,6 +235,7 @@ class Recovery:
 
     def verify(self) -> None:
         """Judge every sample, check derivations, compute plain log-probs, apply the guards."""
+        self.engine.sleep()
         self._stage("verify", self.all_arms(), self._judge)
 
     def collect(self) -> Recovered:
