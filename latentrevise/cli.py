@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentrevise.errors import ConfigError, LatentReviseError
+from latentrevise.errors import LatentReviseError
 
 if TYPE_CHECKING:
     from latentrevise.pipeline import Recovery

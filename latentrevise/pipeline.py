@@ -95,8 +95,8 @@ class RecoverConfig(StrategySettings):
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
     when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
     prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine. The strategies' own
-    settings: see ``StrategySettings``.
+    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine, see
+    ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
