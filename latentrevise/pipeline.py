@@ -608,6 +608,7 @@ class Recovery:
             self._sampling(1),
             frozenset(self._boundary),
             self.config.token_budget,
+            self.config.prefix_boundary,
         )
 
     def _sampling(self, n: int, greedy: bool = False) -> SamplingParams:

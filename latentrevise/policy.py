@@ -56,6 +56,19 @@ class Head:
         assert isinstance(logprobs, Tensor)  # a pair only with entropy=True
         return logprobs.to(hidden.device)
 
+    def logprob_and_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``logprob``, and the entropy of each distribution in nats, float32 ``[N]``."""
+        logprobs, entropies = kernels.linear_logprob(
+            hidden.to(self.weight.device),
+            self.weight,
+            targets.to(self.weight.device),
+            bias=self.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            entropy=True,
+        )
+        return logprobs.to(hidden.device), entropies.to(hidden.device)
+
     def plausible(self, hidden: Tensor, p_min: float, count: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens with probability of at least ``p_min``: ids ``[T, C]`` (padded -1), logprobs, counts."""
         ids, logprobs, counts = kernels.plausible_vertices(

@@ -70,7 +70,7 @@ class Start:
     tokens that stand for what is fed. latent: the mixture (``start_id`` in the atoms file) is fed, not ``plain_ids``.
     greedy: continue with the most probable token instead of sampling.
     forward_tokens, backward_tokens, decoded_tokens, seconds: what finding the start took. trace: the objective over
-    the steps.
+    the steps, or which tokens were chosen and why.
     """
 
     start_id: str

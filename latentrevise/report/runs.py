@@ -112,11 +112,12 @@ class FinishedRun:
         return rows[0] if rows else None
 
     def traces(self, arm: str) -> list[dict[str, Any]]:
-        """The optimisation traces of ``arm``'s starts; empty for a strategy that does not optimise."""
+        """The optimisation traces of ``arm``'s starts; empty for a strategy that does not optimise but choose."""
         if not self.files.parts("starts", arm):
             return []
         texts = self._read("starts", arm, ("trace",)).column("trace").to_pylist()
-        return [json.loads(text) for text in texts if text is not None]
+        traces = [json.loads(text) for text in texts if text is not None]
+        return [trace for trace in traces if "loss" in trace]
 
     def failed_lengths(self) -> list[int]:
         """Tokens of every rollout of the prompts all of whose rollouts are wrong."""

@@ -28,7 +28,8 @@ class Tools:
 
     policy: gradients, log-probs and branch scores. engine: samples, should finding a proposal need any. sampling: how
     the run samples (temperature, lengths, stop strings), one sample a request. boundary: tokens that end a step; empty
-    where the run names none. token_budget: padded tokens in one batch of branch scores.
+    where the run names none. token_budget: padded tokens in one batch of branch scores. boundary_text: the text that
+    makes them boundaries.
     """
 
     policy: Policy
@@ -37,6 +38,7 @@ class Tools:
     sampling: SamplingParams
     boundary: frozenset[int] = frozenset()
     token_budget: int | None = None
+    boundary_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,25 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Tokens that a strategy forced on a failed rollout, and what was known of them; none where it found none.
+
+    positions: in the rollout's completion; tokens; logprobs: of each, given the failed rollout before it. entropy: of
+    the policy at the first position; mass: log-probability of a fresh rollout that gets there and takes the tokens;
+    value: of the target behind the tokens and the step they stand in. All in nats, None where it was not computed.
+    candidates: among how many the choice was made.
+    """
+
+    positions: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    entropy: float | None = None
+    mass: float | None = None
+    value: float | None = None
+    candidates: int = 0
+
+
+@dataclass(frozen=True)
 class Proposal:
     """Sample ``n`` continuations of the prompt and this prefix.
 
@@ -89,7 +110,7 @@ class Proposal:
     original_ids: tuple[int, ...] = ()
     greedy: bool = False
     compute: Compute = field(default_factory=Compute)
-    trace: Trace | None = None
+    trace: Trace | Choice | None = None
 
     @property
     def uncached(self) -> int:
