@@ -95,8 +95,8 @@ class RecoverConfig(StrategySettings):
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
     when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
     prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine, see
-    ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
+    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine,
+    see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
@@ -408,11 +408,9 @@ class Recovery:
         by_id = {case.prompt.id: case.prompt for case in self.cases()}
         for index, _ in self._todo("samples", arm, bar):
             starts, mixtures = self._starts(arm, index)
-            requests = [self._request(by_id[s.prompt_id], s, mixtures.get(s.start_id)) for s in starts]
-            params = [self._sampling(start.n, start.greedy) for start in starts]
             began = time.perf_counter()
-            found = self._generate(requests, params, bar)
-            seconds = (time.perf_counter() - began) / max(sum(s.n for s in starts), 1)
+            found = self._continuations(starts, mixtures, by_id, bar)
+            seconds = (time.perf_counter() - began) / max(sum(map(len, found)), 1)
             rows = [
                 Sample(
                     start_id=start.start_id,
@@ -428,6 +426,26 @@ class Recovery:
                 for j, completion in enumerate(completions)
             ]
             write_records(self.run.part("samples", index, arm.name), rows, Sample)
+
+    def _continuations(
+        self, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: tqdm
+    ) -> list[list[Completion]]:
+        """What is sampled from each start: one round, or several, until one brings a correct continuation."""
+        found: list[list[Completion]] = [[] for _ in starts]
+        waiting, number = list(range(len(starts))), 0
+        while waiting:
+            own = [starts[i] for i in waiting]
+            requests = [self._request(prompts[s.prompt_id], s, mixtures.get(s.start_id), number) for s in own]
+            drawn = self._generate(requests, [self._sampling(s.n, s.greedy) for s in own], bar)
+            for i, completions in zip(waiting, drawn, strict=True):
+                found[i] += completions
+            number += 1
+            going = [(i, new) for i, new in zip(waiting, drawn, strict=True) if number < starts[i].rounds]
+            pairs = [(prompts[starts[i].prompt_id].answer, self._text(c.ids)) for i, new in going for c in new]
+            judged = iter(self.verifier.verify(pairs))
+            correct = [[next(judged).verdict == "correct" for _ in new] for _, new in going]
+            waiting = [i for (i, _), hits in zip(going, correct, strict=True) if not any(hits)]
+        return found
 
     def _judge(self, arm: _Arm, bar: tqdm) -> None:
         cases = {case.prompt.id: case for case in self.cases()}
@@ -589,10 +607,11 @@ class Recovery:
 
         return self.engine.generate(requests, params, progress)
 
-    def _request(self, prompt: Prompt, start: Start, mixture: Mixture | None) -> Request:
-        seed = row_seed(self.config.seed, "sample", start.start_id)
+    def _request(self, prompt: Prompt, start: Start, mixture: Mixture | None, number: int) -> Request:
+        """The request of round ``number`` (from 0)."""
+        seed = row_seed(self.config.seed, "sample", start.start_id, *([number] if number else []))
         if not start.latent:
-            return Request((*prompt.ids, *start.plain_ids), seed=seed)
+            return Request((*(start.context_ids or prompt.ids), *start.plain_ids), seed=seed)
         assert mixture is not None  # a latent start is written together with its atoms
         device = self.policy.device
         with torch.no_grad():
@@ -791,6 +810,8 @@ def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Sta
         decoded_tokens=compute.decoded,
         seconds=compute.seconds + seconds,
         trace=None if proposal.trace is None else asdict(proposal.trace),
+        context_ids=proposal.context_ids,
+        rounds=proposal.rounds,
     )
 
 

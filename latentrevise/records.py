@@ -68,7 +68,8 @@ class Start:
 
     target: the answer aimed at. prefix_ids: the failed rollout's own prefix (empty: from the prompt). plain_ids: the
     tokens that stand for what is fed. latent: the mixture (``start_id`` in the atoms file) is fed, not ``plain_ids``.
-    greedy: continue with the most probable token instead of sampling.
+    greedy: continue with the most probable token instead of sampling. context_ids: fed in place of the prompt (empty:
+    the prompt is). rounds: ``n`` continuations so many times over, until one is correct.
     forward_tokens, backward_tokens, decoded_tokens, seconds: what finding the start took. trace: the objective over
     the steps, or which tokens were chosen and why.
     """
@@ -87,6 +88,8 @@ class Start:
     decoded_tokens: int
     seconds: float
     trace: dict[str, Any] | None = None
+    context_ids: tuple[int, ...] = ()
+    rounds: int = 1
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,10 @@ class Proposal:
 
     plain_ids: the prefix as tokens (empty: from the prompt itself). mixture: what it was before rounding; it is what
     is fed when ``latent``. parent and original_ids: the rollout that was revised, and its own prefix. greedy: continue
-    with the most probable token, so ``n`` is 1. compute: what finding the proposal took; sampling from it is charged
-    by the pipeline.
+    with the most probable token, so ``n`` is 1. context_ids: fed in place of the prompt, for a sample that is to be
+    drawn with more knowledge than the policy will have; it is judged and trained behind the prompt all the same.
+    rounds: sample ``n`` so many times over, until one of them is verified correct. compute: what finding the proposal
+    took; sampling from it is charged by the pipeline.
     """
 
     n: int
@@ -109,14 +111,17 @@ class Proposal:
     parent: str | None = None
     original_ids: tuple[int, ...] = ()
     greedy: bool = False
+    context_ids: tuple[int, ...] = ()
+    rounds: int = 1
     compute: Compute = field(default_factory=Compute)
     trace: Trace | Choice | None = None
 
     @property
     def uncached(self) -> int:
-        """Prefix tokens that no cache holds: all from the first one that differs from the rollout's own."""
-        if self.latent:
-            return len(self.plain_ids)
+        """Tokens that no cache holds: of the prefix, all from the first one that differs from the rollout's own; a
+        context's, and whatever stands behind it."""
+        if self.latent or self.context_ids:
+            return len(self.context_ids) + len(self.plain_ids)
         same = 0
         for a, b in zip(self.plain_ids, self.original_ids, strict=False):
             if a != b:
@@ -126,7 +131,8 @@ class Proposal:
 
 
 class Strategy(Protocol):
-    """``propose`` returns a list of proposals for each piece of work, with at most ``samples`` continuations in all.
+    """``propose`` returns a list of proposals for each piece of work, with at most ``samples`` continuations in all (in
+    a round, where a proposal has several).
 
     uses_answer: it reads ``Work.target``, so that the audit also runs it on a wrong one. backend: the kernel
     implementation that revises (``auto``: the dispatch chooses; ``none``: nothing is revised).
