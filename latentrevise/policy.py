@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise import kernels
 from latentrevise.branches import Branch, BranchScores, score_branches
 from latentrevise.errors import InputError, ModelError
 from latentrevise.models import check_model, input_embedding
-from latentrevise.packing import PAD, PREFIX, visible
+from latentrevise.packing import PAD, PREFIX, bucket, visible
+from latentrevise.widening import Widened, slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,6 +165,8 @@ class Policy:
         # Under FSDP2 parameters are gathered by hooks on the root, so the pass must go through it.
         self._whole_model = any(isinstance(module, FSDPModule) for module in model.modules())
         self._derived: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        # A GPU gains from shapes that repeat (allocation, choice of kernels); on a CPU padding costs what tokens cost.
+        self.buckets = self.device.type == "cuda"
         with torch.no_grad():
             self.table = self._table()
         self.allowed = self._allowed(tokenizer)
@@ -218,7 +223,7 @@ class Policy:
         row = {key: r for r, key in enumerate(dict.fromkeys(keys))}
         unique = [prompts[key] if isinstance(key, int) else key for key in row]
         lengths = torch.tensor([len(p) for p in unique], device=self.device)
-        width = int(lengths.max())
+        width = bucket(int(lengths.max())) if self.buckets else int(lengths.max())
         embeddings = self.table.new_zeros(len(unique), width, self.table.shape[1])
         for r, prompt in enumerate(unique):
             given = prompt if isinstance(prompt, Tensor) else self._embed(torch.tensor(prompt, device=self.device))
@@ -250,10 +255,18 @@ class Policy:
         )
         return Ready(self._embed(tokens), position, masks, prompt.layers)
 
-    def hidden(self, ready: Ready, index: Tensor | None = None, values: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ready: Ready,
+        index: Tensor | None = None,
+        values: Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> Tensor:
         """Hidden states of the suffixes, ``[B * S, d]``.
 
         values: ``[T, d]``, in place of the plain tokens that lie at ``index [T]`` of the flattened ``[B * S]``.
+        recompute: keep only the layers' inputs for the backward pass, which runs each layer again.
         """
         count, width, d = ready.embeddings.shape
         embeddings = ready.embeddings
@@ -261,7 +274,8 @@ class Policy:
             flat = embeddings.reshape(count * width, d).index_copy(0, index, values.to(embeddings.dtype))
             embeddings = flat.view(count, width, d)
         cache = Cache(layers=[_Behind(keys, values) for keys, values in ready.layers])
-        return self._run(embeddings, ready.position, ready.masks, cache).reshape(count * width, -1)
+        with self._recomputed() if recompute else nullcontext():
+            return self._run(embeddings, ready.position, ready.masks, cache).reshape(count * width, -1)
 
     def score_branches(
         self,
@@ -326,11 +340,44 @@ class Policy:
             "past_key_values": cache,
             "use_cache": True,
         }
-        if self._whole_model:
-            hidden, _ = self._whole(**inputs)
-        else:
-            hidden = self.body(**inputs).last_hidden_state
+        with self._arithmetic():
+            if self._whole_model:
+                hidden, _ = self._whole(**inputs)
+            else:
+                hidden = self.body(**inputs).last_hidden_state
         return hidden.to(self.device)
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return Widened() if self.device.type == "cpu" and slow(self.dtype) else nullcontext()
+
+    @contextmanager
+    def _recomputed(self) -> Iterator[None]:
+        """Every layer of the body keeps its input alone while this is open.
+
+        Not by transformers' own switch, which needs training mode and drops the cache. Within ``forward``, as there, so
+        that hooks stay outside and run once.
+        """
+        layers = self._layers()
+        own = [vars(layer).get("forward") for layer in layers]
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self._arithmetic()))
+        try:
+            for layer in layers:
+                layer.forward = partial(again, layer.forward)
+            yield
+        finally:
+            for layer, forward in zip(layers, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+    def _layers(self) -> nn.ModuleList:
+        for module in self.body.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.config.num_hidden_layers:
+                return module
+        raise ModelError(
+            f"{type(self.body).__name__} holds no list of its {self.config.num_hidden_layers} layers, so they cannot be"
+            " recomputed one by one; leave `recompute` off"
+        )
 
     def _whole(self, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Hidden states and logits of the model itself."""
@@ -458,6 +505,7 @@ class Policy:
             head = self._transform(weight, bias, *plain[0][0], exact)
             try:
                 packed = self._packed(work)
+                self._check_gradient(ids)
             except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -481,6 +529,46 @@ class Policy:
                 " do not follow the masks, positions and embeddings it is given"
             )
         return head
+
+    def _check_gradient(self, ids: list[int]) -> None:
+        """Refuse a body with a module that reads its input and passes no gradient on (quantised for inference)."""
+        cut: set[str] = set()
+
+        def look(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            if not any(isinstance(x, Tensor) and x.requires_grad for x in (*arguments, *keywords.values())):
+                return
+            found = _floats(output)
+            if not found or any(x.requires_grad for x in found):
+                return
+            # Some only look at the input's dtype, as rotary tables do.
+            with torch.no_grad():
+                other = [x + 1 if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
+                named = {k: x + 1 if isinstance(x, Tensor) and x.requires_grad else x for k, x in keywords.items()}
+                again = _floats(module.forward(*other, **named))
+            if not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
+                cut.add(type(module).__name__)
+
+        tokens = torch.tensor([ids], device=self.device)
+        ready = self.prepare(
+            tokens,
+            torch.arange(1, len(ids) + 1, device=self.device).unsqueeze(0),
+            torch.zeros_like(tokens) + PREFIX,
+            self.prompt_cache([ids[:1]]),
+        )
+        handles = [m.register_forward_hook(look, with_kwargs=True) for m in self.body.modules() if m is not self.body]
+        try:
+            with torch.enable_grad():
+                values = self._embed(tokens[0]).requires_grad_(True)
+                hidden = self.hidden(ready, torch.arange(len(ids), device=self.device), values)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if cut or not hidden.requires_grad:
+            raise ModelError(
+                f"{type(self.model).__name__} passes no gradient through {', '.join(sorted(cut)) or 'its body'}; a"
+                " revision needs the gradient with respect to the input embeddings, so load the body in a float dtype,"
+                " or quantised in a way that can be trained with adapters"
+            )
 
     def _plain(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         hidden, logits = self._whole(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
@@ -529,7 +617,7 @@ class Policy:
                 f"{type(self.model).__name__} gives NaN or infinite logits on plain tokens; check its weights"
             )
         closest = float("inf")
-        for scale, softcap in _transforms(self.config):
+        for scale, softcap in logit_transforms(self.config):
             logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
             difference = float((logits - own).abs().max() / own.abs().max().clamp_min(1e-6))
             if difference < (1e-4 if exact else 2e-2):
@@ -558,6 +646,11 @@ def _position_limit(config: Any) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def _floats(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, tuple | list) else [output]
+    return [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+
+
 def _as_ids(prompt: Sequence[int] | Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in prompt)
 
@@ -566,8 +659,8 @@ def _rows(values: Tensor, rows: Tensor) -> Tensor:
     return values.index_select(0, rows.to(values.device))
 
 
-def _transforms(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Candidate (scale, softcap) pairs from what configurations call them; the self-test picks the true one."""
+def logit_transforms(config: Any) -> Iterator[tuple[float, float | None]]:
+    """Candidate (scale, softcap) pairs from what configurations call them; a measurement picks the true one."""
     softcap = getattr(config, "final_logit_softcapping", None)
     scales = [1.0]
     if getattr(config, "logit_scale", None):
