@@ -195,7 +195,7 @@ class Recovery:
         self.policy = Policy(model, tokenizer)
         self.engine = engine or HFEngine(model, tokenizer)
         self.verifier = Verifier(timeout=config.verify_timeout)
-        self.checker = _load_checker(config.checker)
+        self.checker = load_checker(config.checker)
         self.progress = progress
         self.template_ids = tuple(tokenizer.encode(config.answer_template, add_special_tokens=False))
         self.resumed = self.run.begin(_header(model, config, self.engine))
@@ -847,7 +847,7 @@ def _tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> se
     return found
 
 
-def _load_checker(name: str | None) -> Checker | None:
+def load_checker(name: str | None) -> Checker | None:
     if name is None:
         return None
     module, colon, attribute = name.partition(":")
