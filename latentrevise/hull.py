@@ -27,10 +27,13 @@ class Mixture:
 
     ids: int32 ``[T, A]``, row numbers of the embedding table. A free slot repeats the position's first atom.
     weights: float32 ``[T, A]``, on the simplex; a free slot has weight 0.
+    offset: float32 ``[T, d]``, added to the combination: how far the ``unconstrained`` solver, an ablation, has left
+    the hull. None for a point of the hull.
     """
 
     ids: Tensor
     weights: Tensor
+    offset: Tensor | None = None
 
     @classmethod
     def from_tokens(cls, token_ids: Tensor, atoms: int = 1) -> Mixture:
@@ -57,7 +60,11 @@ class Mixture:
         return self.ids.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Mixture:
-        return Mixture(self.ids[rows], self.weights[rows])
+        return Mixture(self.ids[rows], self.weights[rows], None if self.offset is None else self.offset[rows])
+
+    def to(self, device: torch.device | str) -> Mixture:
+        offset = None if self.offset is None else self.offset.to(device)
+        return Mixture(self.ids.to(device), self.weights.to(device), offset)
 
     def step(self, vertex: Tensor, gamma: Tensor, slot: int) -> Mixture:
         """The Frank-Wolfe move ``z <- (1 - gamma) z + gamma E[vertex]``, recorded on the atoms.
@@ -76,8 +83,9 @@ class Mixture:
         return Mixture(ids, weights)
 
     def embed(self, table: Tensor) -> Tensor:
-        """``z [T, d]`` in the table's dtype, accumulated in float32 and rounded once."""
-        return kernels.mixture_embed(self.ids, self.weights, table)
+        """``z [T, d]`` in the table's dtype, accumulated in float32 and rounded once (twice with an offset)."""
+        z = kernels.mixture_embed(self.ids, self.weights, table)
+        return z if self.offset is None else (z.float() + self.offset).to(z.dtype)
 
     def argmax_ids(self) -> Tensor:
         """The heaviest atom of each position, int64 ``[T]`` (the first of equals): the prefix as text."""
@@ -87,11 +95,17 @@ class Mixture:
         """Entropy of each position's weights in nats, float32 ``[T]``."""
         return torch.special.entr(self.weights).sum(-1)
 
-    def compact(self) -> Mixture:
-        """The same points with the free slots dropped as far as every position allows; heaviest atom first."""
+    def compact(self, most: int | None = None) -> Mixture:
+        """The same points with the free slots dropped as far as every position allows; heaviest atom first.
+
+        most: keep that many atoms at most, their weights scaled to 1 again: no longer quite the same points.
+        """
         weights, order = self.weights.sort(dim=-1, descending=True, stable=True)
         used = max(int((weights > 0).sum(-1).max()), 1) if len(self) else 1
-        return Mixture(self.ids.gather(1, order)[:, :used].contiguous(), weights[:, :used].contiguous())
+        ids = self.ids.gather(1, order)[:, :used]
+        if most is not None and most < used:
+            ids, weights = ids[:, :most], weights[:, :most] / weights[:, :most].sum(-1, keepdim=True)
+        return Mixture(ids.contiguous(), weights[:, :used].contiguous(), self.offset)
 
 
 @dataclass(frozen=True)

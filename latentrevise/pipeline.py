@@ -48,6 +48,7 @@ from latentrevise.records import (
     Trajectory,
     Verdict,
     read_atoms,
+    read_offsets,
     read_records,
     row_seed,
     write_atoms,
@@ -240,8 +241,8 @@ class Recovery:
 
     def collect(self) -> Recovered:
         """Gather the admitted trajectories and the metrics, and write both."""
-        trajectories, atoms = self._trajectories()
-        write_atoms(self.run.atoms, atoms)
+        trajectories, mixtures = self._trajectories()
+        _write_mixtures(self.run.atoms, mixtures)
         write_records(self.run.trajectories, trajectories, Trajectory)
         metrics = run_metrics(
             [
@@ -401,7 +402,7 @@ class Recovery:
                     if proposal.mixture is not None:
                         mixtures[start.start_id] = proposal.mixture
             path = self.run.part("starts", index, arm.name)
-            write_atoms(path.with_suffix(".safetensors"), {k: (m.ids, m.weights) for k, m in mixtures.items()})
+            _write_mixtures(path.with_suffix(".safetensors"), mixtures)
             write_records(path, rows, Start)
 
     def _continue(self, arm: _Arm, bar: tqdm) -> None:
@@ -587,8 +588,7 @@ class Recovery:
             raise RunError(
                 f"{self.run.path} has no {path.relative_to(self.run.path)} yet; run `latentrevise revise` first"
             )
-        atoms = read_atoms(path.with_suffix(".safetensors"))
-        return read_records(path, Start), {name: Mixture(ids, weights) for name, (ids, weights) in atoms.items()}
+        return read_records(path, Start), _read_mixtures(path.with_suffix(".safetensors"))
 
     def _generate(
         self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: tqdm
@@ -616,7 +616,7 @@ class Recovery:
         device = self.policy.device
         with torch.no_grad():
             fixed = self.policy.embedding(torch.tensor(prompt.ids, device=device))
-            revised = Mixture(mixture.ids.to(device), mixture.weights.to(device)).embed(self.policy.table)
+            revised = mixture.to(device).embed(self.policy.table)
         return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
 
     def _tools(self) -> Tools:
@@ -697,21 +697,22 @@ class Recovery:
                 total += Compute(0, 0, _decoded(sample.completion_ids, sample.finish_reason), sample.seconds)
         return total
 
-    def _trajectories(self) -> tuple[list[Trajectory], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    def _trajectories(self) -> tuple[list[Trajectory], dict[str, Mixture]]:
         config, prompts = self.config, {p.id: p for p in self.prompts}
         header = self.run.read_header()
-        rows, atoms = [], {}
+        rows: list[Trajectory] = []
+        kept_mixtures: dict[str, Mixture] = {}
         for arm in self.arms():
             if arm.wrong:
                 continue
             kept = [(start, s, v) for start, s, v in self._results(arm) if v.verdict == "correct" and v.guard is None]
-            mixtures: dict[str, Any] = {}
+            mixtures: dict[str, Mixture] = {}
             for part in self.run.parts("starts", arm.name):
-                mixtures.update(read_atoms(part.with_suffix(".safetensors")))
+                mixtures.update(_read_mixtures(part.with_suffix(".safetensors")))
             for start, sample, verdict in kept:
                 prompt = prompts[sample.prompt_id]
                 if start.start_id in mixtures:
-                    atoms[start.start_id] = mixtures[start.start_id]
+                    kept_mixtures[start.start_id] = mixtures[start.start_id]
                 rows.append(
                     Trajectory(
                         prompt_id=prompt.id,
@@ -744,7 +745,7 @@ class Recovery:
                         config_hash=header["config_hash"],
                     )
                 )
-        return rows, atoms
+        return rows, kept_mixtures
 
 
 @dataclass
@@ -813,6 +814,16 @@ def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Sta
         context_ids=proposal.context_ids,
         rounds=proposal.rounds,
     )
+
+
+def _write_mixtures(path: Path, mixtures: Mapping[str, Mixture]) -> None:
+    offsets = {name: m.offset for name, m in mixtures.items() if m.offset is not None}
+    write_atoms(path, {name: (m.ids, m.weights) for name, m in mixtures.items()}, offsets)
+
+
+def _read_mixtures(path: Path) -> dict[str, Mixture]:
+    offsets = read_offsets(path)
+    return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in read_atoms(path).items()}
 
 
 def _steps(derivation: Derivation) -> list[dict[str, Any]]:

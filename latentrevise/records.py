@@ -350,8 +350,13 @@ def _load(value: Any, column: _Column) -> Any:
     return tuple(value) if column.as_tuple else value
 
 
-def write_atoms(path: str | os.PathLike[str], mixtures: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Mixtures by id to one safetensors file: ``ids [T, A]`` (as int32) and ``weights [T, A]`` (as float32)."""
+def write_atoms(
+    path: str | os.PathLike[str],
+    mixtures: Mapping[str, tuple[Tensor, Tensor]],
+    offsets: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Mixtures by id to one safetensors file: ``ids [T, A]`` (as int32) and ``weights [T, A]`` (as float32); and, of
+    those that left the hull, the offset ``[T, d]`` (as float32)."""
     import torch
     from safetensors.torch import save_file
 
@@ -363,21 +368,33 @@ def write_atoms(path: str | os.PathLike[str], mixtures: Mapping[str, tuple[Tenso
             )
         tensors[f"{name}.ids"] = ids.detach().to("cpu", torch.int32).contiguous()
         tensors[f"{name}.weights"] = weights.detach().to("cpu", torch.float32).contiguous()
+    for name, offset in (offsets or {}).items():
+        tensors[f"{name}.offset"] = offset.detach().to("cpu", torch.float32).contiguous()
     with atomic_write(path) as temporary:
         save_file(tensors, temporary)
 
 
 def read_atoms(path: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """What ``write_atoms`` wrote: id -> (ids int32 ``[T, A]``, weights float32 ``[T, A]``). Raises InputError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+    tensors = _read_tensors(path)
     names = [key.removesuffix(".ids") for key in tensors if key.endswith(".ids")]
     unpaired = [n for n in names if f"{n}.weights" not in tensors]
     if unpaired:
         raise InputError(f"{path}: mixture {unpaired[0]} has ids but no weights; delete the file and run again")
     return {name: (tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in names}
+
+
+def read_offsets(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The offsets that ``write_atoms`` wrote, by id: float32 ``[T, d]``. Raises InputError."""
+    tensors = _read_tensors(path)
+    return {key.removesuffix(".offset"): tensors[key] for key in tensors if key.endswith(".offset")}
+
+
+def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error

@@ -132,7 +132,7 @@ class Reviser:
         config = self.config
         began = time.perf_counter()
         batch = self._batch(index, rollouts, config, candidates=config.hull == "plausible")
-        mixture = solver.start(batch.packing.prefix_ids, batch.candidates, config)
+        mixture = solver.start(self.hull, batch.packing.prefix_ids, batch.candidates, config)
         progress = {i: _Progress() for i in index}
         if batch.candidates is not None:
             self._charge(batch, progress, 1, 0)
@@ -173,10 +173,10 @@ class Reviser:
         for i, rollout in zip(index, rollouts, strict=True):
             state = progress[i]
             state.compute.seconds = share
-            point = state.point.compact()
+            point = state.point.compact(config.max_candidates if config.solver == "softmax" else None).to("cpu")
             name = rollout.id if rollout.id is not None else str(i)
             done[i] = Revision(
-                name, tuple(rollout.prefix_ids), point.ids.cpu(), point.weights.cpu(), state.trace, state.compute
+                name, tuple(rollout.prefix_ids), point.ids, point.weights, state.trace, state.compute, point.offset
             )
 
     def _record(self, batch: _Batch, progress: dict[int, _Progress], mixture: Mixture, losses: _Losses) -> None:
@@ -334,11 +334,7 @@ def _concatenate(mixtures: list[Mixture], device: torch.device) -> Mixture:
 
 
 def _split(mixture: Mixture, packing: Packing) -> list[Mixture]:
-    lengths = packing.lengths
-    return [
-        Mixture(ids, weights)
-        for ids, weights in zip(mixture.ids.split(lengths), mixture.weights.split(lengths), strict=True)
-    ]
+    return [mixture[rows] for rows in torch.arange(len(mixture), device=mixture.ids.device).split(packing.lengths)]
 
 
 def _sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:

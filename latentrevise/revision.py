@@ -71,14 +71,17 @@ class ReviseConfig:
 
     steps: ``K``.
     solver: ``frank-wolfe`` moves toward one vertex a step; ``entropic`` is mirror descent on the mixture weights over
-        the plausible candidates.
+        the plausible candidates. Ablations: ``random``, toward a random vertex in place of the oracle's;
+        ``unconstrained``, a step against the gradient of the length that the Frank-Wolfe step would have, out of the
+        hull; ``softmax``, gradient descent on the logits of a mixture of the whole vocabulary, of which the
+        ``max_candidates`` heaviest atoms are returned.
     hull: ``full``, every allowed token; ``plausible``, at each position the tokens with probability of at least
         ``p_min`` under the policy after the original prefix (at most ``max_candidates``), and the original one.
     step_rule, step_size: Frank-Wolfe: ``constant`` gamma = step_size; ``harmonic`` gamma = step_size * 2 / (k + 2), at
         most 1; ``short`` gamma = min(1, step_size * gap / ||E_v - z||^2), step_size being the inverse smoothness
         constant; ``line-search`` the best of ``line_search_grid`` for the whole prefix, or none. Entropic: step_size
-        is the rate eta.
-    mass: entropic: the share of weight spread over the candidates at the start, in (0, 1].
+        is the rate eta. Softmax: step_size is how far the steepest logit of a position moves, in nats.
+    mass: entropic and softmax: the share of weight spread over the candidates at the start, in (0, 1].
     alpha, beta: weights of the gold and of the away gradient.
     away: ``unlikelihood``, -log(1 - p); ``clipped``, -min(NLL, away_ceiling). Both bounded where it matters.
     away_window: the first tokens of the failed continuation that are pushed away.
@@ -95,7 +98,7 @@ class ReviseConfig:
     """
 
     steps: int = 10
-    solver: Literal["frank-wolfe", "entropic"] = "frank-wolfe"
+    solver: Literal["frank-wolfe", "entropic", "random", "unconstrained", "softmax"] = "frank-wolfe"
     hull: Literal["full", "plausible"] = "full"
     p_min: float = 1e-4
     max_candidates: int = 64
@@ -139,7 +142,8 @@ class ReviseConfig:
             raise ConfigError(
                 "ReviseConfig: alpha and beta are both 0, so there is nothing to optimise; set one of them"
             )
-        if self.solver == "frank-wolfe" and self.step_rule in ("constant", "harmonic") and self.step_size > 1:
+        scheduled = self.step_rule in ("constant", "harmonic")
+        if self.solver in ("frank-wolfe", "random") and scheduled and self.step_size > 1:
             raise ConfigError(
                 f"ReviseConfig.step_size = {self.step_size}: a {self.step_rule} Frank-Wolfe step above 1 leaves the"
                 " hull;"
@@ -153,6 +157,18 @@ class ReviseConfig:
             raise ConfigError(
                 "ReviseConfig: the entropic solver keeps a weight for every vertex, which the full hull does not allow;"
                 " set hull='plausible'"
+            )
+        if self.solver in ("unconstrained", "softmax") and (
+            self.hull != "full" or not scheduled or self.update_fraction < 1.0
+        ):
+            raise ConfigError(
+                f"ReviseConfig: the {self.solver} solver knows hull='full', step_rule='constant' or 'harmonic' and"
+                " update_fraction=1 alone"
+            )
+        if self.solver == "unconstrained" and self.rounding != "none":
+            raise ConfigError(
+                "ReviseConfig: what the unconstrained solver finds lies outside the hull and has no atoms to round to;"
+                " set rounding='none'"
             )
 
     @property
@@ -224,7 +240,7 @@ class Revision:
     """A revised prefix: its atoms, how it got there, what it cost.
 
     ids: int32 ``[T, A]``; weights: float32 ``[T, A]``, both on the CPU, heaviest atom first; A is at most K + 1 for
-    Frank-Wolfe, and the number of candidates for the entropic solver.
+    Frank-Wolfe, and the number of candidates for the entropic solver. offset: see ``Mixture``.
     """
 
     id: str
@@ -233,15 +249,15 @@ class Revision:
     weights: Tensor
     trace: Trace
     compute: Compute
+    offset: Tensor | None = None
 
     @property
     def mixture(self) -> Mixture:
-        return Mixture(self.ids, self.weights)
+        return Mixture(self.ids, self.weights, self.offset)
 
     def embeddings(self, hull: VocabularyHull) -> Tensor:
         """``z [T, d]`` in the table's dtype and on its device."""
-        device = hull.table.device
-        return Mixture(self.ids.to(device), self.weights.to(device)).embed(hull.table)
+        return self.mixture.to(hull.table.device).embed(hull.table)
 
     def argmax_ids(self) -> Tensor:
         """The heaviest atom of each position, int64 ``[T]``."""

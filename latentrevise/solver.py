@@ -1,4 +1,5 @@
-"""One step of the optimisation over the hull: Frank-Wolfe with its step rules, and entropic mirror descent.
+"""One step of the optimisation over the hull: Frank-Wolfe with its step rules, and entropic mirror descent; beside them
+the ablations: a random vertex in place of the oracle's, no hull at all, a softmax over the whole vocabulary.
 
 A step is given the branch gradients at ``z`` and returns the next mixture. It never sees the model: where a rule
 needs the objective (line search), it is handed a function that evaluates mixtures.
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from latentrevise import kernels
 from latentrevise.hull import Mixture, VocabularyHull
+from latentrevise.records import row_seed
 from latentrevise.revision import ReviseConfig
 
 
@@ -44,11 +47,16 @@ class Move:
 Evaluate = Callable[[Mixture], Tensor]  # the objective of each rollout at a mixture, float32 [B]
 
 
-def start(token_ids: Tensor, candidates: Tensor | None, config: ReviseConfig) -> Mixture:
-    """The first iterate: the prefix's own tokens, or, for the entropic solver, mass spread over the candidates."""
+def start(hull: VocabularyHull, token_ids: Tensor, candidates: Tensor | None, config: ReviseConfig) -> Mixture:
+    """The first iterate: the prefix's own tokens; for the entropic solver mass spread over the candidates, for the
+    softmax over all allowed vertices."""
     if config.solver == "entropic":
         assert candidates is not None  # ReviseConfig ties the entropic solver to the plausible hull
         return Mixture.spread(token_ids, candidates, config.mass)
+    if config.solver == "softmax":
+        every = torch.arange(hull.vocabulary, device=token_ids.device).expand(len(token_ids), -1)
+        listed = hull.allowed | (every == token_ids.unsqueeze(-1))
+        return Mixture.spread(token_ids, every.masked_fill(~listed, -1), config.mass)
     return Mixture.from_tokens(token_ids, config.atoms)
 
 
@@ -71,21 +79,28 @@ def advance(
     """
     if config.solver == "entropic":
         return _entropic(hull, mixture, gradients, rows, config)
+    if config.solver == "softmax":
+        return _softmax(hull, mixture, gradients, config)
+    if config.solver == "unconstrained":
+        return _unconstrained(hull, mixture, gradients, k, config)
     gamma = _known_step(k, config)
     if gamma is not None:
         step = _hull_step(hull, mixture, gradients, candidates, gamma, k)
         return Move(Mixture(step.ids, step.weights), step.gap, torch.full_like(step.gap, gamma))
     probe = _hull_step(hull, mixture, gradients, candidates, 0.0, k)
     moving = _largest_gaps(probe.gap, rows, config.update_fraction)
+    vertex = probe.vertex
+    if config.solver == "random":
+        vertex = _random_vertices(hull, mixture, rows, candidates, k, config)
     if config.step_rule == "short":
-        distance = (hull.table[probe.vertex].float() - probe.z.float()).square().sum(-1)
+        distance = (hull.table[vertex].float() - probe.z.float()).square().sum(-1)
         size = (config.step_size * probe.gap / distance.clamp_min(1e-12)).clamp(0.0, 1.0)
     elif config.step_rule == "line-search":
-        size = _line_search(mixture, probe.vertex, moving, rows, loss, evaluate, k, config)[rows]
+        size = _line_search(mixture, vertex, moving, rows, loss, evaluate, k, config)[rows]
     else:
         size = torch.full_like(probe.gap, _schedule(k, config))
     size = size * moving
-    return Move(mixture.step(probe.vertex, size, slot=k + 1), probe.gap, size)
+    return Move(mixture.step(vertex, size, slot=k + 1), probe.gap, size)
 
 
 def _schedule(k: int, config: ReviseConfig) -> float:
@@ -94,7 +109,11 @@ def _schedule(k: int, config: ReviseConfig) -> float:
 
 def _known_step(k: int, config: ReviseConfig) -> float | None:
     """The step size, where it depends neither on the gap nor on the objective: then one fused kernel makes the step."""
-    if config.step_rule in ("constant", "harmonic") and config.update_fraction == 1.0:
+    if (
+        config.solver == "frank-wolfe"
+        and config.step_rule in ("constant", "harmonic")
+        and config.update_fraction == 1.0
+    ):
         return _schedule(k, config)
     return None
 
@@ -137,6 +156,63 @@ def _entropic(hull: VocabularyHull, mixture: Mixture, gradients: Gradients, rows
             _largest_gaps(step.gap, rows, config.update_fraction).unsqueeze(-1), weights, mixture.weights
         )
     return Move(Mixture(mixture.ids, weights), step.gap, torch.full_like(step.gap, config.step_size))
+
+
+def _combined(gradients: Gradients) -> Tensor:
+    """``alpha * gold + beta * away`` in float32, ``[T, d]``; each normalised first, where the settings say so."""
+
+    def part(weight: float, gradient: Tensor) -> Tensor:
+        gradient = gradient.float()
+        return weight * (normalize(gradient, dim=-1) if gradients.combine == "normalized" else gradient)
+
+    total = part(gradients.alpha, gradients.gold)
+    return total if gradients.away is None else total + part(gradients.beta, gradients.away)
+
+
+def _softmax(hull: VocabularyHull, mixture: Mixture, gradients: Gradients, config: ReviseConfig) -> Move:
+    """Gradient descent on the logits ``theta`` of ``z = softmax(theta) E``: the steepest entry of a row moves by
+    ``step_size`` nats."""
+    gradient = _combined(gradients)
+    theta = mixture.weights.log()
+    with torch.enable_grad():
+        leaf = theta.clone().requires_grad_(True)
+        z = kernels.softmax_mixture(leaf, hull.table)
+        (slope,) = torch.autograd.grad(z, leaf, gradient.to(z.dtype))
+    steepest = slope.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    weights = torch.softmax(theta - config.step_size * slope / steepest, -1)
+    _, lowest = kernels.vertex_oracle(gradient, hull.table, hull.allowed)
+    gap = (gradient * z.detach().float()).sum(-1) - lowest
+    return Move(Mixture(mixture.ids, weights), gap, torch.full_like(gap, config.step_size))
+
+
+def _unconstrained(hull: VocabularyHull, mixture: Mixture, gradients: Gradients, k: int, config: ReviseConfig) -> Move:
+    """A step against the gradient, as long as the Frank-Wolfe step would have been: only the hull is gone."""
+    gradient, z = _combined(gradients), mixture.embed(hull.table).float()
+    vertex, lowest = kernels.vertex_oracle(gradient, hull.table, hull.allowed)
+    gap = (gradient * z).sum(-1) - lowest
+    gamma = _schedule(k, config)
+    length = gamma * (hull.table[vertex].float() - z).norm(dim=-1, keepdim=True)
+    moved = -length * normalize(gradient, dim=-1)
+    offset = moved if mixture.offset is None else mixture.offset + moved
+    return Move(Mixture(mixture.ids, mixture.weights, offset), gap, torch.full_like(gap, gamma))
+
+
+def _random_vertices(
+    hull: VocabularyHull, mixture: Mixture, rows: Tensor, candidates: Tensor | None, k: int, config: ReviseConfig
+) -> Tensor:
+    """A uniformly drawn vertex of each position, int64 ``[T]``. A rollout's draws depend on its own tokens and the
+    seed, so that no batch changes them."""
+    tokens = mixture.ids[:, 0].tolist()  # the original ones: atoms are only ever added behind them
+    draws = []
+    for length in torch.bincount(rows).tolist():
+        own, tokens = tokens[:length], tokens[length:]
+        draw = torch.Generator().manual_seed(row_seed(config.seed, "vertex", k, *own))
+        draws.append(torch.rand(length, generator=draw))
+    drawn = torch.cat(draws).to(mixture.ids.device).unsqueeze(-1)
+    if candidates is None:
+        candidates = hull.allowed.nonzero().T.expand(len(drawn), -1)
+    count = (candidates >= 0).sum(-1, keepdim=True)
+    return candidates.gather(1, (drawn * count).long().clamp(max=count - 1)).squeeze(1)
 
 
 def _largest_gaps(gap: Tensor, rows: Tensor, fraction: float) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from latentrevise.errors import ConfigError
 from latentrevise.revision import ReviseConfig
 from latentrevise.strategies.base import Cut, Proposal, Strategy, Tools, Work
+from latentrevise.strategies.dart import Dart, DartConfig
+from latentrevise.strategies.explain import Explain, ExplainConfig
+from latentrevise.strategies.gcg import GCG, GCGConfig
+from latentrevise.strategies.hint import Hint, HintConfig
 from latentrevise.strategies.latent import Latent
 from latentrevise.strategies.resample import Resample, ResamplePrefix
 
@@ -30,17 +34,35 @@ def _plausible() -> ReviseConfig:
     return ReviseConfig(hull="plausible", solver="entropic", step_size=2.0, beta=0.0, iterate="best", rounding="argmax")
 
 
+def _softmax() -> ReviseConfig:
+    return ReviseConfig(solver="softmax", mass=0.1, step_size=2.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StrategySettings:
     """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'."""
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
     latent_plausible: ReviseConfig = field(default_factory=_plausible)
+    latent_softmax: ReviseConfig = field(default_factory=_softmax)
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
+    hint: HintConfig = field(default_factory=HintConfig)
+    gcg: GCGConfig = field(default_factory=GCGConfig)
+    dart: DartConfig = field(default_factory=DartConfig)
 
 
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "latent": lambda s: Latent("latent", s.latent),
     "latent-plausible": lambda s: Latent("latent-plausible", s.latent_plausible),
+    "latent-gold": lambda s: Latent("latent-gold", replace(s.latent, beta=0.0)),
+    "latent-away": lambda s: Latent("latent-away", replace(s.latent, alpha=0.0), uses_answer=False),
+    "latent-random": lambda s: Latent("latent-random", replace(s.latent, solver="random")),
+    "latent-free": lambda s: Latent("latent-free", replace(s.latent, solver="unconstrained")),
+    "latent-softmax": lambda s: Latent("latent-softmax", s.latent_softmax),
+    "explain": lambda s: Explain(s.explain),
+    "hint": lambda s: Hint(s.hint),
+    "gcg": lambda s: GCG(s.gcg),
+    "dart": lambda s: Dart(s.dart),
     "resample-prefix": lambda s: ResamplePrefix(),
     "resample": lambda s: Resample(),
 }

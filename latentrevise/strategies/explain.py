@@ -52,9 +52,9 @@ class Explain:
         ]
 
     def _context(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> tuple[int, ...]:
-        # One pass over the template: a question that holds "{answer}" itself stays as it is.
-        before, after = self.config.template.split("{prompt}", 1)
-        text = before.replace("{answer}", answer) + prompt.text + after.replace("{answer}", answer)
+        # Split first: a question that holds "{answer}" itself stays as it is.
+        around = [part.replace("{answer}", answer) for part in self.config.template.split("{prompt}")]
+        text = prompt.text.join(around)
         plain = tuple(tokenizer.encode(prompt.text))
         if prompt.ids == plain:
             return tuple(tokenizer.encode(text))

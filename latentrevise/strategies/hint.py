@@ -1,8 +1,8 @@
 """``hint``: continue a prefix of a reference solution, where the data has one.
 
 In the style of PrefixRL (arXiv 2601.18795) and QuestA: what can be had with more than an answer, and so an upper mark
-for strategies that have the answer alone. The prefix is cut by tokens, behind a step where the run knows steps, and always
-in front of the boxed answer.
+for strategies that have the answer alone. The prefix is cut by tokens, behind a step where the run knows steps, and
+always in front of the boxed answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``latent``: revise the embeddings of a failed prefix, then continue from it (arXiv 2606.29938).
 
-One class serves the published method (full hull, continuation from the latent itself) and the restricted form
-(plausible hull, entropic, rounded to tokens): they differ in their ``ReviseConfig`` alone.
+One class serves the published method (full hull, continuation from the latent itself), the restricted form (plausible
+hull, entropic, rounded to tokens) and the ablations: they differ in their ``ReviseConfig`` alone.
 """
 
 from __future__ import annotations

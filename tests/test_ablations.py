@@ -1,0 +1,120 @@
+"""The ablations of the latent strategy: what each takes away, and nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from latentrevise import FailedRollout, ReviseConfig
+from latentrevise.errors import ConfigError
+from latentrevise.hull import Mixture, VocabularyHull
+from latentrevise.policy import Policy
+from latentrevise.records import read_atoms, read_offsets, write_atoms
+from latentrevise.reviser import Reviser
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(tiny_model("qwen3", vocab=61, seed=1))
+
+
+ROLLOUTS = [
+    FailedRollout((5, 6), (11, 12, 13), (14, 15), (20,), template_ids=(9,)),
+    FailedRollout((7,), (31, 32, 33, 34, 35), (36,), (21,), template_ids=(9,)),
+]
+
+
+def revise(policy, rollouts=ROLLOUTS, **changes):
+    return Reviser(policy, ReviseConfig(**{"steps": 3, "beta": 0.0, **changes})).revise(rollouts)
+
+
+def test_random_vertices_are_the_rollouts_own_whatever_the_batch(policy):
+    together = revise(policy, solver="random")
+    alone = [revise(policy, [r], solver="random")[0] for r in ROLLOUTS]
+    oracle = revise(policy)
+    for a, b, best, rollout in zip(together, alone, oracle, ROLLOUTS, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.weights, b.weights)
+        # As much weight is moved as with the oracle, onto other vertices, which help less.
+        assert a.weights.sum(-1) == pytest.approx(torch.ones(len(a.weights)), abs=1e-5)
+        own = torch.tensor(rollout.prefix_ids).unsqueeze(1)
+        left = [(r.weights * (r.ids == own)).sum(-1) for r in (a, best)]
+        assert left[0] == pytest.approx(left[1], abs=0.11), "(a vertex may be the token itself)"
+        assert a.trace.gold_nll[-1] > best.trace.gold_nll[-1]
+        assert all(bool(policy.allowed[i]) for i in a.ids[a.weights > 0])
+    assert not torch.equal(revise(policy, solver="random", seed=1)[0].ids, together[0].ids)
+
+
+def test_random_vertices_of_the_plausible_hull_are_plausible(policy):
+    reviser = Reviser(policy, ReviseConfig(hull="plausible", p_min=0.02, beta=0.0))
+    with policy.frozen():
+        batch = reviser._batch([0, 1], ROLLOUTS, reviser.config, candidates=True)
+    candidates = batch.candidates.split([3, 5])
+    for revision, listed in zip(revise(policy, solver="random", hull="plausible", p_min=0.02), candidates, strict=True):
+        for t in range(len(listed)):
+            assert set(revision.ids[t][revision.weights[t] > 0].tolist()) <= set(listed[t].tolist())
+
+
+def test_the_first_unconstrained_step_is_the_frank_wolfe_steps_length_against_the_gradient(policy):
+    (revision, _) = revise(policy, solver="unconstrained", steps=1)
+    (evaluation, _) = Reviser(policy, ReviseConfig(beta=0.0)).value_and_grad(ROLLOUTS)
+    table = policy.table
+    vertex = (evaluation.grad @ table.T).masked_fill(~policy.allowed, torch.inf).argmin(-1)
+    own = table[torch.tensor(ROLLOUTS[0].prefix_ids)]
+    length = 0.1 * (table[vertex] - own).norm(dim=-1, keepdim=True)
+    expected = -length * torch.nn.functional.normalize(evaluation.grad, dim=-1)
+    assert torch.allclose(revision.offset, expected, atol=1e-5)
+    hull = VocabularyHull.from_policy(policy)
+    assert torch.allclose(revision.embeddings(hull), own + expected, atol=1e-5)
+    assert revision.trace.gold_nll[1] < revision.trace.gold_nll[0]
+    with pytest.raises(ConfigError, match="rounding='none'"):
+        ReviseConfig(solver="unconstrained", rounding="argmax")
+
+
+def test_the_softmax_starts_near_the_tokens_and_descends(policy):
+    revisions = revise(policy, solver="softmax", mass=0.1, step_size=1.0, max_candidates=61)
+    for revision, rollout in zip(revisions, ROLLOUTS, strict=True):
+        assert revision.trace.gold_nll[-1] < revision.trace.gold_nll[0]
+        assert revision.weights.sum(-1) == pytest.approx(torch.ones(len(revision.weights)), abs=1e-5)
+        assert not set(revision.ids[revision.weights > 0].tolist()) & {0, 1, 2}, "special tokens are no vertices"
+        assert len(revision.ids) == len(rollout.prefix_ids)
+    few = revise(policy, solver="softmax", mass=0.1, step_size=1.0, max_candidates=4)
+    for revision, whole in zip(few, revisions, strict=True):
+        assert revision.ids.shape[1] == 4
+        assert torch.equal(revision.ids, whole.ids[:, :4])
+        assert revision.weights.sum(-1) == pytest.approx(torch.ones(len(revision.weights)), abs=1e-5)
+
+
+def test_the_softmax_step_is_gradient_descent_on_the_logits(policy):
+    config = ReviseConfig(steps=1, beta=0.0, solver="softmax", mass=0.3, step_size=0.7, max_candidates=61)
+    reviser = Reviser(policy, config)
+    (revision,) = reviser.revise(ROLLOUTS[:1])
+    allowed = policy.allowed.float()
+    start = 0.3 * allowed / allowed.sum() + 0.7 * torch.eye(61)[torch.tensor(ROLLOUTS[0].prefix_ids)]
+    every = torch.arange(61).expand(3, -1).to(torch.int32)
+    (evaluation,) = reviser.value_and_grad(ROLLOUTS[:1], [Mixture(every, start)])
+    scores = evaluation.grad @ policy.table.T
+    slope = start * (scores - (start * scores).sum(-1, keepdim=True))
+    wanted = torch.softmax(start.log() - 0.7 * slope / slope.abs().amax(-1, keepdim=True), -1)
+    found = torch.zeros(3, 61).scatter_add(1, revision.ids.long(), revision.weights)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"hull": "plausible"}, {"step_rule": "line-search"}, {"update_fraction": 0.5}])
+@pytest.mark.parametrize("solver", ["softmax", "unconstrained"])
+def test_settings_an_ablation_does_not_know(solver, change):
+    with pytest.raises(ConfigError, match=solver):
+        ReviseConfig(solver=solver, **change)
+
+
+def test_offsets_are_kept_beside_the_atoms(tmp_path):
+    mixture = Mixture(
+        torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 4.0]])
+    )
+    write_atoms(tmp_path / "a.safetensors", {"a": (mixture.ids, mixture.weights)}, {"a": mixture.offset})
+    assert list(read_atoms(tmp_path / "a.safetensors")) == ["a"]
+    assert torch.equal(read_offsets(tmp_path / "a.safetensors")["a"], mixture.offset)
+    table = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    assert mixture.embed(table).tolist() == [[1.25, 5.0]]
+    assert dataclasses.replace(mixture, offset=None).embed(table).tolist() == [[1.0, 1.0]]
