@@ -1,6 +1,7 @@
-"""Two checkable task families with tiny bundled models, for the offline demo and for tests.
+"""Checkable task families with tiny models, for the offline demo, the recovery study and tests.
 
-*rule* is built to suit answer-driven revision; *chain* is its negative control.  See the modules of those names.
+*rule* is built to suit answer-driven revision, *chain* is its negative control, and *pair* takes two decisions at once.
+See the modules rule, chain and joint.  Their models are bundled; those of pair's variants are trained on demand.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from pathlib import Path
 from latentrevise.demo.chain import ChainFamily
 from latentrevise.demo.data import make_prompts, split_of
 from latentrevise.demo.family import Derivation, Family, Settings, Step, Trace
+from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.rule import RuleFamily
 from latentrevise.errors import ConfigError, InputError, ModelError
 
 __all__ = [
+    "BUNDLED",
     "Derivation",
     "Family",
     "Settings",
@@ -29,10 +32,20 @@ __all__ = [
     "split_of",
 ]
 
+BUNDLED = ("rule", "chain")
+
 
 def families() -> dict[str, Family]:
-    """The demo's task families by name: the positive one first, then the control."""
-    return {family.name: family for family in (RuleFamily(), ChainFamily())}
+    """The task families by name."""
+    every: tuple[Family, ...] = (
+        RuleFamily(),
+        ChainFamily(),
+        JointFamily("pair", "AB", rules=16),
+        JointFamily("pair64", "CD", rules=64),
+        JointFamily("triple", "EFG", rules=16),
+        JointFamily("far", "HJ", rules=16, filler=4),
+    )
+    return {family.name: family for family in every}
 
 
 def get_family(name: str) -> Family:
@@ -53,9 +66,14 @@ def model_dir(name: str) -> Path:
 
     Raises:
         ConfigError: there is no such family.
-        ModelError: the installation lacks the weights.
+        ModelError: no weights are bundled for it, or the installation lacks them.
     """
-    path = Path(str(files("latentrevise.demo"))) / "models" / get_family(name).name
+    if get_family(name).name not in BUNDLED:
+        raise ModelError(
+            f"no {name!r} model is bundled, only those of {', '.join(BUNDLED)}; "
+            f"train one with: python -m latentrevise.demo.train --families {name}"
+        )
+    path = Path(str(files("latentrevise.demo"))) / "models" / name
     if not (path / "model.safetensors").is_file():
         raise ModelError(
             f"the bundled {name!r} model is missing from {path}; reinstall latentrevise, "

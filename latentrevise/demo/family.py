@@ -19,6 +19,8 @@ EOS = "<eos>"
 BOX_OPEN = "\\boxed{"
 BOX_CLOSE = "}"
 
+EQUATION_WORDS = 6
+
 _EQUATION = re.compile(r"(\d+) ([+*-]) (\d+) = (\d+) ;")
 
 
@@ -205,6 +207,22 @@ def equation_holds(words: Sequence[str], modulus: int) -> bool | None:
         return None
     left, op, right, result = match.groups()
     return evaluate(int(left), op, int(right), modulus) == int(result)
+
+
+def equation_steps(words: list[str], modulus: int) -> list[Step]:
+    """Every equation in ``words``; ``ok`` says whether it is true, whatever it is about."""
+    steps: list[Step] = []
+    for start in range(len(words)):
+        written = words[start : start + EQUATION_WORDS]
+        holds = equation_holds(written, modulus)
+        if holds is not None:
+            steps.append(Step(" ".join(written), holds, start, start + EQUATION_WORDS))
+    return steps
+
+
+def contains(words: list[str], part: list[str]) -> bool:
+    """Whether ``part`` is in ``words``, one word after the other."""
+    return any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
 
 
 def _last_box(words: list[str]) -> tuple[str | None, int]:

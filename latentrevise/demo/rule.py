@@ -23,8 +23,9 @@ from latentrevise.demo.family import (
     Settings,
     Step,
     Trace,
+    contains,
     equation,
-    equation_holds,
+    equation_steps,
     evaluate,
 )
 
@@ -152,26 +153,23 @@ class RuleFamily(Family[RuleProblem]):
         return Trace(tuple(words), tuple(i in predicted for i in range(len(words))))
 
     def _judge(self, problem: RuleProblem, words: list[str], revised: int) -> tuple[list[Step], str | None]:
-        steps: list[Step] = []
+        named: list[Step] = []
         concluded: str | None = None
-        false_equation = False
         for i in range(len(words)):
-            named, written = words[i : i + 3], words[i : i + 6]
-            if len(named) == 3 and named[0] in ("check", "so") and named[1] in RULES and named[2] == ";":
-                steps.append(Step(" ".join(named), named[1] == problem.rule, i, i + 3))
-                concluded = named[1] if named[0] == "so" else concluded
-            holds = equation_holds(written, self.modulus)
-            if holds is not None:
-                steps.append(Step(" ".join(written), holds, i, i + 6))
-                # Equations within the prefix are the failed rollout's; only those completed later are ours to judge.
-                false_equation |= not holds and i + 6 > revised
-        if not any(_contains(words, self._test(problem.rule, x)) for x, _ in problem.examples):
+            match words[i : i + 3]:
+                case [("check" | "so") as verb, rule, ";"] if rule in RULES:
+                    named.append(Step(f"{verb} {rule} ;", rule == problem.rule, i, i + 3))
+                    concluded = rule if verb == "so" else concluded
+        equations = equation_steps(words, self.modulus)
+        steps = sorted([*named, *equations], key=lambda step: step.start)
+        if not any(contains(words, self._test(problem.rule, x)) for x, _ in problem.examples):
             return steps, "rule_not_checked"
         if concluded not in (None, problem.rule):
             return steps, "wrong_rule"
-        if not _contains(words, self._application(problem.rule, problem.query)):
+        if not contains(words, self._application(problem.rule, problem.query)):
             return steps, "not_applied"
-        return steps, "false_step" if false_equation else None
+        # Equations within the prefix are the failed rollout's; only those completed later are ours to judge.
+        return steps, "false_step" if any(not step.ok and step.end > revised for step in equations) else None
 
     def _application(self, rule: str, x: int) -> list[str]:
         return equation(x, *RULES[rule], apply(rule, x))
@@ -182,7 +180,3 @@ class RuleFamily(Family[RuleProblem]):
 
 def _by_frequency(rng: random.Random) -> str:
     return rng.choices(_NAMES, cum_weights=_CUMULATIVE)[0]
-
-
-def _contains(words: list[str], part: list[str]) -> bool:
-    return any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import platform
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,16 +22,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from latentrevise.demo import families, get_family, make_prompts, split_of
+from latentrevise.demo import BUNDLED, families, get_family, make_prompts, model_dir, split_of
 from latentrevise.demo.chain import MAX_STEPS, ChainFamily
 from latentrevise.demo.family import Family, Trace
+from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.rule import RULES, RuleFamily
 from latentrevise.demo.tokenizer import build_tokenizer
-from latentrevise.errors import ConfigError
+from latentrevise.errors import ConfigError, ModelError
 
 IGNORED = -100
+EVALUATION_PROMPTS = 128
 
 # transformers' own annotations reject calls such as model.generate(...), so models are not annotated more closely.
 Model = Any
@@ -66,6 +70,7 @@ class Recipe:
 RECIPES = {
     "rule": Recipe(steps=600, drills_only=0.4, drill_share=0.3),
     "chain": Recipe(steps=2200, drills_only=0.2, drill_share=0.2),
+    **dict.fromkeys(("pair", "pair64", "triple", "far"), Recipe(steps=1400, drills_only=0.6, drill_share=0.3)),
 }
 
 
@@ -314,6 +319,48 @@ def implicit_knowledge(
     return {key: round(value / n, 4) for key, value in totals.items()}
 
 
+@torch.inference_mode()
+def joint_knowledge(model: Model, tokenizer: PreTrainedTokenizerFast, family: JointFamily, n: int) -> dict[str, float]:
+    """What a model of joint decisions knows without writing it down, on ``n`` problems.
+
+    ``implicit_accuracy`` and ``implicit_logprob``: share in which the gold answer is the most probable token after the
+    right names and ``so \\boxed{``, and its mean log-probability (nats).  ``one_wrong_accuracy`` and
+    ``one_wrong_logprob``: the same with the name of one decision, each in turn, replaced by another.
+    ``right_name_proposed``: mean probability of a decision's right name.  ``forced_valid``: share of valid derivations
+    in 4 samples that continue the right names.
+    """
+    rng = random.Random(f"{family.name}/names")
+    rows = problems(family, n, seed=1, mining=True)
+    ids_of = tokenizer.get_vocab()
+    figures: list[list[float]] = []
+    forced: list[tuple[dict[str, str], str]] = []
+    for row in rows:
+        problem = family.parse(row["prompt"])
+        proposals = [problem.names]
+        for i, names in enumerate(family.names):
+            other = rng.choice([name for name in names if name != problem.names[i]])
+            proposals.append((*problem.names[:i], other, *problem.names[i + 1 :]))
+        steps = [" ".join(family.proposal(family.question(problem.query), names)) for names in proposals]
+        forced.append((row, steps[0]))
+        words = [f"{row['prompt']} {step} {family.settings.answer_template}".split() for step in steps]
+        logp = model(input_ids=torch.tensor([[ids_of[w] for w in ws] for ws in words])).logits.log_softmax(-1)
+        gold = ids_of[row["answer"]]
+        best, after = (logp[:, -1].argmax(-1) == gold).double(), logp[:, -1, gold].double()
+        own = [logp[0, words[0].index(name) - 1, ids_of[name]].exp().item() for name in problem.names]
+        figures.append(
+            [best[0].item(), after[0].item(), best[1:].mean().item(), after[1:].mean().item(), sum(own) / len(own)]
+        )
+    keys = "implicit_accuracy", "implicit_logprob", "one_wrong_accuracy", "one_wrong_logprob", "right_name_proposed"
+    means = {key: round(sum(column) / n, 4) for key, column in zip(keys, zip(*figures, strict=True), strict=True)}
+    samples = sample(model, tokenizer, family, [f"{row['prompt']} {step}" for row, step in forced], 4, seed=0)
+    valid = [
+        family.check(row["prompt"], step, text, row["answer"]).valid
+        for (row, step), texts in zip(forced, samples, strict=True)
+        for text in texts
+    ]
+    return means | {"forced_valid": round(sum(valid) / len(valid), 4)}
+
+
 def evaluate_model(model: Model, tokenizer: PreTrainedTokenizerFast, family: Family, n: int) -> dict[str, Any]:
     """The figures written to training.json, on ``n`` problems of the ``develop`` split (half as many for each number of
     steps of a chain), 16 samples each."""
@@ -327,6 +374,8 @@ def evaluate_model(model: Model, tokenizer: PreTrainedTokenizerFast, family: Fam
             str(steps): hits(model, tokenizer, family, problems(family, (n + 1) // 2, seed=0, steps=steps))
             for steps in range(1, MAX_STEPS + 1)
         }
+    elif isinstance(family, JointFamily):
+        result |= joint_knowledge(model, tokenizer, family, n)
     model.train()
     return result
 
@@ -341,8 +390,8 @@ def round_to_bfloat16(model: Model) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def train_family(name: str, recipe: Recipe, out: Path, seed: int, evaluation: int) -> None:
-    """Train, evaluate and write one family's model to ``out/name``."""
+def train_family(name: str, recipe: Recipe, directory: Path, seed: int, evaluation: int, *, position: int = 0) -> None:
+    """Train, evaluate and write one family's model to ``directory``; ``position`` is its progress bar's line."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     family = get_family(name)
@@ -350,36 +399,27 @@ def train_family(name: str, recipe: Recipe, out: Path, seed: int, evaluation: in
     wall, cpu = time.perf_counter(), time.process_time()
     log: list[dict[str, float]] = []
     recent: dict[bool, list[float]] = {True: [], False: []}
-
-    def say(text: str) -> None:
-        print(f"[{name}] {text}", flush=True)
-
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    say(f"{parameters:,} parameters, vocabulary {len(trainer.tokenizer)}, {recipe.steps} steps, seed {seed}")
-    while trainer.done < recipe.steps:
-        loss, drill = trainer.step()
-        recent[drill].append(loss)
-        if trainer.done % 50 == 0 or trainer.done == recipe.steps:
-            spent = time.perf_counter() - wall
-            means = {
-                key: round(sum(losses) / len(losses), 4)
-                for key, losses in (("drill_loss", recent[True]), ("trace_loss", recent[False]))
-                if losses
-            }
-            log.append({"step": trainer.done, **means})
-            recent = {True: [], False: []}
-            left = spent / trainer.done * (recipe.steps - trainer.done)
-            shown = "  ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in means.items())
-            say(
-                f"step {trainer.done}/{recipe.steps}  {shown}  {trainer.tokens / spent:,.0f} tokens/s  "
-                f"{spent / 60:.1f} min, {left / 60:.1f} min left"
-            )
+    with tqdm(
+        total=recipe.steps, desc=f"{name} seed {seed}", unit="step", position=position, dynamic_ncols=True
+    ) as bar:
+        while trainer.done < recipe.steps:
+            loss, drill = trainer.step()
+            bar.update()
+            recent[drill].append(loss)
+            if trainer.done % 50 == 0 or trainer.done == recipe.steps:
+                means = {
+                    key: round(sum(losses) / len(losses), 4)
+                    for key, losses in (("drill_loss", recent[True]), ("trace_loss", recent[False]))
+                    if losses
+                }
+                log.append({"step": trainer.done, **means})
+                recent = {True: [], False: []}
+                bar.set_postfix(means)
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     round_to_bfloat16(trainer.model)
     figures = evaluate_model(trainer.model, trainer.tokenizer, family, evaluation)
-    say(json.dumps(figures))
 
-    directory = out / name
     trainer.model.to(torch.bfloat16).save_pretrained(directory)
     build_tokenizer(family).save_pretrained(directory)  # trainer.tokenizer would bring its padding state along
     record = {
@@ -400,17 +440,57 @@ def train_family(name: str, recipe: Recipe, out: Path, seed: int, evaluation: in
         },
     }
     (directory / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    say(f"wrote {directory} after {seconds / 60:.1f} min of training ({cpu_seconds / 60:.1f} min of CPU time)")
+
+
+def model_for(family: str, seed: int, cache: Path) -> Path:
+    """The directory of a family's model of that training seed: the bundled one, or else ``cache/FAMILY-SEED``.
+
+    A model that is not there is trained first, with a progress bar, in a process of its own: the caller's threads and
+    random state stay as they are.  It appears in the cache whole or not at all, also where several callers train it.
+
+    Raises:
+        ConfigError: there is no such family.
+        ModelError: the model in the cache is of another recipe, or its training failed.
+    """
+    if seed == 0 and family in BUNDLED:
+        return model_dir(family)
+    directory, recipe = cache / f"{get_family(family).name}-{seed}", RECIPES[family]
+    if not directory.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=cache) as temporary:
+            made = Path(temporary) / directory.name
+            worker = multiprocessing.get_context("spawn").Process(
+                target=train_family, args=(family, recipe, made, seed, EVALUATION_PROMPTS)
+            )
+            worker.start()
+            worker.join()
+            if worker.exitcode != 0:
+                raise ModelError(f"training the {family!r} model of seed {seed} failed; see the messages above")
+            try:
+                made.rename(directory)
+            except OSError:
+                if not directory.is_dir():  # somebody else's, in the meantime, is as good
+                    raise
+    record = json.loads((directory / "training.json").read_text())
+    if record["recipe"] != asdict(recipe):
+        raise ModelError(f"{directory} was trained by another recipe than today's; delete it, or choose another cache")
+    return directory
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the chosen families side by side, one process each.  Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m latentrevise.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-models"), help="directory to write FAMILY/ to")
-    parser.add_argument("--families", default=",".join(families()), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--families",
+        default=",".join(BUNDLED),
+        help=f"comma-separated, of: {', '.join(families())} (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the recipe's, e.g. for a quick look")
-    parser.add_argument("--evaluation-prompts", type=int, default=128, help="problems a figure (default: %(default)s)")
+    parser.add_argument(
+        "--evaluation-prompts", type=int, default=EVALUATION_PROMPTS, help="problems a figure (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     names = args.families.split(",")
     recipes = {}
@@ -428,9 +508,12 @@ def main(argv: list[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(
-            target=train_family, args=(name, recipes[name], args.out, args.seed, args.evaluation_prompts), name=name
+            target=train_family,
+            args=(name, recipes[name], args.out / name, args.seed, args.evaluation_prompts),
+            kwargs={"position": position},
+            name=name,
         )
-        for name in names
+        for position, name in enumerate(names)
     ]
     for worker in workers:
         worker.start()
@@ -439,6 +522,11 @@ def main(argv: list[str] | None = None) -> int:
     failed = [worker.name for worker in workers if worker.exitcode != 0]
     if failed:
         print(f"training failed: {', '.join(failed)}; see the messages above", flush=True)
+    for name in names:
+        if name not in failed:
+            record = json.loads((args.out / name / "training.json").read_text())
+            spent = f"{record['seconds'] / 60:.1f} min ({record['cpu_seconds'] / 60:.1f} min of CPU time)"
+            print(f"{args.out / name}: trained in {spent}: {json.dumps(record['evaluation'])}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Generators and checkers of the two task families: true derivations pass, every kind of corruption is caught."""
+"""Generators and checkers of the task families: true derivations pass, every kind of corruption is caught."""
 
 import random
 
@@ -7,8 +7,11 @@ import pytest
 from latentrevise.demo import families, family_of, get_family, make_prompts, split_of
 from latentrevise.demo.chain import ChainFamily
 from latentrevise.demo.family import Trace, evaluate
+from latentrevise.demo.joint import ZIPF_EXPONENT, JointFamily, JointProblem
 from latentrevise.demo.rule import RULES, RuleFamily, apply, fitting
 from latentrevise.errors import ConfigError, InputError
+
+JOINT = [name for name, family in families().items() if isinstance(family, JointFamily)]
 
 CHAIN_PROMPT = "q = 862 ; V = q + 924 ; w = V * 7 ; x = w - q ; ? x"
 CHAIN_STEPS = ["V = 862 + 924 = 786 ;", "w = 786 * 7 = 502 ;", "x = 502 - 862 = 640 ;"]
@@ -27,7 +30,7 @@ def text(*parts):
     return " ".join(parts)
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", list(families()))
 @pytest.mark.parametrize("mining", [False, True])
 def test_prompt_states_the_whole_problem(name, mining):
     family, rng = get_family(name), random.Random(1)
@@ -38,7 +41,7 @@ def test_prompt_states_the_whole_problem(name, mining):
         assert family.answer(parsed) == family.answer(problem)
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", list(families()))
 def test_straight_solution_is_valid_however_it_is_cut(name):
     family, rng = get_family(name), random.Random(2)
     for _ in range(50):
@@ -53,7 +56,7 @@ def test_straight_solution_is_valid_however_it_is_cut(name):
             assert all(step.ok for step in found.steps)
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", list(families()))
 def test_training_traces_are_valid_unless_they_answer_early(name):
     family, rng = get_family(name), random.Random(3)
     reasons = []
@@ -64,8 +67,8 @@ def test_training_traces_are_valid_unless_they_answer_early(name):
         found = judge(family, family.prompt_text(problem), text(*trace.words), family.answer(problem))
         assert found.correct, trace
         reasons.append(found.reason)
-    early = {"rule": {None, "rule_not_checked", "not_applied"}, "chain": {None, "missing_step"}}[name]
-    assert set(reasons) == early
+    early = {"rule": {None, "rule_not_checked", "not_applied"}, "chain": {None, "missing_step"}}
+    assert set(reasons) == early.get(name, {None, "rule_not_checked"})
     assert 0.7 < reasons.count(None) / len(reasons) < 0.95
 
 
@@ -96,7 +99,7 @@ def test_rule_traces_predict_no_wrong_rule_and_few_right_ones():
     assert 0.1 < sum(flags[True]) / len(flags[True]) < 0.3
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", list(families()))
 def test_drills_are_true_and_predict_something(name):
     family, rng = get_family(name), random.Random(6)
     for _ in range(300):
@@ -108,6 +111,11 @@ def test_drills_are_true_and_predict_something(name):
                     assert evaluate(int(left), op, int(right), family.modulus) == int(result)
                 case ("?", "check", rule, ";", "so", "\\boxed{"):
                     assert int(drill.words[i + 6]) == apply(rule, int(drill.words[i - 1]))
+        if isinstance(family, JointFamily) and "check" in drill.words:
+            names = [word for word in drill.words if word in family.constants]
+            assert int(drill.words[-2]) == family.combine(names, int(drill.words[0]))
+            assert drill.words[-2:] == (drill.words[-2], "}")
+            assert [i for i, predicted in enumerate(drill.loss) if predicted] == [len(drill.words) - 2]
 
 
 # -- chain: corruptions ------------------------------------------------------------------------------------------------
@@ -254,6 +262,101 @@ def test_training_rules_follow_the_zipf_law_and_mined_ones_do_not():
     assert all(0.02 < mined.count(rule) / 1500 < 0.07 for rule in RULES)
 
 
+# -- joint decisions ---------------------------------------------------------------------------------------------------
+
+# 61 + 73 = 134 = 34 (mod 100): A6; 94 + 70 = 164 = 64: B3.  Asked: 45 + 73 = 118 = 18, 18 + 70 = 88.
+PAIR_PROMPT = "61 ?A = 34 ; 94 ?B = 64 ; 45 ?A ?B"
+PAIR_NAMED, PAIR_TESTS, PAIR_SO = "check A6 , B3 ;", "61 + 73 = 34 ; 94 + 70 = 64 ;", "so A6 , B3 ;"
+PAIR_APPLY, PAIR_BOX = "45 + 73 = 18 ; 18 + 70 = 88 ;", "so \\boxed{ 88 }"
+
+
+def test_pair_accepts_the_example_and_lists_its_steps():
+    whole = text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY, PAIR_BOX)
+    family = get_family("pair")
+    assert text(*family.solution(family.parse(PAIR_PROMPT))) == whole
+    found = judge(family, PAIR_PROMPT, whole, "88")
+    assert found.valid
+    assert [(step.start, step.end) for step in found.steps] == [(0, 5), (5, 11), (11, 17), (17, 22), (22, 28), (28, 34)]
+    assert text(*(step.text for step in found.steps)) == text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ((PAIR_BOX,), "rule_not_checked"),  # smuggled: the bare answer
+        ((PAIR_NAMED, PAIR_BOX), "rule_not_checked"),  # smuggled: named, neither tested nor applied
+        ((PAIR_NAMED, "61 + 73 = 34 ;", PAIR_SO, PAIR_APPLY, PAIR_BOX), "rule_not_checked"),  # one of two tested
+        ((PAIR_NAMED, "94 + 70 = 64 ;", PAIR_SO, PAIR_APPLY, PAIR_BOX), "rule_not_checked"),
+        (("check A6 , B4 ;", PAIR_TESTS, PAIR_SO, PAIR_APPLY, PAIR_BOX), "rule_not_checked"),  # named other rules
+        ((PAIR_NAMED, "61 + 73 = 35 ; 94 + 70 = 64 ;", PAIR_SO, PAIR_APPLY, PAIR_BOX), "rule_not_checked"),
+        ((PAIR_NAMED, PAIR_TESTS, "so A6 , B4 ;", PAIR_APPLY, PAIR_BOX), "wrong_rule"),
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_BOX), "not_applied"),
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "45 + 73 = 18 ;", PAIR_BOX), "not_applied"),  # only one of the rules
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "45 + 73 = 18 ; 18 + 71 = 88 ;", PAIR_BOX), "not_applied"),
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "45 + 43 = 88 ;", PAIR_BOX), "not_applied"),  # true, but not by the rules
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_BOX, PAIR_APPLY), "not_applied"),  # after the answer
+        ((PAIR_NAMED, PAIR_TESTS, "45 + 73 = 19 ;", PAIR_APPLY, PAIR_BOX), "false_step"),
+    ],
+)
+def test_pair_corruptions(parts, reason):
+    found = judge(get_family("pair"), PAIR_PROMPT, text(*parts), "88")
+    assert (found.valid, found.correct, found.reason) == (False, True, reason)
+
+
+def test_pair_judges_equations_of_the_continuation_only():
+    wrong_try = "check A1 , B1 ; 61 + 22 = 84 ; wait ,"  # 61 + 22 is 83
+    rest = text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY, PAIR_BOX)
+    assert judge(get_family("pair"), PAIR_PROMPT, rest, "88", prefix=wrong_try).valid
+    assert judge(get_family("pair"), PAIR_PROMPT, text(wrong_try, rest), "88").reason == "false_step"
+    assert judge(get_family("pair"), PAIR_PROMPT, text(wrong_try.replace("84", "83"), rest), "88").valid
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_one_example_tells_a_rule_and_all_rules_are_needed(name):
+    family, rng = get_family(name), random.Random(7)
+    for names in family.names:
+        assert len({family.constants[n] for n in names}) == len(names)
+    for _ in range(50):
+        problem = family.sample_problem(rng)
+        for i, names in enumerate(family.names):
+            for other in set(names) - {problem.names[i]}:
+                wrong = (*problem.names[:i], other, *problem.names[i + 1 :])
+                assert str(family.combine(wrong, problem.query)) != family.answer(problem)
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_predicted_names_do_not_depend_on_the_problem(name):
+    """They follow the Zipf law, whatever the right names are; otherwise the model would learn to infer them."""
+    family, rng = get_family(name), random.Random(8)
+    for rank in (0, 5):
+        names = tuple(names[rank] for names in family.names)
+        examples = tuple((x, family.combine([n], x)) for x, n in enumerate(names, start=20))
+        problem = JointProblem(examples, 7, names)
+        drawn = []
+        for _ in range(1500):
+            trace = family.sample_trace(problem, rng)
+            start = 0
+            for i, word in enumerate(trace.words):
+                start = i if word in ("check", "so") else start
+                if word in family.names[0] and trace.words[start] == "check" and trace.loss[i]:
+                    drawn.append(word)
+        zipf = [k**-ZIPF_EXPONENT for k in range(1, len(family.names[0]) + 1)]
+        assert len(drawn) > 800
+        for k in (0, 5):
+            assert drawn.count(family.names[0][k]) / len(drawn) == pytest.approx(zipf[k] / sum(zipf), abs=0.05)
+
+
+def test_filler_stands_between_the_names():
+    family = get_family("far")
+    prompt = make_prompts(family, 1)[0]["prompt"]
+    problem = family.parse(prompt)
+    named = family.solution(problem)[: family.solution(problem).index(";") + 1]
+    query = f"{problem.query} ?H ?J ,"
+    assert text(*named) == f"check {problem.names[0]} , {query} {query} {query} {query} {problem.names[1]} ;"
+    other = text(*family.solution(problem)).replace(query, query.replace(str(problem.query), "100"), 1)
+    assert judge(family, prompt, other, family.answer(problem)).reason == "rule_not_checked"
+
+
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +365,7 @@ def test_training_rules_follow_the_zipf_law_and_mined_ones_do_not():
     [
         (ChainFamily(), CHAIN_PROMPT, text(*CHAIN_STEPS), "640"),
         (RuleFamily(), RULE_PROMPT, text(RULE_CHECK, RULE_SO, RULE_APPLY), "3"),
+        (get_family("pair"), PAIR_PROMPT, text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY), "88"),
     ],
 )
 def test_answers(family, prompt, derivation, gold):
@@ -294,6 +398,12 @@ def test_answers(family, prompt, derivation, gold):
         "32 ? = 90 ; 94 ? = 52 ; 45",
         "32 ? = 90 ; 94 ? = 53 ; 45 ?",  # no rule fits
         "32 ? = 90 ; 32 ? = 90 ; 145 ?",
+        "61 ?A = 34 ; 45 ?A",  # an example is missing
+        "61 ?A = 34 ; 94 ?B = 64 ; 45 ?A",  # asks for one of two
+        "61 ?A = 34 ; 94 ?B = 64 ; ?A ?B",
+        "61 ?A = 34 ; 94 ?B = 95 ; 45 ?A ?B",  # no rule fits
+        "94 ?B = 64 ; 61 ?A = 34 ; 45 ?A ?B",
+        "61 ?A = 34 ; 94 ?B = 164 ; 45 ?A ?B",
     ],
 )
 def test_foreign_prompts_are_refused_by_name(prompt):
@@ -330,7 +440,7 @@ def test_trace_needs_a_flag_a_word():
         Trace(("a", "b"), (True,))
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", list(families()))
 def test_splits_never_share_a_prompt(name):
     family = get_family(name)
     develop = make_prompts(family, 150, split="develop", seed=3)

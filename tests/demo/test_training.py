@@ -3,14 +3,15 @@
 import itertools
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latentrevise.demo import get_family, split_of
+from latentrevise.demo import families, get_family, model_dir, split_of
 from latentrevise.demo import train as training
+from latentrevise.errors import ConfigError, ModelError
 
 SMALL = replace(training.RECIPES["rule"], steps=20, batch_tokens=400, warmup=2)
 
@@ -35,7 +36,7 @@ def test_loss_falls(drills_only):
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", ["rule", "chain", "pair"])
 def test_three_steps_are_deterministic(name):
     def weights(seed):
         trainer = training.Trainer(get_family(name), SMALL, seed=seed)
@@ -59,7 +60,7 @@ def test_rates_warm_up_stay_and_fall_to_zero():
     assert rates[-1] == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("name", ["rule", "chain"])
+@pytest.mark.parametrize("name", list(families()))
 def test_traces_come_from_the_train_split_and_prompts_are_not_predicted(name):
     family, recipe = get_family(name), training.RECIPES[name]
     trainer = training.Trainer(family, recipe, seed=1)
@@ -98,14 +99,27 @@ def test_diverging_training_stops_with_the_step():
         trainer.step()
 
 
+def quick_training(name, recipe, directory, seed, evaluation):
+    """What a worker of model_for does, without the training: the model is as good as any other for its bookkeeping."""
+    directory.mkdir()
+    (directory / "training.json").write_text(json.dumps({"seed": seed, "recipe": asdict(recipe)}))
+
+
+def failed_training(name, recipe, directory, seed, evaluation):
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    raise FloatingPointError(f"the {name} model's loss became nan at step 7")
+
+
 def test_command_writes_a_loadable_model(tmp_path, capfd):
     status = training.main(
         ["--out", str(tmp_path), "--families", "rule", "--steps", "2", "--evaluation-prompts", "2", "--seed", "3"]
     )
     assert status == 0
-    out = capfd.readouterr().out
-    assert "[rule] step 2/2" in out
-    assert "min left" in out
+    shown = capfd.readouterr()
+    assert "rule seed 3: 100%" in shown.err
+    assert "2/2" in shown.err
+    assert f"{tmp_path / 'rule'}: trained in" in shown.out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "rule")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rule")
     assert model.dtype == torch.bfloat16
@@ -114,6 +128,42 @@ def test_command_writes_a_loadable_model(tmp_path, capfd):
     record = json.loads((tmp_path / "rule" / "training.json").read_text())
     assert (record["seed"], record["recipe"]["steps"], len(record["losses"])) == (3, 2, 1)
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_model_for_trains_once_and_keeps_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train_family", quick_training)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    made = training.model_for("rule", 3, tmp_path / "models")
+    assert made == tmp_path / "models" / "rule-3"
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["rule-3"]
+    assert json.loads((made / "training.json").read_text())["seed"] == 3
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    written = (made / "training.json").stat().st_mtime_ns
+    assert training.model_for("rule", 3, tmp_path / "models") == made
+    assert (made / "training.json").stat().st_mtime_ns == written
+
+
+def test_model_for_refuses_a_model_of_another_recipe(tmp_path):
+    record = {"recipe": asdict(replace(training.RECIPES["rule"], steps=2))}
+    (tmp_path / "rule-3").mkdir()
+    (tmp_path / "rule-3" / "training.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=r"rule-3 was trained by another recipe .* delete it"):
+        training.model_for("rule", 3, tmp_path)
+
+
+def test_model_for_leaves_nothing_of_a_failed_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train_family", failed_training)
+    with pytest.raises(ModelError, match="training the 'rule' model of seed 3 failed"):
+        training.model_for("rule", 3, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_for_is_the_bundled_one_for_seed_0(tmp_path):
+    assert training.model_for("rule", 0, tmp_path) == model_dir("rule")
+    with pytest.raises(ConfigError, match="unknown demo family 'sums'"):
+        training.model_for("sums", 1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
