@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, harness, ops, revise
+from benchmarks import cubins, harness, ops, recovery, revise
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "hull_step": "one Frank-Wolfe step, two normalised gradients",
     "entropic_step": "one mirror-descent step on candidate sets",
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
+    "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 
@@ -37,12 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    model = parser.add_argument_group("revise")
-    model.add_argument("--shapes", nargs="+", choices=list(revise.SHAPES), help="none: 0.5B, on a GPU all")
-    model.add_argument("--layers", type=int, help="fewer layers than the shape has; the result says so")
-    model.add_argument("--prefixes", type=int, nargs="+", help="also time our step over these numbers of prefixes")
-    model.add_argument("--rounds", type=int, default=5)
-    model.add_argument("--no-loop", action="store_true", help="leave out the loop over single prefixes")
+    revise.add_options(parser.add_argument_group("revise"))
+    study = parser.add_argument_group("recovery")
+    study.add_argument("--out", type=Path, default=Path("recovery-study"), help="folder of its runs; taken up again")
+    study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
+    study.add_argument("--families", nargs="+", help="task families; none: all")
+    study.add_argument("--strategies", nargs="+", help="none: all")
+    study.add_argument("--models", type=int, nargs="+", help="training seeds; 0 is bundled, others are trained")
+    study.add_argument("--seeds", type=int, nargs="+", help="of prompts and sampling")
+    study.add_argument("--mined", type=int, help="prompts mined in each run")
+    study.add_argument("--jobs", type=int, help="runs side by side; none: one a core")
+    study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(DESCRIPTIONS)
     if unknown:
@@ -58,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name == "revise":
             document = revise.main(options)
+        elif name == "recovery":
+            document = recovery.main(options)
         else:
             document = measure(name, options)
         documents.append(document)

@@ -1,0 +1,274 @@
+"""The recovery study: every strategy, every checkable task family, several models and several sets of prompts.
+
+A *unit* is one family, one trained model and one set of prompts: an ordinary ``latentrevise recover`` run with the
+derivation checker, the wrong-target audit and the equal-compute control, in its own folder under ``--out``; an
+interrupted study takes its units up where they stopped. Prompts are of the ``report`` split, on which no setting was
+chosen. Model 0 of a family is the bundled one, the others are trained by the same recipe from other seeds.
+
+Counts are pooled over the units of a family. Intervals are 95 % Wilson intervals over the pooled prompts and say
+nothing about other models; the spread over models stands beside them. *Equal compute* is plain resampling given what
+the strategy cost in that unit (token passes: forward 1, backward 2, decoded 1, cached 0), by the unbiased pass@k from a
+pool of rollouts. *Selectivity* is the rate of reaching the gold answer over the rate of reaching a random wrong answer
+that the same procedure was given (without reading an answer: that its samples reached it by chance).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentrevise.audit import wilson
+from latentrevise.demo import families, get_family, make_prompts
+from latentrevise.demo.run import demo_config
+from latentrevise.demo.train import model_for
+from latentrevise.models import load_model
+from latentrevise.pipeline import Recovery
+from latentrevise.records import atomic_write, write_json
+from latentrevise.strategies import names
+
+# Runs that cost minutes a prompt on a CPU and are controls of each other are left to --strategies.
+QUICK = ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run. model: the training seed; seed: of prompts and sampling; prompts: mined, not all are zero-hit."""
+
+    family: str
+    model: int
+    seed: int
+    prompts: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-m{self.model}-p{self.seed}"
+
+
+def train(job: tuple[str, int], cache: Path) -> None:
+    """Train a model that is not there yet; a worker's job."""
+    torch.set_num_threads(1)
+    model_for(get_family(job[0]), job[1], cache)
+
+
+def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[str, Any], float]:
+    """Run or take up one unit; a worker's job. Returns its metrics and the seconds this call took."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    family = get_family(unit.family)
+    config = replace(demo_config(family, unit.seed), strategies=strategies, label=unit.name)
+    model, tokenizer = load_model(model_for(family, unit.model, out / "models"), dtype="float32", device="cpu")
+    prompts = make_prompts(family, unit.prompts, split="report", seed=unit.seed)
+    recovered = Recovery(model, tokenizer, config, out / unit.name, progress=False).recover(prompts)
+    return unit, recovered.metrics, time.perf_counter() - began
+
+
+def pool(found: Sequence[tuple[Unit, dict[str, Any]]], strategies: Sequence[str]) -> dict[str, Any]:
+    """The units of one family as one table: a row a strategy, and the curve of plain resampling."""
+    zero_hit = sum(m["zero_hit"] for _, m in found)
+    rows = {name: _row([(u, m, m["arms"][name]) for u, m in found], zero_hit) for name in strategies}
+    curves = [m["control_curve"] for _, m in found]
+    points = min(map(len, curves))
+    curve = [
+        {
+            "passes": _mean(found, [c[i]["tokens"] for c in curves]),
+            "valid": _mean(found, [c[i]["valid_rate"][0] for c in curves]),
+            "answer": _mean(found, [c[i]["recovered_rate"][0] for c in curves]),
+        }
+        for i in range(points)
+        if len({c[i]["samples"] for c in curves}) == 1
+    ]
+    return {
+        "mined": sum(u.prompts for u, _ in found),
+        "zero_hit": zero_hit,
+        "units": [u.name for u, _ in found],
+        "strategies": rows,
+        "resampling": curve,
+    }
+
+
+def _mean(found: Sequence[tuple[Unit, dict[str, Any]]], values: Sequence[float]) -> float:
+    """Mean over prompts of a figure that each unit gives once."""
+    weights = [m["zero_hit"] for _, m in found]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1)
+
+
+def _row(arms: Sequence[tuple[Unit, dict[str, Any], dict[str, Any]]], zero_hit: int) -> dict[str, Any]:
+    def total(key: str) -> int:
+        return sum(arm[key] or 0 for _, _, arm in arms)
+
+    def over_prompts(value: Callable[[dict[str, Any]], float]) -> float:
+        return _mean([(u, m) for u, m, _ in arms], [value(arm) for _, _, arm in arms])
+
+    valid_control = over_prompts(lambda arm: arm["control"]["valid_rate"][0])
+    answer_control = over_prompts(lambda arm: arm["control"]["recovered_rate"][0])
+    aimed = sum(m["zero_hit"] for _, m, arm in arms if arm["wrong_target_rate"] is not None)
+    wrong = sum(m["zero_hit"] * arm["wrong_target_rate"][0] for _, m, arm in arms if arm["wrong_target_rate"])
+    answer, valid = wilson(total("recovered"), zero_hit), wilson(total("valid"), zero_hit)
+    by_model: dict[int, list[int]] = {}
+    for unit, metrics, arm in arms:
+        counts = by_model.setdefault(unit.model, [0, 0])
+        counts[0] += arm["valid"] or 0
+        counts[1] += metrics["zero_hit"]
+    return {
+        "answer": answer,
+        "valid": valid,
+        "valid_by_model": {model: hit / max(of, 1) for model, (hit, of) in by_model.items()},
+        "wrong_target": wilson(wrong, aimed) if aimed else None,
+        "selectivity": answer[0] / (wrong / aimed) if aimed and wrong else None,
+        "passes": over_prompts(lambda arm: arm["compute"]["per_prompt"]),
+        "seconds": sum(arm["seconds"] for _, _, arm in arms) / max(zero_hit, 1),
+        "equal_compute": {
+            "answer": wilson(answer_control * zero_hit, zero_hit),
+            "valid": wilson(valid_control * zero_hit, zero_hit),
+            "short_of_rollouts": sum(arm["control"]["wanted"] > arm["control"]["samples"] for _, _, arm in arms),
+        },
+        "ratio": valid[0] / valid_control if valid_control else None,
+        "admitted": total("admitted"),
+        "admitted_valid": total("admitted_valid"),
+    }
+
+
+def table(family: str, pooled: dict[str, Any]) -> str:
+    """A Markdown table, best valid rate first."""
+
+    def rate(r: Sequence[float]) -> str:
+        return f"{100 * r[0]:.1f} [{100 * r[1]:.0f}, {100 * r[2]:.0f}]"
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    lines = [
+        f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} mined prompts, {len(pooled['units'])} runs)",
+        "",
+        "| strategy | valid derivation % | by model | equal compute: valid % | ratio | right answer % | wrong target % "
+        "| selectivity | token passes | admitted rows (valid) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(pooled["strategies"].items(), key=lambda item: -item[1]["valid"][0]):
+        models = " / ".join(f"{100 * v:.0f}" for v in row["valid_by_model"].values())
+        wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.1f}"
+        lines.append(
+            f"| `{name}` | {rate(row['valid'])} | {models} | {rate(row['equal_compute']['valid'])} |"
+            f" {number(row['ratio'])} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'])} |"
+            f" {row['passes']:.0f} | {row['admitted']} ({row['admitted_valid']}) |"
+        )
+    return "\n".join(lines)
+
+
+def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
+    """Valid recovery against compute, a panel a family: strategies with intervals, plain resampling as a line."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from latentrevise.report.figures import RC, styles_for
+
+    styles = styles_for([name for pooled in study.values() for name in pooled["strategies"]])
+    with mpl.rc_context(RC):
+        drawing = Figure(figsize=(5.2 * len(study), 5.0), layout="constrained")
+        for axes, (family, pooled) in zip(
+            drawing.subplots(1, len(study), squeeze=False)[0], study.items(), strict=True
+        ):
+            curve = pooled["resampling"]
+            grey = styles["resample"].colour
+            axes.plot([p["passes"] for p in curve], [100 * p["valid"] for p in curve], color=grey, label="resampling")
+            for name, row in pooled["strategies"].items():
+                p, low, high = (100 * v for v in row["valid"])
+                style = styles[name]
+                axes.errorbar(
+                    row["passes"],
+                    p,
+                    [[p - low], [high - p]],
+                    fmt=style.marker,
+                    color=style.colour,
+                    markersize=5,
+                    linewidth=1,
+                )
+                axes.annotate(name, (row["passes"], p), xytext=(5, 3), textcoords="offset points", fontsize=8)
+            axes.set(
+                xscale="log",
+                ylim=(-2, 102),
+                title=f"{family}: {pooled['zero_hit']} zero-hit prompts",
+                xlabel="token passes a prompt",
+                ylabel="prompts with a valid derivation, %",
+            )
+        with atomic_write(path) as temporary:
+            drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+
+
+def publish(text: str, document: Path) -> None:
+    """Replace what stands between the study's markers in a document."""
+    begin, end = "<!-- recovery study: begin -->", "<!-- recovery study: end -->"
+    page = document.read_text(encoding="utf-8")
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{document} needs the lines {begin!r} and {end!r} once each, around the study's table")
+    head, rest = page.split(begin)
+    with atomic_write(document) as temporary:
+        temporary.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    """``python -m benchmarks recovery``: see ``--help`` for the options it reads."""
+    began = time.perf_counter()
+    quick = options.quick
+    chosen = options.families or (["rule"] if quick else list(families()))
+    models = options.models or ([0] if quick else [0, 1])
+    seeds = options.seeds or ([0] if quick else [0, 1, 2])
+    strategies = tuple(options.strategies or (QUICK if quick else names()))
+    units = [
+        Unit(family, model, seed, options.mined or (16 if quick else 96))
+        for seed in seeds
+        for family in chosen
+        for model in models
+    ]
+    out: Path = options.out
+    jobs = options.jobs or os.cpu_count() or 1
+    found: dict[str, list[tuple[Unit, dict[str, Any]]]] = {family: [] for family in chosen}
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(units))) as workers:
+        wanted = [(family, model) for family in chosen for model in models]
+        for _ in workers.imap_unordered(partial(train, cache=out / "models"), wanted):
+            pass
+        done = workers.imap_unordered(partial(run, out=out, strategies=strategies), units)
+        for count, (unit, metrics, seconds) in enumerate(done, 1):
+            found[unit.family].append((unit, metrics))
+            print(f"{unit.name}: {metrics['zero_hit']} zero-hit, {seconds:.0f} s ({count} of {len(units)})", flush=True)
+    order = {unit: i for i, unit in enumerate(units)}
+    study = {
+        family: pool(sorted(own, key=lambda item: order[item[0]]), strategies)
+        for family, own in found.items()
+        if sum(m["zero_hit"] for _, m in own)
+    }
+    tables = "\n\n".join(table(family, pooled) for family, pooled in study.items())
+    document = {
+        "name": "recovery",
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "transformers", "latentrevise")},
+        "units": [asdict(unit) for unit in units],
+        "settings": json.loads((out / units[0].name / "run.json").read_text())["config"],
+        "seconds": time.perf_counter() - began,
+        "families": study,
+    }
+    print(tables)
+    figure(study, out / "recovery.png")
+    write_json(out / "recovery.json", document)
+    if options.publish:
+        root = Path(__file__).parent.parent
+        figure(study, root / "docs/figures/recovery.png")
+        write_json(root / "benchmarks/results/recovery.json", document)
+        publish(tables, root / "docs/recovery.md")
+    return document

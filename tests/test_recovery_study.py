@@ -1,0 +1,68 @@
+"""The recovery study: pooling over runs by hand-made figures, and one tiny study through its command."""
+
+import json
+
+import pytest
+
+from benchmarks import recovery
+from benchmarks.__main__ import main
+from latentrevise.audit import wilson
+
+
+def arm(*, recovered, valid, wrong, passes, control, wanted=8):
+    return {
+        "recovered": recovered,
+        "valid": valid,
+        "wrong_target_rate": wrong,
+        "compute": {"per_prompt": passes},
+        "seconds": 1.0,
+        "control": {"valid_rate": [control, 0, 1], "recovered_rate": [control, 0, 1], "wanted": wanted, "samples": 8},
+        "admitted": 3,
+        "admitted_valid": 2,
+    }
+
+
+def metrics(zero_hit, **changes):
+    curve = [{"samples": k, "tokens": 10.0 * k, "valid_rate": [0.1 * k], "recovered_rate": [0.2 * k]} for k in (1, 2)]
+    return {"zero_hit": zero_hit, "arms": {"pivot": arm(**changes)}, "control_curve": curve}
+
+
+def test_runs_are_pooled_by_their_zero_hit_prompts():
+    first = metrics(30, recovered=20, valid=15, wrong=[0.2, 0, 1], passes=100.0, control=0.1)
+    second = metrics(10, recovered=4, valid=1, wrong=[0.4, 0, 1], passes=300.0, control=0.3, wanted=9)
+    units = [(recovery.Unit("rule", 0, 0, 40), first), (recovery.Unit("rule", 1, 0, 40), second)]
+    pooled = recovery.pool(units, ["pivot"])
+    row = pooled["strategies"]["pivot"]
+    assert (pooled["mined"], pooled["zero_hit"]) == (80, 40)
+    assert row["valid"] == wilson(16, 40) and row["answer"] == wilson(24, 40)
+    assert row["valid_by_model"] == {0: 0.5, 1: 0.1}
+    assert row["passes"] == pytest.approx((30 * 100 + 10 * 300) / 40)
+    assert row["equal_compute"]["valid"] == pytest.approx(wilson(30 * 0.1 + 10 * 0.3, 40))
+    assert row["equal_compute"]["short_of_rollouts"] == 1
+    assert row["ratio"] == pytest.approx(0.4 / 0.15)
+    assert row["selectivity"] == pytest.approx(0.6 / ((30 * 0.2 + 10 * 0.4) / 40))
+    assert [point["passes"] for point in pooled["resampling"]] == [10.0, 20.0]
+    assert "| `pivot` | 40.0 [26, 55] | 50 / 10 |" in recovery.table("rule", pooled)
+
+
+def test_a_document_without_the_markers_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- recovery study: begin -->\nold\n<!-- recovery study: end -->\nrest")
+    recovery.publish("new", page)
+    assert page.read_text() == "<!-- recovery study: begin -->\nnew\n<!-- recovery study: end -->\nrest"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="needs the lines"):
+        recovery.publish("new", page)
+
+
+def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
+    command = ["recovery", "--quick", "--mined", "8", "--jobs", "1", "--out", str(tmp_path)]
+    assert main([*command, "--strategies", "pivot", "resample"]) == 0
+    first = json.loads((tmp_path / "recovery.json").read_text())
+    row = first["families"]["rule"]["strategies"]["pivot"]
+    assert row["valid"][0] > first["families"]["rule"]["strategies"]["resample"]["valid"][0]
+    assert (tmp_path / "recovery.png").stat().st_size > 10_000
+    assert "| `pivot` |" in capsys.readouterr().out
+    assert main([*command, "--strategies", "pivot", "resample"]) == 0
+    again = json.loads((tmp_path / "recovery.json").read_text())
+    assert again["families"] == first["families"]
