@@ -34,18 +34,19 @@ __all__ = [
 
 BUNDLED = ("rule", "chain")
 
+_FAMILIES: tuple[Family, ...] = (
+    RuleFamily(),
+    ChainFamily(),
+    JointFamily("pair", "AB", rules=16),
+    JointFamily("pair64", "CD", rules=64),
+    JointFamily("triple", "EFG", rules=16),
+    JointFamily("far", "HJ", rules=16, filler=4),
+)
+
 
 def families() -> dict[str, Family]:
     """The task families by name."""
-    every: tuple[Family, ...] = (
-        RuleFamily(),
-        ChainFamily(),
-        JointFamily("pair", "AB", rules=16),
-        JointFamily("pair64", "CD", rules=64),
-        JointFamily("triple", "EFG", rules=16),
-        JointFamily("far", "HJ", rules=16, filler=4),
-    )
-    return {family.name: family for family in every}
+    return {family.name: family for family in _FAMILIES}
 
 
 def get_family(name: str) -> Family:
