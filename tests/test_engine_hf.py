@@ -1,4 +1,7 @@
-"""The Hugging Face engine: right logits, right distribution, right bookkeeping, whatever the batch."""
+"""The Hugging Face engine on several architectures, its batches and its memory; and the loading of models.
+
+What it shares with other engines is in test_engines.py.
+"""
 
 import logging
 from dataclasses import replace
@@ -83,125 +86,17 @@ def test_embeddings_of_tokens_are_the_tokens():
     assert len({c.ids for row in by_ids for c in row}) > 4
 
 
-def test_embeddings_are_what_is_fed():
-    model = tiny_model(seed=1)
-    table = model.get_input_embeddings().weight.detach()
-    mixture = torch.stack([0.5 * table[5] + 0.5 * table[9], 0.3 * table[7] + 0.7 * table[20]])
-    ((c,),) = HFEngine(model).generate([Request(embeddings=mixture)], SamplingParams(max_new_tokens=1, seed=3))
-    with torch.no_grad():
-        logits = model(inputs_embeds=mixture[None]).logits[0, -1]
-    assert c.logprobs[0] == pytest.approx(torch.log_softmax(logits, -1)[c.ids[0]].item(), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("params", "support"),
-    [
-        (SamplingParams(), None),
-        (SamplingParams(temperature=0.5), None),
-        (SamplingParams(temperature=2.0, top_k=5), "top_k"),
-        (SamplingParams(top_p=0.4), "top_p"),
-    ],
-    ids=["plain", "cold", "top_k", "top_p"],
-)
-def test_samples_follow_the_distribution(params, support):
-    model = never_ends(tiny_model(vocab=24, seed=4))
-    ids = [5, 6, 7]
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
-    expected = torch.softmax(logits / params.temperature, -1)
-    if support == "top_k":
-        expected[expected < expected.topk(5).values[-1]] = 0
-    if support == "top_p":
-        order = expected.argsort(descending=True)
-        inside = int((expected[order].cumsum(0) < 0.4).sum()) + 1
-        expected[order[inside:]] = 0
-    expected /= expected.sum()
-    n = 6000
-    (row,) = HFEngine(model, max_rows=n).generate([Request(ids)], replace(params, n=n, max_new_tokens=1))
-    counts = torch.zeros(24, dtype=torch.double)
-    for c in row:
-        counts[c.ids[0]] += 1
-    assert counts[expected == 0].sum() == 0
-    kept = expected > 0
-    statistic = ((counts - n * expected)[kept] ** 2 / (n * expected)[kept]).sum()
-    # The seeds are fixed, so this either holds or not; 60 is the 1e-5 quantile at 23 degrees of freedom.
-    assert statistic < 60
-    assert kept.sum() > 1
-
-
-def test_tokens_of_a_row_are_independent():
-    """Pairs of successive samples of one row against the product of the model's conditionals."""
-    model = never_ends(tiny_model(vocab=12, seed=4))
-    n = 4000
-    (row,) = HFEngine(model, max_rows=n).generate([Request([5, 6])], SamplingParams(n=n, max_new_tokens=2))
-    with torch.no_grad():
-        first = torch.softmax(model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].double(), -1)
-        second = torch.softmax(model(input_ids=torch.tensor([[5, 6, i] for i in range(12)])).logits[:, -1].double(), -1)
-    joint = n * first[:, None] * second
-    counts = torch.zeros(12, 12, dtype=torch.double)
-    for c in row:
-        counts[c.ids] += 1
-    # 143 degrees of freedom: mean 143, standard deviation 17.
-    assert ((counts - joint) ** 2 / joint).sum() < 143 + 5 * 17
-
-
-def test_the_same_call_gives_the_same_result_and_another_seed_another():
-    model = tiny_model(seed=1)
-    engine = HFEngine(model, max_rows=7)
-    requests = [Request(ids) for ids in prompts(6)]
-    params = SamplingParams(n=4, max_new_tokens=16, seed=1)
-    first = engine.generate(requests, params)
-    assert engine.generate(requests, params) == first
-    assert engine.generate(requests, replace(params, seed=2)) != first
-    assert len({c.ids for row in first for c in row}) > 20
-
-
-def test_a_row_does_not_depend_on_its_companions():
-    """Alone, in a crowd, in another order, in smaller batches: the same tokens."""
+def test_the_size_of_batches_changes_no_token():
     model = tiny_model(seed=1)
     requests = [Request(ids, seed=100 + i) for i, ids in enumerate(prompts(6))]
     params = SamplingParams(n=3, max_new_tokens=16)
 
-    def tokens(rows):
-        return [[c.ids for c in row] for row in rows]
+    def tokens(engine):
+        return [[c.ids for c in row] for row in engine.generate(requests, params)]
 
-    together = tokens(HFEngine(model).generate(requests, params))
-    assert tokens(HFEngine(model, max_rows=2).generate(requests, params)) == together
-    assert tokens(HFEngine(model, token_budget=1).generate(requests, params)) == together
-    assert tokens(HFEngine(model).generate(requests[::-1], params))[::-1] == together
-    assert [tokens(HFEngine(model).generate([r], params))[0] for r in requests] == together
-    fewer = tokens(HFEngine(model).generate(requests, replace(params, n=2)))
-    assert fewer == [row[:2] for row in together]
-
-
-def test_parameters_of_each_request():
-    model = never_ends(tiny_model(seed=1))
-    requests = [Request(ids, seed=i) for i, ids in enumerate(prompts(3))]
-    each = [
-        SamplingParams(n=2, max_new_tokens=3),
-        SamplingParams(n=1, max_new_tokens=7, logprobs=False),
-        SamplingParams(n=3, max_new_tokens=3),
-    ]
-    found = HFEngine(model).generate(requests, each)
-    assert [[len(c.ids) for c in row] for row in found] == [[3, 3], [7], [3, 3, 3]]
-    assert found[1][0].logprobs is None
-    assert [c.ids for c in found[0]] == [c.ids for c in HFEngine(model).generate(requests[:1], each[0])[0]]
-    with pytest.raises(InputError, match="3 requests but 2 parameters"):
-        HFEngine(model).generate(requests, each[:2])
-    assert HFEngine(model).generate([], SamplingParams()) == []
-
-
-def test_callers_random_state_and_modes_are_left_alone():
-    model = tiny_model(seed=1)
-    model.train()
-    model.model.layers[0].eval()
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    HFEngine(model).generate([Request([5, 6])], SamplingParams(n=2, max_new_tokens=4))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.training
-    assert not model.model.layers[0].training
-    assert model.model.layers[1].training
+    together = tokens(HFEngine(model))
+    assert tokens(HFEngine(model, max_rows=2)) == together
+    assert tokens(HFEngine(model, token_budget=1)) == together
 
 
 def test_dropout_is_off_while_sampling():
@@ -217,59 +112,11 @@ def test_dropout_is_off_while_sampling():
     assert model.training
 
 
-def test_stop_tokens_and_stop_strings():
-    tokenizer = tiny_tokenizer(V)
-    model = never_ends(tiny_model(seed=1))
-    engine = HFEngine(model, tokenizer)
-    (plain,) = engine.generate([Request([5, 6, 7], seed=1)], SamplingParams(max_new_tokens=40))[0]
-    text = tokenizer.decode(plain.ids)
-    assert len(plain.ids) == 40
-    stop = text[30:32]
-    at = next(k for k in range(40) if stop in tokenizer.decode(plain.ids[:k]))
-    (cut,) = engine.generate([Request([5, 6, 7], seed=1)], SamplingParams(max_new_tokens=40, stop=("\0", stop)))[0]
-    assert cut.ids == plain.ids[:at]
-    assert cut.logprobs == pytest.approx(plain.logprobs[:at], abs=1e-5)
-    assert cut.finish_reason == "stop"
-    token = plain.ids[12]
-    at = plain.ids.index(token)
-    (cut,) = engine.generate([Request([5, 6, 7], seed=1)], SamplingParams(max_new_tokens=40, stop_token_ids=(token,)))[
-        0
-    ]
-    assert cut.ids == plain.ids[:at]
-    assert cut.finish_reason == "stop"
-    with pytest.raises(ConfigError, match="needs a tokenizer"):
-        HFEngine(model).generate([Request([5])], SamplingParams(max_new_tokens=4, stop=("x",)))
-
-
-def test_ids_that_the_tokenizer_lacks_are_not_sampled():
-    model = never_ends(tiny_model(vocab=400, seed=1))
-    params = SamplingParams(n=8, max_new_tokens=20)
-    free = HFEngine(model).generate([Request([5])], params)
-    kept = HFEngine(model, tiny_tokenizer(97)).generate([Request([5])], params)
-    assert max(i for c in free[0] for i in c.ids) >= 97
-    assert max(i for c in kept[0] for i in c.ids) < 97
-    ids = kept[0][0].ids
-    torch.testing.assert_close(
-        torch.tensor(kept[0][0].logprobs), plain_logprobs(model, [5], list(ids)), rtol=1e-4, atol=1e-4
-    )
-
-
 def test_bfloat16():
     model = tiny_model(seed=1).bfloat16()
     (row,) = HFEngine(model).generate([Request([5, 6, 7])], SamplingParams(n=4, max_new_tokens=8))
     for c in row:
         assert all(p <= 0 for p in c.logprobs)
-
-
-def test_progress_adds_up():
-    model = tiny_model(seed=1)
-    seen = []
-    found = HFEngine(model, max_rows=4).generate(
-        [Request(ids) for ids in prompts(5)], SamplingParams(n=2, max_new_tokens=9), lambda *now: seen.append(now)
-    )
-    completions = [c for row in found for c in row]
-    assert sum(s for s, _ in seen) == 10
-    assert sum(t for _, t in seen) == sum(len(c.ids) + (c.finish_reason == "stop") for c in completions)
 
 
 class _OutOfMemoryAbove:
@@ -312,28 +159,6 @@ def test_other_runtime_errors_are_not_swallowed(monkeypatch):
     monkeypatch.setattr(model, "forward", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         engine.generate([Request([5])], SamplingParams(max_new_tokens=4))
-
-
-BAD_REQUESTS = [
-    (Request([]), "request 1: it is empty"),
-    (Request([5, 97]), "request 1: token 97, but the model's table has rows 0 to 96"),
-    (Request([5, -1]), "request 1: token -1"),
-    (Request([5] * 250), r"request 1: 250 tokens and up to 8 new ones, but the model has 256 positions"),
-    (Request(embeddings=torch.zeros(3, 31)), r"request 1: embeddings of shape \(3, 31\).*\[L, 32\]"),
-    (Request(embeddings=torch.zeros(32)), r"request 1: embeddings of shape \(32,\)"),
-    (Request(embeddings=torch.zeros(0, 32)), "request 1: it is empty"),
-    (Request(embeddings=torch.zeros(3, 32, dtype=torch.long)), "request 1: embeddings of type torch.int64"),
-    (Request(embeddings=torch.full((3, 32), torch.nan)), "request 1: the embeddings hold NaN"),
-]
-
-
-@pytest.mark.parametrize(("bad", "message"), BAD_REQUESTS)
-def test_bad_requests_are_named_before_anything_runs(monkeypatch, bad, message):
-    model = tiny_model(seed=1)
-    engine = HFEngine(model)
-    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("it ran"))
-    with pytest.raises(InputError, match=message):
-        engine.generate([Request([5]), bad], SamplingParams(max_new_tokens=8))
 
 
 def test_bad_parameters():

@@ -186,12 +186,11 @@ class VLLMEngine:
         self.model, self._embedding, self._changed = model, input_embedding(model), True
         if self._llm is not None:
             self._wake()
-            self._push(folder)
-            self.compare()
+            self._accept(push=True, folder=folder)
 
     def sleep(self) -> None:
         """See Engine. On a CPU, and with ``sleep=False``, everything stays where it is."""
-        if self._llm is None or self._asleep or not self._sleeps:
+        if self._llm is None or self._asleep or not self.config.sleep or _on_cpu():
             return
         self._llm.reset_prefix_cache()
         self._llm.sleep(level=1)
@@ -203,13 +202,7 @@ class VLLMEngine:
             return self._wake()
         with _caller_undisturbed():
             self._llm = self._load()
-        try:
-            if self._changed:
-                self._push(None)
-            self.compare()
-        except BaseException:
-            self.close()
-            raise
+        self._accept(push=self._changed, folder=None)
 
     def close(self) -> None:
         """End vLLM and free its memory. The engine can be used again; it then starts anew."""
@@ -240,14 +233,15 @@ class VLLMEngine:
         params = self._params(SamplingParams(temperature=0, max_new_tokens=_PROBED), seed=0, stops=[])
         found = dict(self._complete((i, prompt, params) for i, prompt in enumerate(inputs)))
         samples = [_sampled(found[i][0]) for i in range(len(inputs))]
+        known = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
         exact = self.model.dtype in (torch.float32, torch.float64)
         tolerance = 5e-3 if exact else 0.1
         off = []
         for prompt, (tokens, logprobs) in zip([prompts[0], *prompts], samples, strict=True):
             own = self._policy_logprobs(prompt, tokens)
             chosen = own.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            # Both: the log-probs are the policy's, and the chosen tokens are (nearly) its most probable ones.
-            difference = torch.maximum((chosen - torch.tensor(logprobs)).abs(), own.amax(1) - chosen)
+            # Both: the log-probs are the policy's, and the chosen tokens (nearly) the most probable it may choose.
+            difference = torch.maximum((chosen - torch.tensor(logprobs)).abs(), own[:, :known].amax(1) - chosen)
             off.append(float(difference.max() if exact else difference.mean()))
         bad = [not value < tolerance for value in off]
         if not any(bad):
@@ -321,10 +315,7 @@ class VLLMEngine:
 
     def arguments(self) -> dict[str, Any]:
         """What vLLM's ``LLM`` is made with."""
-        from vllm.platforms import current_platform
-
-        config, cpu = self.config, current_platform.is_cpu()
-        self._sleeps = config.sleep and not cpu
+        config, cpu = self.config, _on_cpu()
         given: dict[str, Any] = {
             "model": self.path,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -334,7 +325,7 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
             "enable_prompt_embeds": True,
             "enable_prefix_caching": True,
-            "enable_sleep_mode": self._sleeps,
+            "enable_sleep_mode": config.sleep and not cpu,
             "enforce_eager": cpu if config.eager is None else config.eager,
             "gpu_memory_utilization": config.memory,
             "tensor_parallel_size": config.tensor_parallel,
@@ -374,6 +365,16 @@ class VLLMEngine:
             self._started().wake_up()
             self._asleep = False
 
+    def _accept(self, *, push: bool, folder: str | os.PathLike[str] | None) -> None:
+        """Nothing is sampled from an engine whose weights were not taken whole or are not the policy's: it ends."""
+        try:
+            if push:
+                self._push(folder)
+            self.compare()
+        except BaseException:
+            self.close()
+            raise
+
     def _push(self, folder: str | os.PathLike[str] | None) -> None:
         """The policy's weights into the workers, and nothing left of what the old ones computed."""
         llm, config = self._started(), self.config
@@ -387,8 +388,7 @@ class VLLMEngine:
                     weights = {name: value.cpu().contiguous() for name, value in named_weights(self.model).items()}
                     save_file(weights, Path(place) / "model.safetensors")
                     llm.collective_rpc("latentrevise_load", args=(None, place))
-        except Exception as error:  # the weights are then partly old and partly new
-            self.close()
+        except Exception as error:
             raise ModelError(
                 f"vLLM did not take the policy's weights ({type(error).__name__}: {error}); save them and make the"
                 " engine anew with `path`, or use --engine hf"
@@ -511,6 +511,12 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
                         value = value + layer.get_delta_weight(adapter).to(value)
         found[f"{place}.{kind}" if wrapped else name] = value
     return revert_weight_conversion(inner, found)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _input(request: Request, dtype: torch.dtype) -> Any:
