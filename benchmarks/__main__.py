@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, harness, ops, recovery, revise
+from benchmarks import cubins, engines, harness, ops, recovery, revise
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -22,6 +22,7 @@ DESCRIPTIONS = {
     "entropic_step": "one mirror-descent step on candidate sets",
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
+    "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--mined", type=int, help="prompts mined in each run")
     study.add_argument("--jobs", type=int, help="runs side by side; none: one a core")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
+    engines.add_options(parser.add_argument_group("engines"))
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(DESCRIPTIONS)
     if unknown:
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name == "revise":
             document = revise.main(options)
+        elif name == "engines":
+            document = engines.main(options)
         elif name == "recovery":
             document = recovery.main(options)
         else:
