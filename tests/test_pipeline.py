@@ -263,9 +263,9 @@ def test_each_step_is_a_command(on_disk, tmp_path):
     assert "trajectories" in found.stdout
     assert json.loads((out / "metrics.json").read_text())["zero_hit"] > 0
     assert (out / "report").exists()
-    found = command(*recover_command(on_disk, tmp_path / "other"), "--engine", "vllm")
+    found = command(*recover_command(on_disk, tmp_path / "other"), "--engine", "vlm")
     assert found.returncode == 1
-    assert "hf alone" in found.stderr
+    assert "there are hf" in found.stderr
     found = command("revise", "--out", tmp_path / "nothing")
     assert found.returncode == 1
     assert "holds no run" in found.stderr
