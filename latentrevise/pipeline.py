@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -203,7 +203,7 @@ class Recovery:
         self._prompts: list[Prompt] | None = None
         self._work: list[_Case] | None = None
         boundary = config.prefix_boundary
-        self._boundary = set() if boundary is None else _tokens_with(tokenizer, boundary, self.policy.table.shape[0])
+        self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
 
     # The stages
 
@@ -526,26 +526,15 @@ class Recovery:
 
     def _case(self, prompt: Prompt, failed: list[Rollout]) -> _Case:
         seed = row_seed(self.config.seed, "case", prompt.id)
-        order = torch.randperm(len(failed), generator=torch.Generator().manual_seed(seed)).tolist()
-        # A rollout that came to an (incorrect) answer is the better anchor; the rest serves when there is none.
-        ranked = sorted(order, key=lambda i: failed[i].extracted is None)
-        cuts = tuple(self._cut(failed[i]) for i in ranked[: self.config.revised_rollouts])
+        config = self.config
         return _Case(
             prompt=prompt,
             failed=tuple(failed),
-            cuts=cuts,
+            cuts=chosen_cuts(failed, config.revised_rollouts, config.prefix_fraction, self._boundary, seed),
             seed=seed,
             template_ids=self.template_ids,
             answer_ids=self._answer_ids(prompt.answer),
         )
-
-    def _cut(self, rollout: Rollout) -> Cut:
-        """Split near ``prefix_fraction``, behind a boundary token where there is one; both sides keep a token."""
-        ids = rollout.completion_ids
-        at = min(max(1, round(len(ids) * self.config.prefix_fraction)), len(ids) - 1)
-        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token in self._boundary]
-        at = min(ends, key=lambda end: (abs(end - at), end), default=at)
-        return Cut(rollout.sample_id, ids[:at], ids[at:])
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         ids = tuple(self.tokenizer.encode(answer, add_special_tokens=False))
@@ -610,14 +599,7 @@ class Recovery:
     def _request(self, prompt: Prompt, start: Start, mixture: Mixture | None, number: int) -> Request:
         """The request of round ``number`` (from 0)."""
         seed = row_seed(self.config.seed, "sample", start.start_id, *([number] if number else []))
-        if not start.latent:
-            return Request((*(start.context_ids or prompt.ids), *start.plain_ids), seed=seed)
-        assert mixture is not None  # a latent start is written together with its atoms
-        device = self.policy.device
-        with torch.no_grad():
-            fixed = self.policy.embedding(torch.tensor(prompt.ids, device=device))
-            revised = mixture.to(device).embed(self.policy.table)
-        return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
+        return request_of(self.policy, prompt.ids, start, mixture, seed)
 
     def _tools(self) -> Tools:
         return Tools(
@@ -848,7 +830,41 @@ def _shuffled(items: Sequence[str], seed: int) -> list[str]:
     return [items[i] for i in order.tolist()]
 
 
-def _tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> set[int]:
+def chosen_cuts(
+    failed: Sequence[Rollout], count: int, fraction: float, boundary: Collection[int], seed: int
+) -> tuple[Cut, ...]:
+    """``count`` of the failed rollouts, drawn by the seed, each cut near ``fraction`` of its length.
+
+    The cut lies behind the nearest of the ``boundary`` tokens where there is one; both sides keep a token.
+    """
+    order = torch.randperm(len(failed), generator=torch.Generator().manual_seed(seed)).tolist()
+    # A rollout that came to an (incorrect) answer is the better anchor; the rest serves when there is none.
+    ranked = sorted(order, key=lambda i: failed[i].extracted is None)
+    cuts = []
+    for rollout in (failed[i] for i in ranked[:count]):
+        ids = rollout.completion_ids
+        at = min(max(1, round(len(ids) * fraction)), len(ids) - 1)
+        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token in boundary]
+        at = min(ends, key=lambda end: (abs(end - at), end), default=at)
+        cuts.append(Cut(rollout.sample_id, ids[:at], ids[at:]))
+    return tuple(cuts)
+
+
+def request_of(
+    policy: Policy, prompt_ids: Sequence[int], start: Start | Proposal, mixture: Mixture | None, seed: int
+) -> Request:
+    """What is fed to the engine for a start: tokens, or the prompt's embeddings and the mixture's behind them."""
+    if not start.latent:
+        return Request((*(start.context_ids or prompt_ids), *start.plain_ids), seed=seed)
+    assert mixture is not None  # a latent start comes with its atoms
+    device = policy.device
+    with torch.no_grad():
+        fixed = policy.embedding(torch.tensor(prompt_ids, device=device))
+        revised = Mixture(mixture.ids.to(device), mixture.weights.to(device)).embed(policy.table)
+    return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
+
+
+def tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> set[int]:
     """Tokens whose own text contains ``text``."""
     found = {i for i in range(min(len(tokenizer), rows)) if text in tokenizer.decode([i])}
     if not found:
