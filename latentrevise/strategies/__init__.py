@@ -7,15 +7,19 @@ from dataclasses import dataclass, field, replace
 
 from latentrevise.errors import ConfigError
 from latentrevise.revision import ReviseConfig
-from latentrevise.strategies.base import Cut, Proposal, Strategy, Tools, Work
+from latentrevise.strategies.base import Choice, Cut, Proposal, Strategy, Tools, Work
+from latentrevise.strategies.branching import Branching
+from latentrevise.strategies.candidates import ForkConfig
 from latentrevise.strategies.dart import Dart, DartConfig
 from latentrevise.strategies.explain import Explain, ExplainConfig
 from latentrevise.strategies.gcg import GCG, GCGConfig
 from latentrevise.strategies.hint import Hint, HintConfig
 from latentrevise.strategies.latent import Latent
+from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
 
 __all__ = [
+    "Choice",
     "Cut",
     "Latent",
     "Proposal",
@@ -38,12 +42,19 @@ def _softmax() -> ReviseConfig:
     return ReviseConfig(solver="softmax", mass=0.1, step_size=2.0)
 
 
+def _posterior() -> PivotConfig:
+    return PivotConfig(scope="all", order="mass", mass_weight=1.0, keep=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StrategySettings:
     """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'."""
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
     latent_plausible: ReviseConfig = field(default_factory=_plausible)
+    forks: ForkConfig = field(default_factory=ForkConfig)
+    pivot: PivotConfig = field(default_factory=PivotConfig)
+    pivot_trie: PivotConfig = field(default_factory=_posterior)
     latent_softmax: ReviseConfig = field(default_factory=_softmax)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     hint: HintConfig = field(default_factory=HintConfig)
@@ -63,6 +74,11 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
     "dart": lambda s: Dart(s.dart),
+    "pivot": lambda s: Pivot("pivot", s.forks, s.pivot),
+    "pivot-trie": lambda s: Pivot("pivot-trie", s.forks, s.pivot_trie),
+    "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
+    "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
+    "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
     "resample-prefix": lambda s: ResamplePrefix(),
     "resample": lambda s: Resample(),
 }

@@ -1,0 +1,335 @@
+"""What the discrete strategies share: where a failed rollout could have gone on differently, and what that leads to.
+
+A *fork* leaves a failed rollout in front of one of its tokens and forces a plausible one that no rollout in view took
+there. Its *branch* is the rollout up to there, the forced token, and the greedy completion of the step. Its *value* is
+the log-probability of the target behind the branch and the answer template; the rest of the failed rollout, which
+would repeat the error, is dropped. Its *mass* is the log-probability that a fresh rollout leaves the known ones by
+this fork. All of it is our own decision.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from latentrevise import memory
+from latentrevise.branches import Branch
+from latentrevise.engines import Request, SamplingParams
+from latentrevise.errors import ConfigError
+from latentrevise.records import Rollout
+from latentrevise.revision import Compute
+from latentrevise.strategies.base import Choice, Proposal, Tools, Work, shares
+
+
+@dataclass(frozen=True)
+class ForkConfig:
+    """Which forks are looked at.
+
+    p_min: the probability a forced token needs where it is forced. The default suits moves that a model knows but
+    seldom makes; 0.02 keeps the list short where rollouts are long. max_forks: looked at for each prompt; the strategy
+    says which, where there are more. max_positions: of each rollout, its first ones; what an answer or ``banned`` opens
+    is never looked at. step_tokens: a step ends here if no boundary does.
+    banned: no token that holds one of these texts is forced, and a rollout's reasoning ends where one appears. Nor is
+    a special token forced, or the word that opens the answer template: "answer now" is the leak in its discrete form.
+    """
+
+    p_min: float = 0.002
+    max_forks: int = 64
+    max_positions: int = 2048
+    step_tokens: int = 64
+    banned: tuple[str, ...] = ("</think>", "boxed")
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.p_min < 1.0:
+            raise ConfigError(f"ForkConfig.p_min = {self.p_min!r}: it must be in (0, 1)")
+        for name in ("max_forks", "max_positions", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ForkConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
+        if not all(self.banned):
+            raise ConfigError("ForkConfig.banned holds an empty text, which is in every token; remove it")
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Leave ``rollout`` in front of its token ``at`` and force ``token``.
+
+    logprob: of the token there; entropy: of the policy there; mass: of reaching the place and taking the token; value:
+    of the target behind the branch, None where it was not scored. All in nats.
+    """
+
+    rollout: Rollout
+    at: int
+    token: int
+    logprob: float
+    entropy: float
+    mass: float
+    value: float | None = None
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        return self.rollout.completion_ids[: self.at]
+
+
+@dataclass
+class Forks:
+    """The forks of one prompt, in the order of the rollouts and their positions, and what finding them took."""
+
+    forks: list[Fork]
+    compute: Compute = field(default_factory=Compute)
+
+
+class Reader:
+    """What tokens say: which of them may be forced, where an answer opens, where a step ends."""
+
+    def __init__(self, tools: Tools, template_ids: Sequence[int], banned: tuple[str, ...]) -> None:
+        self._tools = tools
+        self._banned = banned
+        self._template = frozenset(template_ids)
+        self._texts: dict[int, str] = {}
+        self._opener = next((text for token in template_ids if (text := self.text(token).strip())), None)
+        self.step_end = tools.boundary_text or "\n"
+
+    def text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = str(self._tools.tokenizer.decode([token]))
+        return self._texts[token]
+
+    def may_force(self, token: int) -> bool:
+        text = self.text(token)
+        return text.strip() != self._opener and not any(banned in text for banned in self._banned)
+
+    def ends_step(self, token: int) -> bool:
+        return self.step_end in self.text(token)
+
+    def reasoning(self, ids: Sequence[int]) -> int:
+        """How many tokens come before the answer, or whatever ``banned`` opens."""
+
+        def banned(part: Sequence[int]) -> bool:
+            text = self._tools.tokenizer.decode(list(part))
+            return any(each in text for each in self._banned)
+
+        if not banned(ids):
+            return len(ids)
+        # Such a text may be spread over tokens: where it is complete, then where it begins.
+        end = bisect_left(range(len(ids)), True, key=lambda n: banned(ids[: n + 1]))
+        last = end + 1
+        while not banned(ids[end:last]):
+            end -= 1
+        while end and ids[end - 1] in self._template:
+            end -= 1
+        return end
+
+
+def chosen(item: Work) -> list[Rollout]:
+    """The failed rollouts that the run chose for revision."""
+    names = {cut.sample_id for cut in item.cuts}
+    return [rollout for rollout in item.failed if rollout.sample_id in names]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The policy along a rollout: one row for each of its first ``len(logprobs)`` tokens.
+
+    logprobs: of the rollout's own tokens; entropies; alternatives: (token, logprob) of the plausible ones, the most
+    probable first, the rollout's own among them. All in nats.
+    """
+
+    logprobs: list[float]
+    entropies: list[float]
+    alternatives: list[list[tuple[int, float]]]
+
+
+def read(
+    tools: Tools, contexts: Sequence[tuple[Sequence[int], Sequence[int]]], p_min: float, count: int
+) -> list[Reading]:
+    """One pass over each (prompt, tokens); no more than ``count`` alternatives a position."""
+    policy = tools.policy
+    found: dict[int, Reading] = {}
+
+    def run(batch: list[int]) -> None:
+        cache = policy.prompt_cache([[*contexts[i][0], *contexts[i][1][:-1]] for i in batch])
+        rows = [(b, len(contexts[i][0]) - 1 + j) for b, i in enumerate(batch) for j in range(len(contexts[i][1]))]
+        b, at = torch.tensor(rows, device=policy.device).T
+        hidden = cache.hidden[b, at]
+        targets = torch.tensor([token for i in batch for token in contexts[i][1]], device=policy.device)
+        logprobs, entropies = policy.head.logprob_and_entropy(hidden, targets)
+        ids, values, _ = policy.head.plausible(hidden, p_min, count, policy.allowed)
+        listed = [
+            [(token, value) for token, value in zip(*pair, strict=True) if token >= 0]
+            for pair in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
+        own, entropy = logprobs.tolist(), entropies.tolist()
+        start = 0
+        for i in batch:
+            stop = start + len(contexts[i][1])
+            found[i] = Reading(own[start:stop], entropy[start:stop], listed[start:stop])
+            start = stop
+
+    with policy.frozen(), torch.no_grad():
+        budget = tools.token_budget or memory.token_budget(policy)
+        memory.in_batches([(0, len(x) + len(y) - 1) for x, y in contexts], budget, 1.0, run, "failed rollout")
+    return [found[i] for i in range(len(contexts))]
+
+
+def room(tools: Tools, item: Work, step_tokens: int) -> int:
+    """Positions of a completion behind which a forced token and all that may follow it still fit into the model."""
+    limit = tools.policy.limit
+    if limit is None:
+        return 1 << 62
+    behind = max(tools.sampling.max_new_tokens, step_tokens + len(item.template_ids) + len(item.answer_ids))
+    return max(0, limit - len(item.prompt.ids) - 1 - behind)
+
+
+def find_forks(
+    tools: Tools, reader: Reader, work: Sequence[Work], rollouts: Sequence[Sequence[Rollout]], config: ForkConfig
+) -> list[Forks]:
+    """The forks off the trie of ``rollouts``, one list a piece of work.
+
+    The record of a rollout holds the log-probs of its own tokens alone, so each distinct one is run once more; that is
+    charged, without the prompt, whose keys and values are those of the sampling.
+    """
+    paths: list[tuple[int, Rollout, tuple[int, ...]]] = []
+    for i, (item, own) in enumerate(zip(work, rollouts, strict=True)):
+        distinct: dict[tuple[int, ...], Rollout] = {}
+        for rollout in own:
+            # The token that opens the answer is one more place to go on instead.
+            end = min(reader.reasoning(rollout.completion_ids) + 1, config.max_positions)
+            end = min(end, room(tools, item, config.step_tokens))
+            distinct.setdefault(rollout.completion_ids[:end], rollout)
+        paths += [(i, rollout, ids) for ids, rollout in distinct.items() if ids]
+    readings = read(tools, [(work[i].prompt.ids, ids) for i, _, ids in paths], config.p_min, config.max_forks)
+    found = [Forks([]) for _ in work]
+    of_item: dict[int, list[tuple[Rollout, tuple[int, ...], Reading]]] = {}
+    for (i, rollout, ids), reading in zip(paths, readings, strict=True):
+        of_item.setdefault(i, []).append((rollout, ids, reading))
+        found[i].compute += Compute(forward=len(ids) - 1)
+    for i, own in of_item.items():
+        found[i].forks = [fork for fork in _off_trie(own) if reader.may_force(fork.token)]
+    return found
+
+
+def _off_trie(paths: Sequence[tuple[Rollout, tuple[int, ...], Reading]]) -> Iterator[Fork]:
+    """Every plausible step off the trie of the paths, where the first path that comes by finds it."""
+    children: list[dict[int, int]] = [{}]
+    places: dict[int, tuple[int, int, float]] = {}  # node: path, position, log-probability to get there
+    for p, (_, ids, reading) in enumerate(paths):
+        node, mass = 0, 0.0
+        for at, token in enumerate(ids):
+            places.setdefault(node, (p, at, mass))
+            mass += reading.logprobs[at]
+            if token not in children[node]:
+                children[node][token] = len(children)
+                children.append({})
+            node = children[node][token]
+    for node, (p, at, mass) in places.items():
+        rollout, _, reading = paths[p]
+        for token, logprob in reading.alternatives[at]:
+            if token not in children[node]:
+                yield Fork(rollout, at, token, logprob, reading.entropies[at], mass + logprob)
+
+
+def complete_steps(
+    tools: Tools, reader: Reader, contexts: Sequence[Sequence[int]], step_tokens: int
+) -> list[tuple[tuple[int, ...], int]]:
+    """The greedy completion of each context's last step (empty where its last token ends one); the tokens decoded."""
+    open_ = [i for i, context in enumerate(contexts) if not reader.ends_step(context[-1])]
+    params = SamplingParams(
+        temperature=0.0, max_new_tokens=step_tokens, stop=(*tools.sampling.stop, reader.step_end), logprobs=False
+    )
+    found: list[tuple[tuple[int, ...], int]] = [((), 0)] * len(contexts)
+    for i, (completion,) in zip(
+        open_, tools.engine.generate([Request(tuple(contexts[i])) for i in open_], params), strict=True
+    ):
+        # A stop string is kept and counted; what else ended it, an end-of-sequence token, is not among the ids.
+        ended = completion.finish_reason == "stop" and not (completion.ids and reader.ends_step(completion.ids[-1]))
+        found[i] = completion.ids, len(completion.ids) + ended
+    return found
+
+
+def score(tools: Tools, reader: Reader, work: Sequence[Work], found: Sequence[Forks], step_tokens: int) -> list[Forks]:
+    """The same forks with their values. Charged: the forced token, what was decoded, template and answer; the rollout
+    itself is cached."""
+    branches: list[tuple[int, Fork]] = [(i, fork) for i, own in enumerate(found) for fork in own.forks]
+    values, computes = target_values(
+        tools, reader, [(work[i], fork.rollout, fork.at, (fork.token,)) for i, fork in branches], step_tokens
+    )
+    scored = [Forks([], own.compute) for own in found]
+    for (i, fork), value, compute in zip(branches, values, computes, strict=True):
+        scored[i].forks.append(replace(fork, value=value))
+        scored[i].compute += compute
+    return scored
+
+
+def target_values(
+    tools: Tools,
+    reader: Reader,
+    branches: Sequence[tuple[Work, Rollout, int, tuple[int, ...]]],
+    step_tokens: int,
+) -> tuple[list[float], list[Compute]]:
+    """``log pi(target | branch, template)`` of each branch, (work, rollout, position, tokens put behind it), with its
+    step completed, and what each took. An answer that the completion itself gives is left out."""
+    tails = complete_steps(
+        tools,
+        reader,
+        [(*item.prompt.ids, *rollout.completion_ids[:at], *tokens) for item, rollout, at, tokens in branches],
+        step_tokens,
+    )
+    trunks: dict[tuple[str, str], int] = {}
+    texts: list[tuple[int, ...]] = []
+    rows, computes = [], []
+    for (item, rollout, at, tokens), (tail, decoded) in zip(branches, tails, strict=True):
+        key = item.prompt.id, rollout.sample_id
+        if key not in trunks:
+            trunks[key] = len(texts)
+            texts.append((*item.prompt.ids, *rollout.completion_ids))
+        read_only = (*tokens, *tail[: reader.reasoning(tail)], *item.template_ids)
+        rows.append(
+            Branch(trunks[key], len(item.prompt.ids) + at, (*read_only, *item.answer_ids), scored_from=len(read_only))
+        )
+        computes.append(
+            Compute(
+                forward=len(tokens) + len(item.template_ids) + len(item.answer_ids) - 1,
+                decoded=decoded,
+            )
+        )
+    scores = tools.policy.score_branches(texts, rows, token_budget=tools.token_budget)
+    return scores.total.tolist(), computes
+
+
+def from_forks(forks: Sequence[Fork], parts: Iterable[int], candidates: int, *, greedy: bool = False) -> list[Proposal]:
+    """``parts[i]`` continuations of fork ``i``. They leave its greedy completion out: sampling decides anew."""
+    return [
+        Proposal(
+            n=n,
+            plain_ids=(*fork.prefix_ids, fork.token),
+            parent=fork.rollout.sample_id,
+            original_ids=fork.prefix_ids,
+            greedy=greedy,
+            trace=Choice((fork.at,), (fork.token,), (fork.logprob,), fork.entropy, fork.mass, fork.value, candidates),
+        )
+        for fork, n in zip(forks, parts, strict=True)
+    ]
+
+
+def one_greedy_each(forks: Sequence[Fork], samples: int, candidates: int) -> list[Proposal]:
+    """One greedy continuation of each of the first ``samples`` forks; where there are fewer, what is left is sampled
+    from the same ones, for their greedy continuations are known."""
+    taken = forks[:samples]
+    found = from_forks(taken, [1] * len(taken), candidates, greedy=True)
+    again = taken[: samples - len(taken)]
+    if again:
+        found += from_forks(again, shares(samples - len(taken), len(again)), candidates)
+    return found
+
+
+def charged(proposals: list[Proposal], samples: int, compute: Compute) -> list[Proposal]:
+    """The proposals, the first charged with what finding all of them took.
+
+    Without any, the samples are drawn from the prompt: where no token of a rollout has a plausible alternative, its
+    prefixes lead nowhere else. The trace then names no token.
+    """
+    proposals = proposals or [Proposal(n=samples, trace=Choice())]
+    return [replace(proposals[0], compute=compute), *proposals[1:]]
