@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from latentrevise.errors import ConfigError
 from latentrevise.hull import Mixture
@@ -36,28 +39,70 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / i for i in range(n - correct + 1, n + 1))
 
 
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Chance that a positive scores above a negative, a tie counting half; both must be there."""
+    if not positive or not negative:
+        raise ConfigError("auc needs at least one positive and one negative")
+    above = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
+    return above / (len(positive) * len(negative))
+
+
+def bootstrap_mean(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval over resampled values: ``(mean, low, high)``. Without a value (0, 0, 1)."""
+    if not values:
+        return 0.0, 0.0, 1.0
+    array = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(array), size=(draws, len(array)))
+    low, high = np.quantile(array[picks].mean(axis=1), (0.025, 0.975))
+    return float(array.mean()), float(low), float(high)
+
+
 @dataclass(frozen=True)
 class GuardConfig:
-    """Thresholds of the leak guards; None switches a guard off. Our own decision.
+    """Thresholds of the leak guards; None switches a guard off. Our own decision, measured in docs/audits.md.
 
     leak_weight: an answer token that the revision put into the prefix with at least this weight, where neither the
-        prompt nor the failed prefix has it, is a leak. min_derivation_tokens: tokens a continuation needs before its
-        answer.
+        prompt nor the failed prefix has it, is a leak. min_derivation_tokens: tokens a trajectory needs between the
+        failed rollout's own and the answer.
     min_tokens: tokens a continuation needs at all. min_plain_logprob: nats a token; the mean log-probability of the
         continuation after the *plain* prefix must reach it, or a trainer would learn a text its policy finds absurd.
+    min_step_logprob: nats; what every token in front of the answer must reach there: a step that the policy does not
+        believe is a false one more often than not. min_answer_logprob: the same of the answer's tokens: the written
+        steps must lead to it.
+    min_agreement: share of ``agreement_samples`` continuations, drawn anew behind the plain prefix and the steps up to
+        ``agreement_cut`` of the continuation, that must come to the same answer (one greedy, the others sampled).
+    told: turn away a text that says it was given the answer; max_mention: and one that names the answer within this
+        first share of it. Both only where the sample was drawn behind a context that holds the answer.
     """
 
     leak_weight: float | None = 0.05
     min_derivation_tokens: int | None = 8
     min_tokens: int | None = 4
     min_plain_logprob: float | None = -2.5
+    min_step_logprob: float | None = None
+    min_answer_logprob: float | None = None
+    min_agreement: float | None = None
+    told: bool = True
+    max_mention: float | None = 0.5
+    agreement_samples: int = 4
+    agreement_cut: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.agreement_samples < 1 or not 0.0 <= self.agreement_cut < 1.0:
+            raise ConfigError(
+                f"GuardConfig: agreement_samples = {self.agreement_samples!r}, agreement_cut = {self.agreement_cut!r};"
+                " give at least 1 sample and a share in [0, 1)"
+            )
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A verified-correct sample, as the guards see it.
 
-    before_answer: continuation tokens in front of the final answer; mixture: None where nothing was revised.
+    mixture: None where the prefix is plain text. completion_ids, completion: the continuation; before_answer: its
+    tokens in front of the final answer. aimed: the strategy reads the answer, so that a token of it in the prefix is no
+    chance. told: the sample was drawn behind a context that holds the answer. agreement: see ``GuardConfig``; None
+    where it was not measured.
     """
 
     prompt_ids: Sequence[int]
@@ -66,44 +111,212 @@ class Candidate:
     mixture: Mixture | None
     answer_ids: Sequence[int]
     completion_ids: Sequence[int]
+    completion: str
     before_answer: int
     plain_logprobs: Sequence[float]
+    aimed: bool = True
+    told: bool = False
+    agreement: float | None = None
 
 
-def _leaks(candidate: Candidate, config: GuardConfig) -> bool:
-    if config.leak_weight is None or candidate.mixture is None:
-        return False
+_TOLD = re.compile(
+    r"\b(?:given|provided|stated|known|expected|target|reference|correct)\s+(?:final\s+)?answer\b"
+    r"|\banswer\s+(?:\S+\s+){0,3}(?:was|is|were)\s+(?:given|provided|told|known|stated)\b"
+    r"|\b(?:were|was|been|are)\s+(?:told|given)\s+(?:that\s+)?(?:the\s+)?(?:final\s+)?answer\b",
+    re.IGNORECASE,
+)
+
+
+def signals(candidate: Candidate) -> dict[str, float]:
+    """What the guards judge a sample by, as numbers; a signal that says nothing of this sample is left out."""
     known = set(candidate.prompt_ids) | set(candidate.original_ids)
-    answer = set(candidate.answer_ids) - known
+    new = set(candidate.answer_ids) - known
+    found: dict[str, float] = {
+        "leak": _leak(candidate, new) if candidate.aimed else 0.0,
+        "derivation": len(candidate.plain_ids) - _shared(candidate) + candidate.before_answer,
+        "length": len(candidate.completion_ids),
+    }
+    logprobs = candidate.plain_logprobs
+    steps, answer = logprobs[: candidate.before_answer], logprobs[candidate.before_answer :]
+    if logprobs:
+        found["plain"] = sum(logprobs) / len(logprobs)
+    if steps:
+        found["step"] = min(steps)
+    if answer:
+        found["answer"] = min(answer)
+    if candidate.agreement is not None:
+        found["agreement"] = candidate.agreement
+    if candidate.told:
+        found["told"] = float(bool(_TOLD.search(candidate.completion)))
+        if new == set(candidate.answer_ids):
+            found["mention"] = _mention(candidate)
+    return found
+
+
+def _shared(candidate: Candidate) -> int:
+    """Tokens at the head of the prefix that are the failed rollout's own."""
+    same = 0
+    for a, b in zip(candidate.plain_ids, candidate.original_ids, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+def _leak(candidate: Candidate, new: set[int]) -> float:
+    if candidate.mixture is None:
+        return float(bool(new & set(candidate.plain_ids)))
     ids, weights = candidate.mixture.ids, candidate.mixture.weights
-    return any(bool(((ids == token) & (weights >= config.leak_weight)).any()) for token in answer)
+    return max((float(weights[ids == token].max()) for token in new if (ids == token).any()), default=0.0)
 
 
-def _bare(candidate: Candidate, config: GuardConfig) -> bool:
-    return config.min_derivation_tokens is not None and candidate.before_answer < config.min_derivation_tokens
+def _mention(candidate: Candidate) -> float:
+    """Where the continuation first names the answer, as a share of it."""
+    ids, answer = tuple(candidate.completion_ids), tuple(candidate.answer_ids)
+    at = (i for i in range(len(ids)) if ids[i : i + len(answer)] == answer)
+    return next(at, len(ids)) / max(len(ids), 1)
 
 
-def _implausible(candidate: Candidate, config: GuardConfig) -> bool:
-    if config.min_plain_logprob is None or not candidate.plain_logprobs:
-        return False
-    return sum(candidate.plain_logprobs) / len(candidate.plain_logprobs) < config.min_plain_logprob
+@dataclass(frozen=True)
+class Guard:
+    """Objects to a sample whose signal lies below (``least``), or else not below, the threshold ``setting``."""
+
+    signal: str
+    setting: str
+    least: bool
+
+    def objects(self, found: Mapping[str, float], config: GuardConfig) -> bool:
+        threshold = getattr(config, self.setting)
+        if threshold is None or threshold is False or self.signal not in found:
+            return False
+        return self.rejects(found[self.signal], float(threshold))
+
+    def rejects(self, value: float, threshold: float) -> bool:
+        return value < threshold if self.least else value >= threshold
 
 
-def _short(candidate: Candidate, config: GuardConfig) -> bool:
-    return config.min_tokens is not None and len(candidate.completion_ids) < config.min_tokens
-
-
-GUARDS: dict[str, Callable[[Candidate, GuardConfig], bool]] = {
-    "prefix-leak": _leaks,
-    "bare-answer": _bare,
-    "implausible": _implausible,
-    "short": _short,
+GUARDS: dict[str, Guard] = {
+    "prefix-leak": Guard("leak", "leak_weight", least=False),
+    "bare-answer": Guard("derivation", "min_derivation_tokens", least=True),
+    "implausible": Guard("plain", "min_plain_logprob", least=True),
+    "short": Guard("length", "min_tokens", least=True),
+    "doubtful-step": Guard("step", "min_step_logprob", least=True),
+    "unfounded-answer": Guard("answer", "min_answer_logprob", least=True),
+    "unstable": Guard("agreement", "min_agreement", least=True),
+    "told": Guard("told", "told", least=False),
+    "early-answer": Guard("mention", "max_mention", least=True),
 }
 
 
-def guard(candidate: Candidate, config: GuardConfig) -> list[str]:
-    """The codes of all guards that object; an empty list admits the sample."""
-    return [code for code, objects in GUARDS.items() if objects(candidate, config)]
+def guard(found: Mapping[str, float], config: GuardConfig) -> list[str]:
+    """The codes of all guards that object to a sample of these signals; an empty list admits it."""
+    return [code for code, each in GUARDS.items() if each.objects(found, config)]
+
+
+def guard_rates(samples: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """How well guards tell valid derivations from others, from (admitted, valid) of checked samples.
+
+    false_accept: invalid ones admitted; false_reject: valid ones turned away; contamination: invalid ones among the
+    admitted. Each ``[rate, low, high]``, the interval as if samples were independent.
+    """
+    valid = sum(v for _, v in samples)
+    admitted = sum(a for a, _ in samples)
+    both = sum(a and v for a, v in samples)
+    return {
+        "valid": valid,
+        "invalid": len(samples) - valid,
+        "admitted": admitted,
+        "false_accept": list(wilson(admitted - both, len(samples) - valid)),
+        "false_reject": list(wilson(valid - both, valid)),
+        "contamination": list(wilson(admitted - both, admitted)),
+    }
+
+
+# Shares of the valid samples that a threshold is allowed to cost, at which thresholds are tried.
+_FINE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+_COARSE = (0.0, 0.02, 0.05, 0.1, 0.2)  # of every guard against every other
+
+
+def guard_curves(samples: Sequence[tuple[Mapping[str, float], bool]]) -> dict[str, list[dict[str, float]]]:
+    """Each guard alone, over its thresholds: code -> points of ``threshold``, ``kept`` (share of the valid samples) and
+    ``false_accept``. From (signals, valid) of checked samples."""
+    valid = np.array([v for _, v in samples], dtype=bool)
+    curves = {}
+    for code, each in GUARDS.items():
+        points = [
+            {
+                "threshold": threshold,
+                "kept": float(admits[valid].mean()) if valid.any() else 0.0,
+                "false_accept": float(admits[~valid].mean()) if (~valid).any() else 0.0,
+            }
+            for threshold, admits in _admissions(each, samples, valid, _FINE)
+        ]
+        if len(points) > 1:
+            curves[code] = points
+    return curves
+
+
+def guard_trade_off(samples: Sequence[tuple[Mapping[str, float], bool]]) -> list[dict[str, Any]]:
+    """What can be had by all guards together: the combinations of thresholds of which no other keeps more valid samples
+    at as little contamination, the purest first. ``thresholds`` names those that are switched on."""
+    valid = np.array([v for _, v in samples], dtype=bool)
+    if not valid.any():
+        return []
+    options: list[list[tuple[str, float, np.ndarray]]] = []
+    for code, each in GUARDS.items():
+        tried = _admissions(each, samples, valid, _COARSE)
+        if len(tried) > 1:
+            options.append([("", 0.0, np.ones(len(samples), dtype=bool)), *((code, t, a) for t, a in tried)])
+    found: dict[int, tuple[float, dict[str, float]]] = {}
+    for combination in _combinations(options, valid):
+        admitted, settings = combination
+        kept = int((admitted & valid).sum())
+        contamination = 1.0 - kept / int(admitted.sum()) if kept else 1.0
+        if kept not in found or contamination < found[kept][0]:
+            found[kept] = contamination, settings
+    front: list[dict[str, Any]] = []
+    for kept in sorted(found, reverse=True):
+        contamination, settings = found[kept]
+        if kept and (not front or contamination < front[-1]["contamination"]):
+            front.append({"kept": kept / int(valid.sum()), "contamination": contamination, "thresholds": settings})
+    return front[::-1]
+
+
+def _admissions(
+    each: Guard, samples: Sequence[tuple[Mapping[str, float], bool]], valid: np.ndarray, quantiles: Sequence[float]
+) -> list[tuple[float, np.ndarray]]:
+    """(threshold, which samples are admitted) at the quantiles of the valid samples' signals; distinct results only."""
+    values = np.array([found.get(each.signal, np.nan) for found, _ in samples])
+    known = values[valid & ~np.isnan(values)]
+    tried: list[tuple[float, np.ndarray]] = []
+    for quantile in quantiles if len(known) else ():
+        # An upper threshold rejects what reaches it, so the value itself must still pass.
+        at = np.quantile(known, quantile if each.least else 1.0 - quantile, method="lower")
+        threshold = float(at if each.least else np.nextafter(at, np.inf))
+        admits = np.isnan(values) | ((values >= threshold) if each.least else (values < threshold))
+        if not any(np.array_equal(admits, other) for _, other in tried):
+            tried.append((threshold, admits))
+    return tried
+
+
+def _combinations(
+    options: list[list[tuple[str, float, np.ndarray]]], valid: np.ndarray
+) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+    """Every choice of one option a guard that keeps at least half of the valid samples."""
+    least = valid.sum() / 2
+
+    def extend(
+        i: int, admitted: np.ndarray, settings: dict[str, float]
+    ) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+        if (admitted & valid).sum() < least:
+            return
+        if i == len(options):
+            yield admitted, settings
+            return
+        for code, threshold, admits in options[i]:
+            yield from extend(i + 1, admitted & admits, {**settings, **({code: threshold} if code else {})})
+
+    yield from extend(0, np.ones(len(valid), dtype=bool), {})
 
 
 MARKERS = {

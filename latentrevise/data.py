@@ -59,10 +59,10 @@ def load_prompts(
     """The usable prompts of a file (``.jsonl``, ``.json``, ``.parquet``, ``.csv``) or of rows, and the others' errors.
 
     Columns are found by name (PROMPT_COLUMNS, ANSWER_COLUMNS, ID_COLUMNS, the first that occurs) unless they are
-    given; a ``solution`` stands for its last ``\\boxed{}``, and nested golds of verl (``reward_model.ground_truth``)
-    are read. A prompt is text or a list of messages. chat: apply the tokenizer's chat template to texts too:
-    ``auto``, when there is a template. It is applied once, here; the ids are what everything else uses. Rows without
-    an id get a hash of their content.
+    given; a ``solution`` stands for its last ``\\boxed{}`` and stays, like every cell of which the answer is a part,
+    among the further columns; nested golds of verl (``reward_model.ground_truth``) are read. A prompt is text or a
+    list of messages. chat: apply the tokenizer's chat template to texts too: ``auto``, when there is a template. It
+    is applied once, here; the ids are what everything else uses. Rows without an id get a hash of their content.
     verifier: checks that the golds can be parsed; one of its own, if None.
 
     Raises InputError when nothing can be read at all, or, with ``strict``, at the first unusable row.
@@ -232,6 +232,8 @@ def _prompt(
     if longest is not None and len(ids) > longest:
         raise _BadRow("over-long-prompt", f"{len(ids)} tokens are more than the {longest} that fit; shorten the prompt")
     meta = {key: value for key, value in row.items() if key not in columns.used}
+    if isinstance(row[columns.answer], str) and row[columns.answer].strip() != answer:
+        meta[columns.answer] = row[columns.answer]  # a solution, of which the answer is a part
     # As JSON, for it is stored so; NaN, which some tables use for an empty cell, is null there.
     meta = json.loads(json.dumps(meta, default=str), parse_constant=lambda _: None)
     return Prompt(known_id or stable_hash([text, answer]), text, ids, answer, meta)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from latentrevise.audit import GUARDS, markers, pass_at_k, wilson
+from latentrevise.audit import (
+    GUARDS,
+    guard_curves,
+    guard_rates,
+    guard_trade_off,
+    markers,
+    pass_at_k,
+    wilson,
+)
 from latentrevise.records import Rollout, Sample, Start, Verdict
 from latentrevise.revision import Compute
 
@@ -18,14 +26,17 @@ WRONG, POOL = "@wrong", "resample@equal"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm's results. ``wrong``: it aimed at a random wrong answer."""
+    """One arm's results. ``wrong``: it aimed at a random wrong answer. prompts: those it was given. kept: trajectories
+    that the selection left of its admitted samples."""
 
     arm: str
     strategy: str
     uses_answer: bool
     wrong: bool
+    prompts: Sequence[str]
     compute: Compute
     rows: list[tuple[Start, Sample, Verdict]]
+    kept: int = 0
 
 
 def run_metrics(
@@ -36,13 +47,16 @@ def run_metrics(
     aimed_wrong: Sequence[str],
     left_out: int,
     checked: bool,
+    chained: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Everything that goes into ``metrics.json``.
 
     zero_hit: prompts that were to be recovered; aimed_wrong: those of them with a wrong target. left_out: input rows
-    that were not usable. checked: whether derivations were checked. Rates are ``[rate, low, high]`` with 95 % Wilson
-    intervals over prompts; compute is in token passes (forward 1, backward 2, decoded 1, cached 0).
+    that were not usable. checked: whether derivations were checked. chained: each strategy was given the prompts that
+    those before it had not recovered; then ``chain`` has the figures of all of them together. Rates are ``[rate, low,
+    high]`` with 95 % Wilson intervals over prompts; compute is in token passes (forward 1, backward 2, decoded 1,
+    cached 0).
     """
     by_arm = {outcome.arm: outcome for outcome in outcomes}
     pool = by_arm.get(POOL)
@@ -62,11 +76,11 @@ def run_metrics(
         "zero_hit": len(zero_hit),
         "derivations_checked": checked,
         "arms": {
-            outcome.arm: _arm(
-                outcome, by_arm, zero_hit, aimed_wrong, checked, control, fmean(failed) if failed else 0.0
-            )
+            outcome.arm: _arm(outcome, by_arm, aimed_wrong, checked, control, fmean(failed) if failed else 0.0)
             for outcome in outcomes
         },
+        "chain": _chain(outcomes, zero_hit, checked, control) if chained else None,
+        "guards": _guards([row for o in outcomes if not o.wrong for row in o.rows]) if checked else None,
         "control_curve": [] if control is None else control.curve(),
     }
 
@@ -112,14 +126,12 @@ class _Control:
 def _arm(
     outcome: Outcome,
     by_arm: Mapping[str, Outcome],
-    zero_hit: Sequence[str],
     aimed_wrong: Sequence[str],
     checked: bool,
     control: _Control | None,
     failed_length: float,
 ) -> dict[str, Any]:
-    prompts = aimed_wrong if outcome.wrong else zero_hit
-    count = len(prompts)
+    count = len(outcome.prompts)
     hit = {v.prompt_id for _, _, v in outcome.rows if v.hits_target}
     per_prompt = outcome.compute.passes / max(count, 1)
     result: dict[str, Any] = {
@@ -145,8 +157,9 @@ def _arm(
     # samples.
     wrong = by_arm.get(outcome.arm + WRONG) if outcome.uses_answer else outcome
     wrong_rate = None
-    if wrong is not None and aimed_wrong:
-        wrong_rate = wilson(len({v.prompt_id for _, _, v in wrong.rows if v.hits_wrong}), len(aimed_wrong))
+    aimed = set(aimed_wrong) & set(outcome.prompts)
+    if wrong is not None and aimed:
+        wrong_rate = wilson(len({v.prompt_id for _, _, v in wrong.rows if v.hits_wrong}), len(aimed))
     admitted = [v for _, _, v in correct if v.guard is None]
     rejections = Counter(code for _, _, v in correct if v.guard for code in v.guard.split(","))
     result |= {
@@ -161,6 +174,8 @@ def _arm(
         "admitted": len(admitted),
         "admitted_prompts": len({v.prompt_id for v in admitted}),
         "admitted_valid": sum(bool(v.valid) for v in admitted) if checked else None,
+        "guarded": guard_rates([(v.guard is None, bool(v.valid)) for _, _, v in correct]) if checked else None,
+        "kept": outcome.kept,
         "length": {
             "failed_mean": failed_length,
             "recovered_mean": fmean(len(start.plain_ids) + len(s.completion_ids) for start, s, _ in correct)
@@ -174,6 +189,37 @@ def _arm(
         },
     }
     return result
+
+
+def _chain(
+    outcomes: Sequence[Outcome], zero_hit: Sequence[str], checked: bool, control: _Control | None
+) -> dict[str, Any]:
+    """All strategies of a chain together, over all zero-hit prompts."""
+    own = [o for o in outcomes if not o.wrong and o.arm != POOL]
+    rows = [v for o in own for _, _, v in o.rows if v.verdict == "correct"]
+    per_prompt = sum(o.compute.passes for o in own) / max(len(zero_hit), 1)
+
+    def rate(found: set[str]) -> list[float]:
+        return list(wilson(len(found), len(zero_hit)))
+
+    return {
+        "recovered_rate": rate({v.prompt_id for v in rows}),
+        "admitted_rate": rate({v.prompt_id for v in rows if v.guard is None}),
+        "valid_rate": rate({v.prompt_id for v in rows if v.valid}) if checked else None,
+        "per_prompt": per_prompt,
+        "control": None if control is None else control.at(per_prompt),
+    }
+
+
+def _guards(rows: Sequence[tuple[Start, Sample, Verdict]]) -> dict[str, Any]:
+    """What the guards are worth on everything that is right and was checked, all strategies together."""
+    judged = [v for _, _, v in rows if v.verdict == "correct" and v.valid is not None]
+    measured = [(v.signals or {}, bool(v.valid)) for v in judged]
+    return {
+        **guard_rates([(v.guard is None, bool(v.valid)) for v in judged]),
+        "curves": guard_curves(measured),
+        "trade_off": guard_trade_off(measured),
+    }
 
 
 def _reliance(correct: Sequence[tuple[Start, Sample, Verdict]]) -> float | None:

@@ -19,10 +19,10 @@ import math
 import os
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from latentrevise import __version__
-from latentrevise.audit import Candidate, GuardConfig, guard
+from latentrevise.audit import Candidate, GuardConfig, guard, signals
 from latentrevise.config import config_hash, to_dict
 from latentrevise.data import load_prompts
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
@@ -58,6 +58,7 @@ from latentrevise.records import (
 )
 from latentrevise.revision import Compute
 from latentrevise.rundir import RunDirectory
+from latentrevise.selection import Select, select
 from latentrevise.strategies import Cut, Proposal, Strategy, StrategySettings, Tools, Work, build
 from latentrevise.verify import Verifier
 
@@ -93,11 +94,13 @@ class RecoverConfig(StrategySettings):
     checker: ``module:attribute`` of a derivation checker, called as (prompt, prefix, continuation, answer); code of
     yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control, at most
     ``equal_compute_cap`` rollouts a prompt. verify_timeout: seconds for one answer.
+    stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
+    brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
+    trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
     when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
     prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine,
-    see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
+    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine, see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
@@ -116,6 +119,9 @@ class RecoverConfig(StrategySettings):
     audit: bool = True
     equal_compute: bool = True
     equal_compute_cap: int = 256
+    stop_at_success: bool = False
+    select: Select = "first"
+    keep: int | None = None
     verify_timeout: float = 5.0
     label: str | None = None
     chat: Literal["auto", "always", "never"] = "auto"
@@ -151,6 +157,8 @@ class RecoverConfig(StrategySettings):
                 " `samples` to at"
                 " least `revised_rollouts`"
             )
+        if self.keep is not None and self.keep < 1:
+            raise ConfigError(f"RecoverConfig.keep = {self.keep!r}: it must be at least 1, or null to keep all")
         if not 0.0 <= self.prefix_fraction < 1.0:
             raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
 
@@ -202,6 +210,7 @@ class Recovery:
         self.resumed = self.run.begin(_header(model, config, self.engine))
         self._prompts: list[Prompt] | None = None
         self._work: list[_Case] | None = None
+        self._recovered: dict[str, set[str]] = {}
         boundary = config.prefix_boundary
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
 
@@ -221,7 +230,15 @@ class Recovery:
                 bar.update(len(chunk))
 
     def revise(self) -> None:
-        """Let every strategy propose its prefixes, for the right target and for a wrong one."""
+        """Let every strategy propose its prefixes, for the right target and for a wrong one.
+
+        With ``stop_at_success`` a strategy must know what those before it recovered, so each is run to its verdicts.
+        """
+        if self.config.stop_at_success:
+            for arm in self.arms():
+                for name, work in (("revise", self._propose), ("continue", self._continue), ("verify", self._judge)):
+                    self._stage(name, [arm], work)
+            return
         self.engine.sleep()
         self._stage("revise", self.arms(), self._propose)
 
@@ -244,6 +261,7 @@ class Recovery:
         trajectories, mixtures = self._trajectories()
         _write_mixtures(self.run.atoms, mixtures)
         write_records(self.run.trajectories, trajectories, Trajectory)
+        kept = Counter(t.strategy for t in trajectories)
         metrics = run_metrics(
             [
                 Outcome(
@@ -251,8 +269,10 @@ class Recovery:
                     arm.strategy.name,
                     arm.strategy.uses_answer,
                     arm.wrong,
+                    [case.prompt.id for case in self._cases_of(arm)],
                     self._cost(arm),
                     self._results(arm),
+                    0 if arm.wrong else kept[arm.name],
                 )
                 for arm in self.all_arms()
             ],
@@ -261,6 +281,7 @@ class Recovery:
             aimed_wrong=[case.prompt.id for case in self.cases() if case.wrong is not None],
             left_out=len(_read_jsonl(self.run.errors)),
             checked=self.checker is not None,
+            chained=self.config.stop_at_success,
             label=self.config.label,
         )
         write_json(self.run.metrics, metrics)
@@ -343,10 +364,12 @@ class Recovery:
         return arms
 
     def pool(self) -> _Arm | None:
-        """The equal-compute control: as many fresh rollouts a prompt as the dearest strategy could have paid for."""
+        """The equal-compute control: as many fresh rollouts a prompt as the dearest strategy, or all of a chain
+        together, could have paid for."""
         if not self.config.equal_compute or not self.cases():
             return None
-        dearest = max(self._cost(arm).passes for arm in self.arms() if not arm.wrong) / len(self.cases())
+        costs = [self._cost(arm).passes for arm in self.arms() if not arm.wrong]
+        dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(self.cases())
         rollouts = self.rollouts()
         lengths = [
             _decoded(r.completion_ids, r.finish_reason) for case in self.cases() for r in rollouts[case.prompt.id]
@@ -464,14 +487,33 @@ class Recovery:
                 [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
             )
             plain_of = dict(zip(correct, plain, strict=True))
+            agreement = self._agreement(
+                [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct], bar
+            )
+            agreement_of = dict(zip(correct, agreement, strict=True))
             rows = []
             for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
                 case, start = cases[sample.prompt_id], by_start[sample.start_id]
                 derivation = self._check(case.prompt, start, sample) if judgement.verdict == "correct" else None
-                objections = None
+                found, objections = None, None
                 if i in plain_of:
-                    seen = self._candidate(case, start, sample, mixtures.get(start.start_id), plain_of[i])
-                    objections = guard(seen, self.config.guards)
+                    found = signals(
+                        Candidate(
+                            prompt_ids=case.prompt.ids,
+                            original_ids=start.prefix_ids,
+                            plain_ids=start.plain_ids,
+                            mixture=mixtures.get(start.start_id),
+                            answer_ids=case.answer_ids,
+                            completion_ids=sample.completion_ids,
+                            completion=sample.completion,
+                            before_answer=self._before_answer(sample),
+                            plain_logprobs=plain_of[i],
+                            aimed=arm.strategy.uses_answer,
+                            told=bool(start.context_ids),
+                            agreement=agreement_of[i],
+                        )
+                    )
+                    objections = guard(found, self.config.guards)
                 rows.append(
                     Verdict(
                         sample_id=sample.sample_id,
@@ -485,6 +527,7 @@ class Recovery:
                         steps=[] if derivation is None else _steps(derivation),
                         guard=",".join(objections) or None if objections is not None else None,
                         plain_logprobs=plain_of.get(i),
+                        signals=found,
                     )
                 )
             write_records(self.run.part("verdicts", index, arm.name), rows, Verdict)
@@ -557,7 +600,21 @@ class Recovery:
             waiting = [(case, rest) for case, rest in waiting if rest and case.wrong is None]
 
     def _cases_of(self, arm: _Arm) -> list[_Case]:
-        return [case for case in self.cases() if not arm.wrong or case.wrong is not None]
+        """The prompts an arm is given; a wrong-target arm gets those of its strategy that have a wrong target."""
+        done: set[str] = set()
+        if self.config.stop_at_success and arm.name != POOL:
+            before = self.config.strategies[: self.config.strategies.index(arm.strategy.name)]
+            done = set().union(*(self._recovered_by(name) for name in before))
+        return [
+            case for case in self.cases() if case.prompt.id not in done and (case.wrong is not None or not arm.wrong)
+        ]
+
+    def _recovered_by(self, name: str) -> set[str]:
+        """The prompts of which this strategy brought an admitted trajectory. Raises RunError before it is verified."""
+        if name not in self._recovered:
+            arm = next(arm for arm in self.arms() if arm.name == name)
+            self._recovered[name] = {v.prompt_id for _, _, v in self._results(arm) if _admitted(v)}
+        return self._recovered[name]
 
     def _todo(self, stage: str, arm: _Arm, bar: tqdm) -> Iterator[tuple[int, list[_Case]]]:
         """The parts of an arm's stage that are not there yet; the bar advances over all of them."""
@@ -639,21 +696,37 @@ class Recovery:
             return None
         return self.checker(prompt.text, self._text(start.plain_ids), sample.completion, prompt.answer)
 
-    def _candidate(
-        self, case: _Case, start: Start, sample: Sample, mixture: Mixture | None, plain: Sequence[float]
-    ) -> Candidate:
+    def _before_answer(self, sample: Sample) -> int:
+        """Tokens of a continuation in front of its final answer."""
         before = sample.completion.rfind("\\boxed")
         head = sample.completion[:before] if before >= 0 else sample.completion
-        return Candidate(
-            prompt_ids=case.prompt.ids,
-            original_ids=start.prefix_ids,
-            plain_ids=start.plain_ids,
-            mixture=mixture,
-            answer_ids=case.answer_ids,
-            completion_ids=sample.completion_ids,
-            before_answer=len(self.tokenizer.encode(head, add_special_tokens=False)),
-            plain_logprobs=plain,
+        return min(len(self.tokenizer.encode(head, add_special_tokens=False)), len(sample.completion_ids))
+
+    def _agreement(self, rows: Sequence[tuple[Prompt, Start, Sample]], bar: tqdm) -> list[float | None]:
+        """The share of new continuations, behind the plain prefix and the first steps of each sample, that come to its
+        answer; None where no guard asks for it."""
+        guards = self.config.guards
+        if guards.min_agreement is None:
+            return [None] * len(rows)
+        requests, params = [], []
+        for prompt, start, sample in rows:
+            ids = sample.completion_ids
+            cut = int(guards.agreement_cut * self._before_answer(sample))
+            cut = max((i + 1 for i in range(cut) if ids[i] in self._boundary), default=cut)
+            context = (*prompt.ids, *self._rendered(start), *ids[:cut])
+            requests.append(Request(context))
+            params.append(self._sampling(1, greedy=True))
+            if guards.agreement_samples > 1:
+                requests.append(Request(context, seed=row_seed(self.config.seed, "agreement", sample.sample_id)))
+                params.append(self._sampling(guards.agreement_samples - 1))
+        found = iter(self._generate(requests, params, bar))
+        texts = [
+            [self._text(c.ids) for _ in range(1 + (guards.agreement_samples > 1)) for c in next(found)] for _ in rows
+        ]
+        judged = iter(
+            self.verifier.verify([(row[0].answer, text) for row, own in zip(rows, texts, strict=True) for text in own])
         )
+        return [sum(next(judged).verdict == "correct" for _ in own) / len(own) for own in texts]
 
     def _results(self, arm: _Arm) -> list[tuple[Start, Sample, Verdict]]:
         count = math.ceil(len(self._cases_of(arm)) / self.config.chunk)
@@ -661,7 +734,8 @@ class Recovery:
         for index in range(count):
             path = self.run.part("verdicts", index, arm.name)
             if not path.exists():
-                raise RunError(f"{self.run.path}: {arm.name} is not verified yet; run `latentrevise verify` first")
+                step = "revise" if self.config.stop_at_success else "verify"
+                raise RunError(f"{self.run.path}: {arm.name} is not verified yet; run `latentrevise {step}` first")
             starts = {s.start_id: s for s in self._starts(arm, index)[0]}
             samples = read_records(self.run.part("samples", index, arm.name), Sample)
             verdicts = read_records(path, Verdict)
@@ -687,15 +761,14 @@ class Recovery:
         for arm in self.arms():
             if arm.wrong:
                 continue
-            kept = [(start, s, v) for start, s, v in self._results(arm) if v.verdict == "correct" and v.guard is None]
+            kept = [(start, s, v) for start, s, v in self._results(arm) if _admitted(v)]
+            by_prompt: dict[str, list[Trajectory]] = defaultdict(list)
             mixtures: dict[str, Mixture] = {}
             for part in self.run.parts("starts", arm.name):
                 mixtures.update(_read_mixtures(part.with_suffix(".safetensors")))
             for start, sample, verdict in kept:
                 prompt = prompts[sample.prompt_id]
-                if start.start_id in mixtures:
-                    kept_mixtures[start.start_id] = mixtures[start.start_id]
-                rows.append(
+                by_prompt[prompt.id].append(
                     Trajectory(
                         prompt_id=prompt.id,
                         sample_id=sample.sample_id,
@@ -727,6 +800,11 @@ class Recovery:
                         config_hash=header["config_hash"],
                     )
                 )
+            for found in by_prompt.values():
+                for rank, trajectory in enumerate(select(found, config.select, config.keep)):
+                    rows.append(replace(trajectory, rank=rank))
+                    if trajectory.start_id in mixtures:
+                        kept_mixtures[trajectory.start_id] = mixtures[trajectory.start_id]
         return rows, kept_mixtures
 
 
@@ -806,6 +884,10 @@ def _write_mixtures(path: Path, mixtures: Mapping[str, Mixture]) -> None:
 def _read_mixtures(path: Path) -> dict[str, Mixture]:
     offsets = read_offsets(path)
     return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in read_atoms(path).items()}
+
+
+def _admitted(verdict: Verdict) -> bool:
+    return verdict.verdict == "correct" and verdict.guard is None
 
 
 def _steps(derivation: Derivation) -> list[dict[str, Any]]:

@@ -112,8 +112,9 @@ class Verdict:
 
     hits_target: it gives the answer its start aimed at. hits_wrong: it gives the prompt's wrong target (of the audit).
     valid: its derivation was checked and holds (None: the task can't check).
-    steps: ``{"text", "ok"}`` for each step of the derivation. guard: reason code of the guard that rejected it.
-    plain_logprobs: of the continuation behind the plain tokens, nats, one an id.
+    steps: ``{"text", "ok"}`` for each step of the derivation. guard: reason codes of the guards that rejected it.
+    plain_logprobs: of the continuation behind the plain tokens, nats, one an id. signals: what the guards judged it by
+    (see ``audit.signals``); with them the thresholds can be swept afterwards.
     """
 
     sample_id: str
@@ -127,6 +128,7 @@ class Verdict:
     steps: list[dict[str, Any]]
     guard: str | None
     plain_logprobs: tuple[float, ...] | None
+    signals: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class Trajectory:
         needs the second.
     valid: the derivation was checked and holds; None: the task cannot check. reward: 1.0 for correct.
     backend: the kernel implementation that revised (``auto``: the dispatch chose; ``none``:
-    nothing was revised). config_hash: of the run's settings.
+    nothing was revised). config_hash: of the run's settings. rank: the place that the run's ``select`` gives it among
+    its strategy's trajectories for this prompt, from 0.
     """
 
     prompt_id: str
@@ -174,6 +177,7 @@ class Trajectory:
     plain_logprobs: tuple[float, ...] | None
     backend: str
     config_hash: str
+    rank: int = 0
 
 
 @dataclass(frozen=True)

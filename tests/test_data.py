@@ -179,6 +179,15 @@ def test_a_bad_row_has_a_reason_and_the_rest_goes_on(verifier, row, reason):
         load(rows, max_prompt_tokens=20, verifier=verifier, strict=True)
 
 
+def test_a_solution_stays_beside_the_answer_that_was_taken_from_it():
+    rows = [{"problem": "p", "solution": "it is \\boxed{7}"}, {"problem": "q", "solution": "\\boxed{7}"}]
+    assert [p.meta for p in load(rows)[0]] == [{"solution": row["solution"]} for row in rows]
+    (prompt,) = load([{"question": "q", "answer": "5 + 2 = 7\n#### 7"}])[0]
+    assert prompt.meta == {"answer": "5 + 2 = 7\n#### 7"}
+    (prompt,) = load([{"question": "q", "answer": " 7 "}])[0]
+    assert prompt.meta == {}
+
+
 def test_a_solution_without_a_box():
     rows = [{"problem": "p", "solution": "it is 7"}, {"problem": "q", "solution": "\\boxed{7}"}]
     prompts, errors = load(rows)
