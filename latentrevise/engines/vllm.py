@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -111,13 +111,18 @@ class VLLMEngine:
     model: the policy; vLLM loads the same weights from ``path`` (by default where the model came from) in the same
     dtype. tokenizer: needed for stop strings, and to keep ids that it cannot decode from being sampled.
 
-    vLLM starts at the first use. It is compared with the policy then and after each ``update``; ModelError says what
-    differs. If it dies it is started again, once: requests that were finished stay finished, the others are run again.
-    A second death is a RunError.
+    vLLM starts at the first use and is compared with the policy then and after each ``update``; ModelError says what
+    differs. What it sets up belongs to the process, so one engine runs at a time: starting another one ends it, and it
+    starts anew when it is used again. ``close`` frees its memory.
+
+    If it dies it is started again, once: requests that were finished stay finished, the others are run again. A second
+    death is a RunError.
 
     The global random state is neither read nor changed. On one machine the same list of requests gives the same
     completions; a request's random numbers do not depend on the others, but the last bits of its logits may.
     """
+
+    _running: ClassVar[VLLMEngine | None] = None
 
     def __init__(
         self,
@@ -200,8 +205,11 @@ class VLLMEngine:
         """Start vLLM now, rather than at the first request."""
         if self._llm is not None:
             return self._wake()
+        if VLLMEngine._running is not None:
+            VLLMEngine._running.close()
         with _caller_undisturbed():
             self._llm = self._load()
+        VLLMEngine._running = self
         self._accept(push=self._changed, folder=None)
 
     def close(self) -> None:
@@ -209,6 +217,7 @@ class VLLMEngine:
         llm, self._llm, self._asleep = self._llm, None, False
         if llm is None:
             return
+        VLLMEngine._running = None
         try:
             llm.llm_engine.engine_core.shutdown()
         except Exception as error:  # whatever a dead engine raises, it is going anyway
@@ -371,6 +380,9 @@ class VLLMEngine:
             if push:
                 self._push(folder)
             self.compare()
+        except EngineDied as death:
+            self.close()
+            raise ModelError(f"{self.path}: vLLM cannot run it ({death}); use --engine hf") from death.__cause__
         except BaseException:
             self.close()
             raise
