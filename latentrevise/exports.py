@@ -38,22 +38,40 @@ def sft_rows(
     A trajectory that ended by itself gets the end-of-sequence token, in the loss; one that ended in a string of
     ``stop`` was cut by the sampler and does not.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
-    for t in trajectories:
-        context, completion = _split(t)
-        cut = t.finish_reason == "length" or any(s in t.completion[-len(s) - 8 :] for s in stop)
-        ids = [*completion, *([] if cut else end)]
-        rows.append(
-            {
-                "prompt": _prompt_text(context, tokenizer),
-                "completion": _text(completion, tokenizer),
-                "input_ids": [*context, *ids],
-                "completion_mask": [0] * len(context) + [1] * len(ids),
-                **_origin(t),
-            }
-        )
-    return rows
+    return [
+        {
+            **sft_row(*_split(t), tokenizer, ended=t.finish_reason == "stop" and not _in_stop(t.completion, stop)),
+            **_origin(t),
+        }
+        for t in trajectories
+    ]
+
+
+def sft_row(
+    context: Sequence[int], completion: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, ended: bool
+) -> Row:
+    """One row of ``sft_rows``: ``context`` is given, ``completion`` is learned, and its end if it ended by itself."""
+    end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token_id is not None else []
+    return {
+        "prompt": _prompt_text(context, tokenizer),
+        "completion": _text(completion, tokenizer),
+        "input_ids": [*context, *completion, *end],
+        "completion_mask": [0] * len(context) + [1] * (len(completion) + len(end)),
+    }
+
+
+def rollout_row(
+    context: Sequence[int], rollout: Rollout, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+) -> Row:
+    """An ordinary rollout behind its prompt, in the form of ``sft_rows``."""
+    ended = rollout.finish_reason == "stop" and not _in_stop(rollout.completion, stop)
+    return {
+        **sft_row(context, rollout.completion_ids, tokenizer, ended=ended),
+        "prompt_id": rollout.prompt_id,
+        "sample_id": rollout.sample_id,
+        "strategy": "ordinary",
+        "prefix_rendering": "original",
+    }
 
 
 def preference_rows(
@@ -178,6 +196,10 @@ def export_run(
         with atomic_write(out) as temporary:
             pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
     return len(rows)
+
+
+def _in_stop(text: str, stop: Sequence[str]) -> bool:
+    return any(s in text[-len(s) - 8 :] for s in stop)
 
 
 def _split(t: Trajectory) -> tuple[tuple[int, ...], tuple[int, ...]]:
