@@ -1,0 +1,275 @@
+"""Evaluation: sample, verify, unbiased pass@k with bootstrap intervals; the usual benchmarks by name.
+
+A small harness for the questions of this project. For full tables with the field's own prompts and metrics use
+lighteval; see docs/training.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentrevise.audit import pass_at_k
+from latentrevise.data import Chat, load_prompts
+from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.pipeline import load_checker
+from latentrevise.records import Prompt, Rollout, RowError, row_seed, write_json, write_jsonl, write_records
+from latentrevise.verify import Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How to evaluate. samples: drawn for each prompt. k: of pass@k, none larger than ``samples``.
+
+    temperature, top_p, max_new_tokens, stop: of sampling. resamples: bootstrap resamples of the prompts. checker:
+    ``module:attribute`` of a derivation checker (see RecoverConfig); adds valid@1. verify_timeout: seconds an answer.
+    """
+
+    samples: int = 1
+    k: tuple[int, ...] = (1,)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    resamples: int = 2000
+    checker: str | None = None
+    verify_timeout: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.resamples < 1:
+            raise ConfigError(f"samples = {self.samples!r}, resamples = {self.resamples!r}: both must be at least 1")
+        if not self.k or not all(1 <= k <= self.samples for k in self.k):
+            raise ConfigError(f"k = {self.k!r}: each must lie between 1 and samples = {self.samples}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The samples of one prompt: how many there are, are correct, have no verdict, have a valid derivation."""
+
+    prompt_id: str
+    samples: int
+    correct: int
+    unknown: int
+    valid: int | None
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    *,
+    engine: Engine | None = None,
+    verifier: Verifier | None = None,
+) -> tuple[list[Score], list[Rollout]]:
+    """Sample and judge ``config.samples`` completions of each prompt; one score a prompt, in order.
+
+    A prompt's samples depend on its id and the seed, not on the other prompts. An undecided verdict counts as not
+    correct and is told apart in ``unknown``.
+    """
+    if verifier is None:
+        with Verifier(timeout=config.verify_timeout) as own:
+            return evaluate(model, tokenizer, prompts, config, engine=engine, verifier=own)
+    checker = load_checker(config.checker)
+    params = SamplingParams(
+        n=config.samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+    )
+    requests = [Request(p.ids, seed=row_seed(config.seed, "eval", p.id)) for p in prompts]
+    found = (engine or HFEngine(model, tokenizer)).generate(requests, params)
+    texts = [[str(tokenizer.decode(list(c.ids), skip_special_tokens=True)) for c in own] for own in found]
+    judged = iter(verifier.verify([(p.answer, t) for p, own in zip(prompts, texts, strict=True) for t in own]))
+    scores, rollouts = [], []
+    for prompt, completions, own in zip(prompts, found, texts, strict=True):
+        verdicts = [next(judged) for _ in own]
+        valid = None
+        if checker is not None:
+            right = [t for t, v in zip(own, verdicts, strict=True) if v.verdict == "correct"]
+            valid = sum(checker(prompt.text, "", text, prompt.answer).valid for text in right)
+        correct, unknown = (sum(v.verdict == kind for v in verdicts) for kind in ("correct", "unknown"))
+        scores.append(Score(prompt.id, len(own), correct, unknown, valid))
+        rollouts += [
+            Rollout(
+                prompt_id=prompt.id,
+                sample_id=f"{prompt.id}/{j}",
+                completion_ids=c.ids,
+                completion=text,
+                extracted=v.extracted,
+                verdict=v.verdict,
+                finish_reason=c.finish_reason,
+                sampling_logprobs=c.logprobs or (),
+            )
+            for j, (c, text, v) in enumerate(zip(completions, own, verdicts, strict=True))
+        ]
+    return scores, rollouts
+
+
+def summary(scores: Sequence[Score], config: EvalConfig) -> dict[str, Any]:
+    """``pass@k`` as ``[mean, low, high]``: the unbiased estimator (Chen et al. 2021) of each prompt, averaged, with the
+    95 % percentile bootstrap over prompts; ``valid@1`` alike. ``zero_hit``, ``unknown``: shares."""
+    if not scores:
+        raise InputError("nothing was evaluated; give at least one usable prompt")
+
+    def rate(values: Sequence[float]) -> list[float]:
+        return bootstrap(values, config.resamples, config.seed)
+
+    total = sum(s.samples for s in scores)
+    out: dict[str, Any] = {
+        "prompts": len(scores),
+        "samples": config.samples,
+        **{f"pass@{k}": rate([pass_at_k(s.samples, s.correct, k) for s in scores]) for k in config.k},
+        "zero_hit": sum(s.correct == 0 for s in scores) / len(scores),
+        "unknown": sum(s.unknown for s in scores) / total,
+    }
+    if config.checker is not None:
+        out["valid@1"] = rate([(s.valid or 0) / s.samples for s in scores])
+    return out
+
+
+def bootstrap(values: Sequence[float], resamples: int, seed: int) -> list[float]:
+    """Mean of the values and its 95 % percentile interval over resamples: ``[mean, low, high]``."""
+    array, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    # Resampling is drawing how often each value occurs.
+    counts = generator.multinomial(len(array), np.full(len(array), 1 / len(array)), size=resamples)
+    means = counts @ array / len(array)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return [float(array.mean()), float(low), float(high)]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark on the hub: where it is, and which columns it must have. size: its number of problems."""
+
+    hub_id: str
+    split: str
+    prompt: str
+    answer: str
+    size: int
+    subset: str | None = None
+
+
+BENCHMARKS = {
+    "math-500": Benchmark("HuggingFaceH4/MATH-500", "test", "problem", "answer", 500),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", "problem", "answer", 30),
+    "aime25": Benchmark("yentinglin/aime_2025", "train", "problem", "answer", 30),
+    "amc23": Benchmark("math-ai/amc23", "test", "question", "answer", 40),
+    "minerva": Benchmark("math-ai/minervamath", "test", "question", "answer", 272),
+    "olympiadbench": Benchmark("math-ai/olympiadbench", "test", "question", "final_answer", 674),
+}
+
+
+def load_benchmark(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    chat: Chat = "auto",
+    instruction: str = INSTRUCTION,
+    verifier: Verifier | None = None,
+) -> tuple[list[Prompt], list[RowError]]:
+    """The problems of one of BENCHMARKS, and the rows that cannot be used with their reasons.
+
+    source: a local ``.parquet``, ``.json``, ``.jsonl`` or ``.csv`` file of the same form, in place of the hub.
+    instruction: put behind each problem. Several gold answers to one problem become one list, comma by comma. Raises
+    ConfigError for an unknown name, InputError if the data cannot be had or lacks a column.
+    """
+    from datasets import load_dataset
+
+    if name not in BENCHMARKS:
+        raise ConfigError(f"unknown benchmark {name!r}; choose from {', '.join(BENCHMARKS)}, or give a file")
+    known = BENCHMARKS[name]
+    try:
+        if source is None:
+            data: Any = load_dataset(known.hub_id, known.subset, split=known.split)
+        else:
+            kind = {"jsonl": "json"}.get(suffix := Path(source).suffix.lstrip("."), suffix)
+            data = load_dataset(kind, data_files=str(source), split="train")
+    except Exception as error:  # whatever hub, network and readers raise
+        place = known.hub_id if source is None else source
+        raise InputError(
+            f"{name}: {place} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]});"
+            " check the network, or give a local copy as source"
+        ) from error
+    missing = {known.prompt, known.answer} - set(data.column_names)
+    if missing:
+        raise InputError(
+            f"{name}: no column {', '.join(sorted(missing))} (found: {', '.join(data.column_names)}); its form has"
+            " changed, so give a copy of the old form as source"
+        )
+    rows = [_problem(row, known, instruction) for row in data]
+    return load_prompts(
+        rows, tokenizer=tokenizer, prompt_column="prompt", answer_column="answer", chat=chat, verifier=verifier
+    )
+
+
+def _problem(row: Mapping[str, Any], known: Benchmark, instruction: str) -> dict[str, Any]:
+    answer = row[known.answer]
+    if isinstance(answer, list):
+        answer = ", ".join(str(part).strip().strip("$") for part in answer)
+    ids = {key: str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None}
+    return {"prompt": str(row[known.prompt]) + instruction, "answer": answer, **dict(list(ids.items())[:1])}
+
+
+def write_evaluation(
+    out: str | os.PathLike[str],
+    metrics: Mapping[str, Any],
+    rollouts: Sequence[Rollout],
+    errors: Iterable[RowError],
+) -> None:
+    """``metrics.json``, ``rollouts.parquet`` and ``errors.jsonl`` in a folder."""
+    out = Path(out)
+    write_records(out / "rollouts.parquet", rollouts, Rollout)
+    write_jsonl(out / "errors.jsonl", errors)
+    write_json(out / "metrics.json", dict(metrics))
+
+
+class Evaluates:
+    """For a Trainer: at each of its evaluations also sample prompts; the rates come as ``eval_pass@k`` and so on."""
+
+    _evaluated: Sequence[Prompt] = ()
+    _evaluation: EvalConfig
+
+    def sample_at_evaluation(self, prompts: Sequence[Prompt], config: EvalConfig) -> None:
+        self._evaluated, self._evaluation = prompts, config
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        if self._evaluated:
+            found = self._sampled()
+            own = {
+                f"{metric_key_prefix}_{name}": value[0] if isinstance(value, list) else value
+                for name, value in found.items()
+                if name not in ("prompts", "samples")
+            }
+            self.log(own)  # type: ignore[attr-defined]
+            metrics.update(own)
+        return metrics
+
+    def _sampled(self) -> dict[str, Any]:
+        from accelerate.utils import gather_object
+        from torch.distributed.fsdp import FSDPModule
+
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        model = accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # A pass through sharded weights takes all processes, so there each does all the work.
+        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        count = 1 if sharded else accelerator.num_processes
+        own = list(self._evaluated[0 if sharded else accelerator.process_index :: count])
+        scores, _ = evaluate(model, self.processing_class, own, self._evaluation)  # type: ignore[attr-defined]
+        return summary(scores if count == 1 else gather_object(scores), self._evaluation)
