@@ -1,0 +1,187 @@
+"""TRL's trainers with their log-probs from ``linear_logprob``.
+
+TRL's trainers call ``model(..., labels=labels, fused_lm_head=True)`` and read per-token log-probs, entropy and top-1
+hits from the result. This module answers that call with the package's kernels: one pass over the table a forward, no
+tile of logits, and with a frozen head a backward without any. The rest of the model, generation too, stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import FusedCausalLMOutput
+
+from latentrevise import kernels
+from latentrevise.errors import ConfigError, ModelError
+from latentrevise.policy import logit_transforms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+METRICS = ("entropy", "is_top1")
+
+
+def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metrics: tuple[str, ...] = ()) -> None:
+    """Let ``model(..., labels=..., fused_lm_head=True)`` compute log-probs by ``linear_logprob``.
+
+    model: a causal LM of transformers, below any adapter. temperature: the logits are divided by it. metrics: which of
+    METRICS to compute besides; ``is_top1`` costs a pass of the vertex oracle. Only the positions with a label are run
+    through the head. Raises ModelError if the model's logits have a form not understood, ConfigError under ZeRO-3.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError("ZeRO-3 takes the head's weights away before the backward pass; use FSDP2, or ZeRO-2")
+    unknown = set(metrics) - set(METRICS)
+    if unknown:
+        raise ConfigError(f"linear_logprob has no metric {', '.join(sorted(unknown))}; it has {', '.join(METRICS)}")
+    scale, softcap = _transform(model)
+    text = model.config.get_text_config(decoder=True)
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            given = {"labels": labels, "shift_labels": shift_labels}
+            return plain(*args, **kwargs, **{k: v for k, v in given.items() if v is not None})
+        items = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        if getattr(text, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        # Looked up at each call: adapters and FSDP2 change modules after this.
+        body = self.base_model(*args, **kwargs)
+        hidden = body.last_hidden_state
+        if shift_labels is None:
+            assert labels is not None  # TRL gives one or the other
+            hidden, targets = hidden[:, :-1], labels[:, 1:]
+        else:
+            targets = shift_labels
+        head = self.get_output_embeddings()
+        targets, hidden = targets.to(head.weight.device), hidden.to(head.weight.device)
+        mask = targets != IGNORED
+        logp, entropy, top = _head(hidden[mask], head, targets[mask], scale, softcap, temperature, metrics)
+        loss = -logp.sum() / (mask.sum().clamp(min=1) if items is None else items)
+        balance = _balance(body, text, kwargs) if kwargs.get("output_router_logits") else None
+        if balance is not None:
+            loss = loss + getattr(text, "router_aux_loss_coef", 0.0) * balance
+        return FusedCausalLMOutput(
+            loss=loss,
+            log_probs=_spread(logp, mask),
+            entropy=None if entropy is None else _spread(entropy, mask),
+            is_top1=None if top is None else _spread(top, mask),
+            label_mask=mask,
+            aux_loss=balance,
+        )
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _head(
+    hidden: Tensor,
+    head: Any,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    metrics: tuple[str, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs, entropy and top-1 hits of ``hidden [N, d]``, float32 (bool) ``[N]``."""
+    weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden = hidden.contiguous()
+    found = kernels.linear_logprob(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        entropy="entropy" in metrics,
+    )
+    logp, entropy = found if isinstance(found, tuple) else (found, None)
+    return logp, entropy, _top1(hidden, weight, bias, targets) if "is_top1" in metrics else None
+
+
+@torch.no_grad()
+def _top1(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Whether the target has the largest logit: the vertex oracle of the negative hidden states (lowest id on ties)."""
+    if bias is not None:  # one more column: a copy of the table, for the few architectures with a bias
+        weight = torch.cat([weight, bias[:, None].to(weight.dtype)], 1)
+        hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+    return kernels.vertex_oracle(-hidden.detach(), weight.detach())[0] == targets
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """FSDP2's shards gathered; the gradient finds its way back to them."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Back to ``[B, T]``, zero (and still part of the graph) where there is no label."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _balance(body: Any, text: Any, kwargs: dict[str, Any]) -> Tensor:
+    """The load-balancing loss of a mixture of experts, as the model's own forward computes it."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss = load_balancing_loss_func(
+        body.router_logits, text.num_experts, text.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+    assert isinstance(loss, Tensor)  # an int only without router logits
+    return loss
+
+
+def _transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """``(scale, softcap)`` with which the model forms its logits: measured in the first process, told to the others.
+
+    The others may hold no weights yet (FSDP with RAM-efficient loading).
+    """
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    found = [_measured(model) if first else None]
+    if torch.distributed.is_initialized():
+        broadcast_object_list(found)
+    if found[0] is None:
+        raise ModelError(
+            f"{type(model).__name__} computes its logits in a way not understood here: neither plain, scaled nor"
+            " soft-capped h W^T"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def _measured(model: PreTrainedModel) -> tuple[float, float | None] | None:
+    head = model.get_output_embeddings()
+    text = model.config.get_text_config(decoder=True)
+    ids = torch.linspace(0, text.vocab_size - 1, 8, device=head.weight.device).long()[None]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        own = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        for module in training:
+            module.training = True
+    raw = torch.nn.functional.linear(hidden.to(head.weight), head.weight, head.bias).float().to(own.device)
+    for scale, softcap in logit_transforms(text):
+        logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+        exact = own.abs().max().clamp_min(1e-6) * (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2)
+        if (logits - own).abs().max() < exact:
+            return scale, softcap
+    return None

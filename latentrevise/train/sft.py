@@ -1,0 +1,191 @@
+"""Supervised fine-tuning on recovered trajectories: TRL's SFTTrainer with its log-probs from ``linear_logprob``.
+
+What a row learns is its *rendering* (docs/training.md): the revised prefix as text and in the loss
+(``argmax``), the failed prefix in the loss (``original``), or the revised prefix as context only (``continuation``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.evaluate import EvalConfig, Evaluates
+from latentrevise.exports import Row, rollout_row, sft_rows
+from latentrevise.records import PrefixRendering, Prompt, Rollout, Start, Trajectory, read_records, row_seed
+from latentrevise.rundir import RunDirectory
+from latentrevise.train.logprob import METRICS, add_linear_logprob
+from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTSettings:
+    """Settings of ``latentrevise train sft``.
+
+    strategies: only the trajectories of these (none named: all). valid_only: only those with a derivation found valid.
+    rendering: ``argmax``, ``original`` or ``continuation``. per_prompt: at most so many trajectories of a prompt (0:
+    all). mix: ordinary correct rollouts of the same run for each recovered row, spread over its solved prompts.
+    lora: see LoraSettings. holdout: rows kept from training for the loss at each evaluation of the trainer
+    (``trainer.eval_strategy``). eval_prompts: a file of prompts and answers on which the policy is sampled besides;
+    evaluation: how. trainer: arguments of TRL's SFTConfig as they are (``packing``,
+    ``learning_rate``, ``max_length``, ...). seed: of choosing rows.
+    """
+
+    strategies: tuple[str, ...] = ()
+    valid_only: bool = False
+    rendering: PrefixRendering = "argmax"
+    per_prompt: int = 0
+    mix: float = 1.0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    holdout: int = 0
+    eval_prompts: str | None = None
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    trainer: dict = field(default_factory=dict)  # type: ignore[type-arg]  # any argument of TRL's
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("mix", "per_prompt", "holdout"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"SFTSettings.{name} = {getattr(self, name)!r}: it may not be negative")
+
+
+class LinearSFTTrainer(Evaluates, SFTTrainer):
+    """TRL's SFTTrainer, its log-probs from ``linear_logprob``; ``Evaluates`` samples prompts at each evaluation.
+
+    Arguments, losses (``nll``, ``dft``), packing, adapters and checkpoints are TRL's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        add_linear_logprob(model.get_base_model() if hasattr(model, "get_base_model") else model, metrics=METRICS)
+
+
+def sft_dataset(run: str | os.PathLike[str], settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows of a finished run that are trained on: the chosen trajectories, rendered, and the ordinary rollouts.
+
+    Raises InputError if no trajectory is left or the run holds none.
+    """
+    directory = RunDirectory(run)
+    config = directory.read_header()["config"]
+    if not directory.trajectories.is_file():
+        raise InputError(f"{directory.path}: no trajectories.parquet in it; finish the run first")
+    found = read_records(directory.trajectories, Trajectory)
+    unknown = set(settings.strategies) - {t.strategy for t in found}
+    if unknown:
+        raise InputError(
+            f"{directory.path} has no trajectory of {', '.join(sorted(unknown))}; leave it out, or recover"
+        )
+    chosen = [
+        t
+        for t in found
+        if (not settings.strategies or t.strategy in settings.strategies)
+        and (t.valid is True or not settings.valid_only)
+    ]
+    if settings.per_prompt:
+        chosen = _per_prompt(chosen, settings.per_prompt)
+    if not chosen:
+        raise InputError(
+            f"{directory.path}: none of its {len(found)} trajectories is left"
+            f" ({sum(t.valid is True for t in found)} valid); relax strategies or valid_only, or recover more prompts"
+        )
+    stop = config.get("stop", ())
+    rows = sft_rows(rendered(chosen, settings.rendering, directory), tokenizer, stop)
+    wanted = round(settings.mix * len(rows))
+    prompts = {p.id: p for p in read_records(directory.prompts, Prompt)}
+    ordinary = ordinary_rollouts(read_records(directory.path / "rollouts", Rollout), wanted, settings.seed)
+    if len(ordinary) < wanted:
+        log.warning("the run has only %d ordinary correct rollouts of the %d asked for", len(ordinary), wanted)
+    rows += [rollout_row(prompts[r.prompt_id].ids, r, tokenizer, stop) for r in ordinary]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    return [rows[i] for i in order]
+
+
+def rendered(trajectories: Iterable[Trajectory], rendering: PrefixRendering, run: RunDirectory) -> list[Trajectory]:
+    """The trajectories with another text for their prefix than the one the run recorded.
+
+    The plain tokens of a revision stand in the run's starts, so any rendering can be had from any run. Their
+    ``plain_logprobs`` are of the recorded one and are dropped where it changes.
+    """
+    starts: dict[str, Start] = {}
+    out = []
+    for t in trajectories:
+        if t.prefix_rendering == rendering:
+            out.append(t)
+            continue
+        if t.start_id not in starts:
+            starts.update(
+                {s.start_id: s for part in run.parts("starts", t.strategy) for s in read_records(part, Start)}
+            )
+        plain = t.prefix_ids if rendering == "original" else starts[t.start_id].plain_ids
+        same = {t.prefix_rendering, rendering} == {"argmax", "continuation"}
+        logprobs = t.plain_logprobs if same else None
+        out.append(replace(t, plain_prefix_ids=plain, prefix_rendering=rendering, plain_logprobs=logprobs))
+    return out
+
+
+def ordinary_rollouts(rollouts: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:
+    """``count`` correct rollouts, or all there are: one of each solved prompt before the second of any."""
+    by_prompt: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        if rollout.verdict == "correct":
+            by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
+    order = sorted(by_prompt, key=lambda name: row_seed(seed, "mix", name))
+    rounds = max(map(len, by_prompt.values()), default=0)
+    spread = [by_prompt[name][i] for i in range(rounds) for name in order if i < len(by_prompt[name])]
+    return spread[:count]
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    out: str | os.PathLike[str],
+    settings: SFTSettings,
+    eval_prompts: Sequence[Prompt] = (),
+) -> LinearSFTTrainer:
+    """Fine-tune on rows with ``input_ids`` and ``completion_mask``; resumed from ``out`` where it holds a checkpoint.
+
+    The trained model, or its adapter, is left in ``out/model``.
+    """
+    arguments = trl_arguments(SFTConfig, out, settings.trainer, seed=settings.seed)
+    if len(rows) <= settings.holdout:
+        raise ConfigError(f"holdout = {settings.holdout} leaves none of {len(rows)} rows to train on; lower it")
+    if arguments.eval_strategy != "no" and not settings.holdout:
+        raise ConfigError("trainer.eval_strategy needs rows to evaluate the loss on; set holdout to their number")
+    data = Dataset.from_list([{key: list(row[key]) for key in ("input_ids", "completion_mask")} for row in rows])
+    first = len(rows) - settings.holdout
+    trainer = LinearSFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.select(range(first)),
+        eval_dataset=data.select(range(first, len(rows))) if settings.holdout else None,
+        processing_class=ready_tokenizer(tokenizer),
+        peft_config=settings.lora.peft(),
+    )
+    trainer.sample_at_evaluation(eval_prompts, settings.evaluation)
+    run_training(trainer, Path(out))
+    return trainer
+
+
+def _per_prompt(trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
+    seen: dict[str, int] = {}
+    kept = []
+    for t in trajectories:
+        seen[t.prompt_id] = seen.get(t.prompt_id, 0) + 1
+        if seen[t.prompt_id] <= most:
+            kept.append(t)
+    return kept

@@ -1,0 +1,274 @@
+"""SFT: the same losses, gradients and weights as TRL's own trainer; rows, renderings, mixing; resumption."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from latentrevise.config import load_config
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.evaluate import EvalConfig
+from latentrevise.records import Prompt, Rollout, Start, Trajectory, write_json, write_records
+from latentrevise.rundir import FORMAT, RunDirectory
+from latentrevise.train.logprob import METRICS, add_linear_logprob
+from latentrevise.train.settings import trl_arguments
+from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, ordinary_rollouts, rendered, sft_dataset, train_sft
+from tests.test_exports import TOKENIZER, encode, learned, trajectory
+from tests.tiny import BOS, EOS, tiny_model
+
+MODELS = {
+    "tied": ("qwen3", {}),
+    "untied": ("llama", {}),
+    "softcap": ("gemma3", {"final_logit_softcapping": 5.0}),
+}
+
+
+def both(name, **changes):
+    """The same model twice: under TRL's head and under ours."""
+    arch, own = MODELS[name]
+    models = [tiny_model(arch, **(own | changes)) for _ in range(2)]
+    add_fused_lm_head(models[0], temperature=0.7, outputs=("log_probs", *METRICS))
+    add_linear_logprob(models[1], temperature=0.7, metrics=METRICS)
+    return models
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_and_gradients_are_those_of_trl(name):
+    ids = torch.randint(4, 97, (3, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 9:] = -100
+    weights = torch.randn(3, 11, generator=torch.Generator().manual_seed(1))
+    results = []
+    for model in both(name):
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        (out.log_probs * weights).sum().backward()
+        results.append((out, {n: p.grad for n, p in model.named_parameters()}))
+    (theirs, wanted), (ours, got) = results
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.entropy, theirs.entropy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    assert torch.equal(ours.label_mask, theirs.label_mask)
+    for key in wanted:
+        torch.testing.assert_close(got[key], wanted[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+def test_the_plain_forward_is_untouched():
+    model = tiny_model()
+    ids = torch.arange(4, 12)[None]
+    before = model(input_ids=ids, labels=ids)
+    add_linear_logprob(model)
+    after = model(input_ids=ids, labels=ids)
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.loss, after.loss)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= ids.shape[1] + 2
+
+
+def test_a_batch_without_a_label_has_a_gradient_of_zero():
+    model = tiny_model()
+    add_linear_logprob(model)
+    ids = torch.arange(4, 12)[None]
+    out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def rows(count=6):
+    texts = ["2*3 is \\boxed{6}", "so 4+4, eight: \\boxed{8}", "no", "think of ten minus one = 9"]
+    out = []
+    for i in range(count):
+        prompt, completion = encode(f"q{i}"), (*encode(texts[i % 4]), EOS)
+        out.append(
+            {
+                "input_ids": [BOS, *prompt, *completion],
+                "completion_mask": [0] * (1 + len(prompt)) + [1] * len(completion),
+            }
+        )
+    return out
+
+
+ARGUMENTS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def trained(cls, out, peft=None, **changes):
+    trainer = cls(
+        model=tiny_model(),
+        args=trl_arguments(SFTConfig, out, ARGUMENTS | changes),
+        train_dataset=Dataset.from_list(rows()),
+        processing_class=TOKENIZER,
+        peft_config=peft,
+    )
+    trainer.train()
+    keys = ("loss", "grad_norm", "entropy", "mean_token_accuracy")
+    history = [[entry[k] for k in keys] for entry in trainer.state.log_history if "loss" in entry]
+    return torch.tensor(history), {n: p.detach() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": True, "max_length": 64, "per_device_train_batch_size": 1}, {"loss_type": "dft"}]
+)
+def test_training_equals_trl(tmp_path, changes):
+    (losses, weights), (own_losses, own) = (
+        trained(cls, tmp_path / cls.__name__, **changes) for cls in (SFTTrainer, LinearSFTTrainer)
+    )
+    assert len(losses) == 4
+    torch.testing.assert_close(own_losses, losses, atol=1e-5, rtol=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(own[name], weight, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_lora_trains_the_adapter_alone(tmp_path):
+    settings = load_config(SFTSettings, overrides=["lora.rank=4", "lora.alpha=8"])
+    (losses, _), (own_losses, own) = (
+        trained(cls, tmp_path / cls.__name__, peft=settings.lora.peft()) for cls in (SFTTrainer, LinearSFTTrainer)
+    )
+    torch.testing.assert_close(own_losses, losses, atol=1e-5, rtol=1e-5)
+    base = dict(tiny_model().named_parameters())
+    frozen = [n for n in own if "lora" not in n]
+    assert frozen
+    for name in frozen:
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(own[name], base[plain]), name
+
+
+def test_interrupted_training_resumes_to_the_same_losses(tmp_path):
+    settings = SFTSettings(mix=0.0, trainer=ARGUMENTS | {"save_strategy": "steps", "save_steps": 2})
+    whole = train_sft(tiny_model(), TOKENIZER, rows(), tmp_path / "whole", settings)
+    # The same run, killed after its second step: four planned, the checkpoint of step 2 is the last one there.
+    for name in ("checkpoint-2",):
+        (tmp_path / "resumed").mkdir()
+        (tmp_path / "whole" / name).rename(tmp_path / "resumed" / name)
+    resumed = train_sft(tiny_model(seed=9), TOKENIZER, rows(), tmp_path / "resumed", settings)
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (tmp_path / "resumed" / "model" / "model.safetensors").is_file()
+
+
+def test_evaluation_samples_the_prompts(tmp_path):
+    prompts = [Prompt(f"p{i}", "q", (BOS, *encode("q")), "6") for i in range(3)]
+    evaluation = EvalConfig(samples=2, k=(1, 2), max_new_tokens=4, resamples=10)
+    settings = SFTSettings(trainer=ARGUMENTS | {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}, holdout=2)
+    settings = replace(settings, evaluation=evaluation)
+    trainer = train_sft(tiny_model(), TOKENIZER, rows(), tmp_path, settings, prompts)
+    (entry,) = [e for e in trainer.state.log_history if "eval_pass@2" in e]
+    assert entry["eval_pass@1"] == 0.0
+    assert entry["eval_zero_hit"] == 1.0
+    with pytest.raises(ConfigError, match="holdout"):
+        train_sft(tiny_model(), TOKENIZER, rows(), tmp_path / "b", replace(settings, holdout=0), prompts)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run: two trajectories of one prompt, one of another; a third prompt has ordinary correct rollouts."""
+    directory = RunDirectory(tmp_path / "run")
+    made = [
+        trajectory(0),
+        trajectory(
+            0, sample_id="p0/latent/1", completion=" it is \\boxed{6}", completion_ids=encode(" it is \\boxed{6}")
+        ),
+        trajectory(1, strategy="pivot", start_id="pivot/p1/0"),
+    ]
+    write_json(directory.header, {"format": FORMAT, "config": {"stop": []}, "model": {"path": "m"}})
+    write_records(directory.trajectories, made, Trajectory)
+    write_records(directory.prompts, [Prompt(f"p{i}", "q", (BOS, *encode(f"q{i}")), "6") for i in range(4)], Prompt)
+    correct = [
+        Rollout(f"p{p}", f"p{p}/{s}", encode(f"ok {s}"), f"ok {s}", "6", "correct", "stop", ())
+        for p, s in ((2, 0), (2, 1), (3, 0))
+    ]
+    write_records(directory.path / "rollouts" / "part-00000.parquet", correct, Rollout)
+    starts = [
+        Start(
+            start_id=t.start_id, prompt_id=t.prompt_id, parent_sample_id=None, target="6", prefix_ids=t.prefix_ids,
+            plain_ids=encode("think six."), latent=True, greedy=False, n=1, forward_tokens=0, backward_tokens=0,
+            decoded_tokens=0, seconds=0.0,
+        )
+        for t in (made[0], made[2])
+    ]  # fmt: skip
+    for strategy, start in zip(("latent", "pivot"), starts, strict=True):
+        write_records(directory.part("starts", 0, strategy), [start], Start)
+    return directory
+
+
+def test_rows_of_a_run(run):
+    found = sft_dataset(run.path, SFTSettings(mix=1.0), TOKENIZER)
+    assert sorted(r["strategy"] for r in found) == ["latent", "latent", "ordinary", "ordinary", "ordinary", "pivot"]
+    plain = next(r for r in found if r["sample_id"] == "p2/0")
+    assert learned(plain) == (*encode("ok 0"), EOS)
+    found = sft_dataset(run.path, SFTSettings(mix=0.0, strategies=("latent",), per_prompt=1), TOKENIZER)
+    assert [r["sample_id"] for r in found] == ["p0/latent/0"]
+    with pytest.raises(InputError, match="no trajectory of hint"):
+        sft_dataset(run.path, SFTSettings(strategies=("hint",)), TOKENIZER)
+
+
+def test_ordinary_rollouts_are_spread_over_prompts(run):
+    from latentrevise.records import read_records
+
+    found = ordinary_rollouts(read_records(run.path / "rollouts", Rollout), 2, seed=0)
+    assert {r.prompt_id for r in found} == {"p2", "p3"}
+
+
+def test_renderings(run):
+    t = trajectory(0)
+    by = {
+        name: sft_dataset(
+            run.path, SFTSettings(mix=0.0, strategies=("latent",), per_prompt=1, rendering=name), TOKENIZER
+        )
+        for name in ("argmax", "original", "continuation")
+    }
+    assert learned(by["argmax"][0]) == (*encode("think six."), *t.completion_ids, EOS)
+    assert learned(by["original"][0]) == (*t.prefix_ids, *t.completion_ids, EOS)
+    assert learned(by["continuation"][0]) == (*t.completion_ids, EOS)
+    assert by["continuation"][0]["input_ids"] == by["argmax"][0]["input_ids"]
+    # Recorded with the failed prefix, rendered with the revised one: its tokens come from the run's starts.
+    recorded = replace(t, prefix_rendering="original", plain_prefix_ids=t.prefix_ids, plain_logprobs=(-1.0,))
+    (again,) = rendered([recorded], "argmax", run)
+    assert again.plain_prefix_ids == encode("think six.")
+    assert again.plain_logprobs is None
+
+
+def test_command(run, tmp_path):
+    from typer.testing import CliRunner
+
+    from latentrevise.cli import app
+
+    tiny_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+
+    def call(*more):
+        steps = [part for key in ("max_steps=1", "save_strategy=no", *more) for part in ("--set", f"trainer.{key}")]
+        places = ["--run", str(run.path), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+        return CliRunner().invoke(app, ["train", "sft", *places, *steps])
+
+    result = call()
+    assert result.exit_code == 0, result.output
+    assert "6 rows: 2 latent, 3 ordinary, 1 pivot" in result.output
+    assert (tmp_path / "out" / "model" / "tokenizer.json").is_file()
+    assert call().exit_code == 0
+    assert "other settings" in str(call("learning_rate=1").exception)
+
+
+def test_arguments_of_trl_are_checked(tmp_path):
+    assert trl_arguments(SFTConfig, tmp_path, {"learning_rate": "1e-4"}).learning_rate == 1e-4
+    with pytest.raises(ConfigError, match="did you mean learning_rate"):
+        trl_arguments(SFTConfig, tmp_path, {"learning_rat": 1})
+    with pytest.raises(ConfigError, match="refuses"):
+        trl_arguments(SFTConfig, tmp_path, {"lr_scheduler_type": "zigzag"})
+    assert json.loads(json.dumps(load_config(SFTSettings, overrides=["trainer.packing=true"]).trainer)) == {
+        "packing": True
+    }
