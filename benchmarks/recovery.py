@@ -23,6 +23,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 
 from latentrevise.audit import wilson
-from latentrevise.demo import families, get_family, make_prompts
+from latentrevise.demo import BUNDLED, get_family, make_prompts
 from latentrevise.demo.run import demo_config
 from latentrevise.demo.train import model_for
 from latentrevise.models import load_model
@@ -61,7 +62,7 @@ class Unit:
 def train(job: tuple[str, int], cache: Path) -> None:
     """Train a model that is not there yet; a worker's job."""
     torch.set_num_threads(1)
-    model_for(get_family(job[0]), job[1], cache)
+    model_for(*job, cache)
 
 
 def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[str, Any], float]:
@@ -70,7 +71,7 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
     began = time.perf_counter()
     family = get_family(unit.family)
     config = replace(demo_config(family, unit.seed), strategies=strategies, label=unit.name)
-    model, tokenizer = load_model(model_for(family, unit.model, out / "models"), dtype="float32", device="cpu")
+    model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype="float32", device="cpu")
     prompts = make_prompts(family, unit.prompts, split="report", seed=unit.seed)
     recovered = Recovery(model, tokenizer, config, out / unit.name, progress=False).recover(prompts)
     return unit, recovered.metrics, time.perf_counter() - began
@@ -224,7 +225,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks recovery``: see ``--help`` for the options it reads."""
     began = time.perf_counter()
     quick = options.quick
-    chosen = options.families or (["rule"] if quick else list(families()))
+    chosen = options.families or (["rule"] if quick else list(BUNDLED))
     models = options.models or ([0] if quick else [0, 1])
     seeds = options.seeds or ([0] if quick else [0, 1, 2])
     strategies = tuple(options.strategies or (QUICK if quick else names()))
@@ -237,12 +238,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     out: Path = options.out
     jobs = options.jobs or os.cpu_count() or 1
     found: dict[str, list[tuple[Unit, dict[str, Any]]]] = {family: [] for family in chosen}
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(units))) as workers:
-        wanted = [(family, model) for family in chosen for model in models]
-        for _ in workers.imap_unordered(partial(train, cache=out / "models"), wanted):
-            pass
-        done = workers.imap_unordered(partial(run, out=out, strategies=strategies), units)
-        for count, (unit, metrics, seconds) in enumerate(done, 1):
+    with ProcessPoolExecutor(min(jobs, len(units)), multiprocessing.get_context("spawn")) as workers:
+        list(workers.map(partial(train, cache=out / "models"), [(f, m) for f in chosen for m in models]))
+        runs = [workers.submit(run, unit, out, strategies) for unit in units]
+        for count, finished in enumerate(as_completed(runs), 1):
+            unit, metrics, seconds = finished.result()
             found[unit.family].append((unit, metrics))
             print(f"{unit.name}: {metrics['zero_hit']} zero-hit, {seconds:.0f} s ({count} of {len(units)})", flush=True)
     order = {unit: i for i, unit in enumerate(units)}

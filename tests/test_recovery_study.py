@@ -34,7 +34,8 @@ def test_runs_are_pooled_by_their_zero_hit_prompts():
     pooled = recovery.pool(units, ["pivot"])
     row = pooled["strategies"]["pivot"]
     assert (pooled["mined"], pooled["zero_hit"]) == (80, 40)
-    assert row["valid"] == wilson(16, 40) and row["answer"] == wilson(24, 40)
+    assert row["valid"] == wilson(16, 40)
+    assert row["answer"] == wilson(24, 40)
     assert row["valid_by_model"] == {0: 0.5, 1: 0.1}
     assert row["passes"] == pytest.approx((30 * 100 + 10 * 300) / 40)
     assert row["equal_compute"]["valid"] == pytest.approx(wilson(30 * 0.1 + 10 * 0.3, 40))
