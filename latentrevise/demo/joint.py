@@ -1,7 +1,7 @@
 """Hidden rules that must be found together: several decisions, of which one right alone shows nothing in the answer.
 
-    61 ?A = 6 ; 94 ?B = 46 ; 45 ?A ?B                                                               prompt
-    check A6 , B3 ; 61 + 45 = 6 ; 94 + 52 = 46 ; so A6 , B3 ; 45 + 45 = 90 ; 90 + 52 = 42 ; so \\boxed{ 42 }
+    61 ?A = 34 ; 94 ?B = 64 ; 5 ?A ?B                                                              prompt
+    check A6 , B3 ; 61 + 73 = 34 ; 94 + 70 = 64 ; so A6 , B3 ; 5 + 73 = 78 ; 78 + 70 = 48 ; so \\boxed{ 48 }
 
 One example each of two hidden rules, and a query to which both apply, one after the other.  A rule adds its constant,
 which the model knows by the rule's name.  It names a rule for each, tests them in that order and stops at the first
@@ -31,7 +31,7 @@ from latentrevise.demo.family import (
     equation_steps,
 )
 
-ZIPF_EXPONENT = 1.6
+ZIPF_EXPONENT = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ class JointFamily(Family[JointProblem]):
         constants: what the rule of a name adds.
     """
 
-    def __init__(self, name: str, letters: str, *, rules: int, modulus: int = 100, filler: int = 0) -> None:
+    def __init__(
+        self, name: str, letters: str, *, rules: int, queries: int = 10, modulus: int = 100, filler: int = 0
+    ) -> None:
         """
         Args:
             name: the family's name.
             letters: one a decision, shared with no other family: they tell whose a prompt is.
             rules: how many rules each decision chooses from, fewer than ``modulus``.
+            queries: the input asked about is less than this.  Few, so that a tiny model soon learns the answers.
             modulus: as for every family.
             filler: how often the query is repeated between two names, which sets the decisions apart.
         """
@@ -69,7 +72,7 @@ class JointFamily(Family[JointProblem]):
             shuffled = sorted(range(1, modulus), key=lambda c: hashlib.sha256(f"{letter}{c}".encode()).digest())
             self.constants |= dict(zip(names, shuffled[:rules], strict=True))
         self._asked = tuple(f"?{letter}" for letter in letters)
-        self._filler = filler
+        self._queries, self._filler = queries, filler
         self._cumulative = tuple(accumulate(rank**-ZIPF_EXPONENT for rank in range(1, rules + 1)))
         tried = len(self.proposal(self.question(0), [names[0] for names in self.names])) + len(letters) * EQUATION_WORDS
         self.settings = Settings(
@@ -89,7 +92,7 @@ class JointFamily(Family[JointProblem]):
         names = tuple(rng.choice(names) for names in self.names)
         inputs = [rng.randrange(self.modulus) for _ in names]
         examples = tuple((x, self.combine([name], x)) for x, name in zip(inputs, names, strict=True))
-        return JointProblem(examples, rng.randrange(self.modulus), names)
+        return JointProblem(examples, rng.randrange(self._queries), names)
 
     def prompt_text(self, problem: JointProblem) -> str:
         shown = [f"{x} {asked} = {y} ;" for (x, y), asked in zip(problem.examples, self._asked, strict=True)]
@@ -98,8 +101,10 @@ class JointFamily(Family[JointProblem]):
     def parse(self, prompt: str) -> JointProblem:
         *shown, question = prompt.strip().split(" ; ")
         query, *_ = question.split() or [""]
-        if len(shown) != len(self._asked) or not self._is_number(query) or question.split() != self.question(query):
-            raise self._not_mine(prompt, f"it isn't an example for each rule and 'X {' '.join(self._asked)}'")
+        asks = self._is_number(query) and int(query) < self._queries and question.split() == self.question(query)
+        if len(shown) != len(self._asked) or not asks:
+            wanted = f"{' '.join(self.question('X'))}' with X < {self._queries}"
+            raise self._not_mine(prompt, f"it isn't an example for each rule and '{wanted}")
         examples: list[tuple[int, int]] = []
         found: list[str] = []
         for text, asked, names in zip(shown, self._asked, self.names, strict=True):
@@ -172,7 +177,7 @@ class JointFamily(Family[JointProblem]):
     def drill(self, rng: random.Random) -> Trace:
         """Rules applied to a query in writing, or in one's head: the question, the names, and at once the answer.
 
-        What is done in one's head uses some of the rules or all.  One alone is soon learnt and opens the way to more.
+        Half of those done in one's head ask about 0: what the rules add together is soon learnt and opens the way.
         """
         problem = self.sample_problem(rng)
         if rng.random() < 0.3:
@@ -181,12 +186,9 @@ class JointFamily(Family[JointProblem]):
             predicted = {len(concluded) + i for i in range(len(applied)) if i % EQUATION_WORDS in (2, 4)}
         else:
             query = problem.query if rng.random() < 0.5 else 0
-            every = len(self.names)
-            some = sorted(rng.sample(range(every), every if rng.random() < 0.8 else rng.randint(1, every - 1)))
-            names = [problem.names[i] for i in some]
-            question = [str(query), *(self._asked[i] for i in some)]
-            words = [*question, *self.proposal(question, names)]
-            words += ["so", BOX_OPEN, str(self.combine(names, query)), BOX_CLOSE]
+            question = self.question(query)
+            words = [*question, *self.proposal(question, problem.names)]
+            words += ["so", BOX_OPEN, str(self.combine(problem.names, query)), BOX_CLOSE]
             predicted = {len(words) - 2}
         return Trace(tuple(words), tuple(i in predicted for i in range(len(words))))
 

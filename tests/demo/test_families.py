@@ -264,17 +264,17 @@ def test_training_rules_follow_the_zipf_law_and_mined_ones_do_not():
 
 # -- joint decisions ---------------------------------------------------------------------------------------------------
 
-# 61 + 73 = 134 = 34 (mod 100): A6; 94 + 70 = 164 = 64: B3.  Asked: 45 + 73 = 118 = 18, 18 + 70 = 88.
-PAIR_PROMPT = "61 ?A = 34 ; 94 ?B = 64 ; 45 ?A ?B"
+# 61 + 73 = 134 = 34 (mod 100): A6; 94 + 70 = 164 = 64: B3.  Asked: 5 + 73 = 78, 78 + 70 = 148 = 48.
+PAIR_PROMPT = "61 ?A = 34 ; 94 ?B = 64 ; 5 ?A ?B"
 PAIR_NAMED, PAIR_TESTS, PAIR_SO = "check A6 , B3 ;", "61 + 73 = 34 ; 94 + 70 = 64 ;", "so A6 , B3 ;"
-PAIR_APPLY, PAIR_BOX = "45 + 73 = 18 ; 18 + 70 = 88 ;", "so \\boxed{ 88 }"
+PAIR_APPLY, PAIR_BOX = "5 + 73 = 78 ; 78 + 70 = 48 ;", "so \\boxed{ 48 }"
 
 
 def test_pair_accepts_the_example_and_lists_its_steps():
     whole = text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY, PAIR_BOX)
     family = get_family("pair")
     assert text(*family.solution(family.parse(PAIR_PROMPT))) == whole
-    found = judge(family, PAIR_PROMPT, whole, "88")
+    found = judge(family, PAIR_PROMPT, whole, "48")
     assert found.valid
     assert [(step.start, step.end) for step in found.steps] == [(0, 5), (5, 11), (11, 17), (17, 22), (22, 28), (28, 34)]
     assert text(*(step.text for step in found.steps)) == text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY)
@@ -291,24 +291,24 @@ def test_pair_accepts_the_example_and_lists_its_steps():
         ((PAIR_NAMED, "61 + 73 = 35 ; 94 + 70 = 64 ;", PAIR_SO, PAIR_APPLY, PAIR_BOX), "rule_not_checked"),
         ((PAIR_NAMED, PAIR_TESTS, "so A6 , B4 ;", PAIR_APPLY, PAIR_BOX), "wrong_rule"),
         ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_BOX), "not_applied"),
-        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "45 + 73 = 18 ;", PAIR_BOX), "not_applied"),  # only one of the rules
-        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "45 + 73 = 18 ; 18 + 71 = 88 ;", PAIR_BOX), "not_applied"),
-        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "45 + 43 = 88 ;", PAIR_BOX), "not_applied"),  # true, but not by the rules
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "5 + 73 = 78 ;", PAIR_BOX), "not_applied"),  # only one of the rules
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "5 + 73 = 78 ; 78 + 71 = 48 ;", PAIR_BOX), "not_applied"),
+        ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, "5 + 43 = 48 ;", PAIR_BOX), "not_applied"),  # true, but not by the rules
         ((PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_BOX, PAIR_APPLY), "not_applied"),  # after the answer
-        ((PAIR_NAMED, PAIR_TESTS, "45 + 73 = 19 ;", PAIR_APPLY, PAIR_BOX), "false_step"),
+        ((PAIR_NAMED, PAIR_TESTS, "5 + 73 = 79 ;", PAIR_APPLY, PAIR_BOX), "false_step"),
     ],
 )
 def test_pair_corruptions(parts, reason):
-    found = judge(get_family("pair"), PAIR_PROMPT, text(*parts), "88")
+    found = judge(get_family("pair"), PAIR_PROMPT, text(*parts), "48")
     assert (found.valid, found.correct, found.reason) == (False, True, reason)
 
 
 def test_pair_judges_equations_of_the_continuation_only():
     wrong_try = "check A1 , B1 ; 61 + 22 = 84 ; wait ,"  # 61 + 22 is 83
     rest = text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY, PAIR_BOX)
-    assert judge(get_family("pair"), PAIR_PROMPT, rest, "88", prefix=wrong_try).valid
-    assert judge(get_family("pair"), PAIR_PROMPT, text(wrong_try, rest), "88").reason == "false_step"
-    assert judge(get_family("pair"), PAIR_PROMPT, text(wrong_try.replace("84", "83"), rest), "88").valid
+    assert judge(get_family("pair"), PAIR_PROMPT, rest, "48", prefix=wrong_try).valid
+    assert judge(get_family("pair"), PAIR_PROMPT, text(wrong_try, rest), "48").reason == "false_step"
+    assert judge(get_family("pair"), PAIR_PROMPT, text(wrong_try.replace("84", "83"), rest), "48").valid
 
 
 @pytest.mark.parametrize("name", JOINT)
@@ -365,7 +365,7 @@ def test_filler_stands_between_the_names():
     [
         (ChainFamily(), CHAIN_PROMPT, text(*CHAIN_STEPS), "640"),
         (RuleFamily(), RULE_PROMPT, text(RULE_CHECK, RULE_SO, RULE_APPLY), "3"),
-        (get_family("pair"), PAIR_PROMPT, text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY), "88"),
+        (get_family("pair"), PAIR_PROMPT, text(PAIR_NAMED, PAIR_TESTS, PAIR_SO, PAIR_APPLY), "48"),
     ],
 )
 def test_answers(family, prompt, derivation, gold):
@@ -398,12 +398,13 @@ def test_answers(family, prompt, derivation, gold):
         "32 ? = 90 ; 94 ? = 52 ; 45",
         "32 ? = 90 ; 94 ? = 53 ; 45 ?",  # no rule fits
         "32 ? = 90 ; 32 ? = 90 ; 145 ?",
-        "61 ?A = 34 ; 45 ?A",  # an example is missing
-        "61 ?A = 34 ; 94 ?B = 64 ; 45 ?A",  # asks for one of two
+        "61 ?A = 34 ; 5 ?A",  # an example is missing
+        "61 ?A = 34 ; 94 ?B = 64 ; 5 ?A",  # asks for one of two
         "61 ?A = 34 ; 94 ?B = 64 ; ?A ?B",
-        "61 ?A = 34 ; 94 ?B = 95 ; 45 ?A ?B",  # no rule fits
-        "94 ?B = 64 ; 61 ?A = 34 ; 45 ?A ?B",
-        "61 ?A = 34 ; 94 ?B = 164 ; 45 ?A ?B",
+        "61 ?A = 34 ; 94 ?B = 64 ; 10 ?A ?B",  # queries are smaller
+        "61 ?A = 34 ; 94 ?B = 95 ; 5 ?A ?B",  # no rule fits
+        "94 ?B = 64 ; 61 ?A = 34 ; 5 ?A ?B",
+        "61 ?A = 34 ; 94 ?B = 164 ; 5 ?A ?B",
     ],
 )
 def test_foreign_prompts_are_refused_by_name(prompt):
