@@ -97,6 +97,11 @@ class Completion:
 class Engine(Protocol):
     """Samples completions from the policy."""
 
+    @property
+    def limit(self) -> int | None:
+        """Positions that a prompt and its completion may take together; None: not known."""
+        ...
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -75,6 +75,10 @@ class HFEngine:
             )
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
+    @property
+    def limit(self) -> int | None:
+        return position_limit(self.model)
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -82,9 +86,9 @@ class HFEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See Engine. Raises RunError if even one sequence does not fit into memory."""
-        per_request, limit = each(requests, params), position_limit(self.model)
+        per_request = each(requests, params)
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
-            check(index, request, p, table=self._embedding.weight, limit=limit, tokenizer=self.tokenizer)
+            check(index, request, p, table=self._embedding.weight, limit=self.limit, tokenizer=self.tokenizer)
 
         groups: dict[SamplingParams, list[_Row]] = {}
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):

@@ -14,7 +14,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     import vllm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from vllm.outputs import CompletionOutput
+
+    from latentrevise.records import FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -143,11 +145,14 @@ class VLLMEngine:
             raise ModelError("the model was not loaded from anywhere; save it, and pass its directory as `path`")
         self.restarts = 0
         self._embedding = input_embedding(model)
-        limits = [limit for limit in (position_limit(model), self.config.max_length) if limit is not None]
-        self._limit = min(limits, default=None)
         self._llm: vllm.LLM | None = None
         self._changed = False  # the policy's weights are not those at `path` any more
         self._asleep = False
+
+    @property
+    def limit(self) -> int | None:
+        limits = [limit for limit in (position_limit(self.model), self.config.max_length) if limit is not None]
+        return min(limits, default=None)
 
     def generate(
         self,
@@ -158,7 +163,7 @@ class VLLMEngine:
         """See Engine. Raises RunError when vLLM died twice."""
         per_request = each(requests, params)
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
-            check(index, request, p, table=self._embedding.weight, limit=self._limit, tokenizer=self.tokenizer)
+            check(index, request, p, table=self._embedding.weight, limit=self.limit, tokenizer=self.tokenizer)
         done: dict[int, list[Completion]] = {}
         while len(done) < len(requests):
             try:
@@ -290,8 +295,8 @@ class VLLMEngine:
         if self.tokenizer is not None:
             rows, special = len(self.tokenizer), set(self.tokenizer.all_special_ids)
         known = torch.tensor([i for i in range(rows) if i not in special])
-        if self._limit is not None:
-            length = max(2, min(length, self._limit - _PROBED))
+        if self.limit is not None:
+            length = max(2, min(length, self.limit - _PROBED))
         draw = torch.Generator().manual_seed(0)
         ids, first, second = known[torch.randint(len(known), (3, length), generator=draw)]
         with torch.no_grad():
@@ -356,7 +361,7 @@ class VLLMEngine:
             given |= {
                 "block_size": _CPU_BLOCK,
                 "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(8192, self._limit or 0),
+                "max_num_batched_tokens": max(8192, self.limit or 0),
             }
         rows = self._embedding.weight.shape[0]
         if self.tokenizer is not None and len(self.tokenizer) < rows:
@@ -435,12 +440,13 @@ class VLLMEngine:
 
     def _complete(
         self, jobs: Iterable[tuple[int, Any, vllm.SamplingParams]]
-    ) -> Iterator[tuple[int, list[CompletionOutput]]]:
+    ) -> Generator[tuple[int, list[CompletionOutput]], None, None]:
         """Outputs of the jobs as they come. Only so many are handed to vLLM at a time as it can soon work on, however
         long the list; EngineDied if it raises."""
         engine = self._started().llm_engine
         room = 2 * engine.vllm_config.scheduler_config.max_num_seqs
-        waiting, flying = iter(jobs), {}
+        waiting = iter(jobs)
+        flying: dict[str, tuple[int, int]] = {}  # the job and how many samples, by request id
         try:
             with _own_random_numbers():
                 while True:
@@ -491,9 +497,9 @@ class VLLMEngine:
             raise not_finite(index, broken)
         if output.finish_reason not in ("stop", "length"):
             raise EngineDied(f"request {index} ended with {output.finish_reason!r}")
-        if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
+        reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+        if reason == "stop" and not isinstance(output.stop_reason, str):
             del ids[-1], logprobs[-1]
-        reason = "stop" if output.finish_reason == "stop" else "length"
         return Completion(tuple(ids), tuple(logprobs) if params.logprobs else None, reason)
 
 
@@ -504,7 +510,8 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    peft: Any = model
+    inner: Any = peft.get_base_model() if hasattr(model, "peft_config") else model
     modules = dict(inner.named_modules())
     found: dict[str, Tensor] = {}
     for name, parameter in inner.named_parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Weights:
         finally:
             config.model, config.model_weights, config.revision = origin
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        head = getattr(model, "lm_head", None)
+        head: Any = getattr(model, "lm_head", None)
         # On a CPU the head keeps a repacked copy of its weight. A tied head gets no weight of its own from a
         # checkpoint, so nothing renews that copy.
         if getattr(model.config, "tie_word_embeddings", False) and hasattr(head, "cpu_linear"):
