@@ -564,7 +564,7 @@ class Recovery:
         write_records(self.run.prompts, prompts, Prompt)
 
     def _longest_prompt(self) -> int | None:
-        limit = getattr(self.policy.config, "max_position_embeddings", None)
+        limit = self.engine.limit
         return None if limit is None else limit - self.config.max_new_tokens
 
     def _case(self, prompt: Prompt, failed: list[Rollout]) -> _Case:
