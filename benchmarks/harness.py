@@ -74,6 +74,7 @@ class Report:
     floor: dict[str, float]
     rows: list[Measurement] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)  # implementation and task: error
 
     @classmethod
     def start(cls, name: str, device: torch.device) -> Report:

@@ -44,11 +44,16 @@ def run(name: str, sizes: Sizes, report: Report, show: Callable[[str], None] = p
         ready: dict[str, Thunk] = {}
         for label, make in entries.items():
             try:
-                ready[label] = make()
+                thunk = make()
+                thunk()
+                ready[label] = thunk
             except Absent as why:
                 if label not in report.absent:
                     show(f"skipped {label}: {why}")
                 report.absent[label] = str(why)
+            except Exception as error:  # out of memory, a peer that breaks: the others are still worth measuring
+                report.failed.append(f"{label}, {task.shape} {task.dtype} {task.data}: {type(error).__name__}: {error}")
+                show(f"FAILED {report.failed[-1][:500]}")
         rows = compare(task, ready, sizes.device, dtype, budget_s=sizes.budget_s)
         report.rows += rows
         for r in rows:
