@@ -86,9 +86,9 @@ class HFEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See Engine. Raises RunError if even one sequence does not fit into memory."""
-        per_request = each(requests, params)
+        per_request, limit = each(requests, params), self.limit
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
-            check(index, request, p, table=self._embedding.weight, limit=self.limit, tokenizer=self.tokenizer)
+            check(index, request, p, table=self._embedding.weight, limit=limit, tokenizer=self.tokenizer)
 
         groups: dict[SamplingParams, list[_Row]] = {}
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):

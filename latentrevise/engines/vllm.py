@@ -161,9 +161,9 @@ class VLLMEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See Engine. Raises RunError when vLLM died twice."""
-        per_request = each(requests, params)
+        per_request, limit = each(requests, params), self.limit
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
-            check(index, request, p, table=self._embedding.weight, limit=self.limit, tokenizer=self.tokenizer)
+            check(index, request, p, table=self._embedding.weight, limit=limit, tokenizer=self.tokenizer)
         done: dict[int, list[Completion]] = {}
         while len(done) < len(requests):
             try:
