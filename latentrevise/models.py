@@ -60,6 +60,7 @@ def load_model(
             f"{name}: it has a model but no tokenizer that can be loaded ({_first_line(error)}); put the tokenizer's"
             " files (tokenizer.json, tokenizer_config.json) beside the weights"
         ) from error
+    keep_softcap(model)
     check_model(model, tokenizer)
     place = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     model.to(torch.device(place))  # type: ignore[arg-type]  # the wrapper around it hides its signature
@@ -67,13 +68,31 @@ def load_model(
 
 
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Raises ModelError if the model has no plain input embedding, or too few rows in it for the tokenizer."""
+    """Raises ModelError if the model has no plain input embedding or too few rows in it for the tokenizer, or if it
+    leaves out the soft cap of its attention."""
+    if _loses_softcap(model):
+        raise ModelError(
+            f"{type(model).__name__} caps its attention scores, which sdpa leaves out; load it with"
+            " attn_implementation='eager'"
+        )
     rows = input_embedding(model).weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's embedding table only {rows} rows; use the"
             " tokenizer that belongs to the model, or resize the table and train the new rows first"
         )
+
+
+def keep_softcap(model: PreTrainedModel) -> None:
+    """Let soft-capped attention run eagerly where transformers chose sdpa for it, as versions before 5.20 do."""
+    if _loses_softcap(model):
+        model.set_attn_implementation("eager")
+
+
+def _loses_softcap(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return capped and getattr(config, "_attn_implementation", None) == "sdpa"
 
 
 def input_embedding(model: PreTrainedModel) -> nn.Embedding:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentrevise import ReviseConfig, Reviser
 from latentrevise.errors import InputError, ModelError
+from latentrevise.models import keep_softcap
 from latentrevise.policy import Policy
 from tests.test_reviser import plain_passes, rollouts
 from tests.tiny import BOS, EOS, PAD
@@ -103,6 +104,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **change
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **kept), dtype=torch.float32).eval()
+        keep_softcap(model)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases and norms start at 0 or 1, which hides what is done with them
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
@@ -294,9 +296,10 @@ def test_offloaded_weights_are_refused():
 def test_softcapped_attention_is_not_run_without_its_softcap():
     model = build("gemma2")
     assert model.config._attn_implementation == "eager"
-    model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ModelError, match="'eager'"):
-        Policy(model)
+    for other in ("sdpa", "flex_attention"):
+        model.config._attn_implementation = other
+        with pytest.raises(ModelError, match="'eager'"):
+            Policy(model)
 
 
 def test_rotary_frequencies_that_depend_on_the_length_limit_it():
