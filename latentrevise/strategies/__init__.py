@@ -15,6 +15,7 @@ from latentrevise.strategies.explain import Explain, ExplainConfig
 from latentrevise.strategies.gcg import GCG, GCGConfig
 from latentrevise.strategies.hint import Hint, HintConfig
 from latentrevise.strategies.latent import Latent
+from latentrevise.strategies.pair import Pair, PairConfig, PairRandom
 from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
 
@@ -55,6 +56,7 @@ class StrategySettings:
     forks: ForkConfig = field(default_factory=ForkConfig)
     pivot: PivotConfig = field(default_factory=PivotConfig)
     pivot_trie: PivotConfig = field(default_factory=_posterior)
+    pair: PairConfig = field(default_factory=PairConfig)
     latent_softmax: ReviseConfig = field(default_factory=_softmax)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     hint: HintConfig = field(default_factory=HintConfig)
@@ -79,6 +81,9 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
+    "pivot-pair": lambda s: Pair("pivot-pair", s.forks, s.pair),
+    "pivot-pair-linear": lambda s: Pair("pivot-pair-linear", s.forks, replace(s.pair, exhaustive=0)),
+    "pair-random": lambda s: PairRandom("pair-random", s.forks, s.pair),
     "resample-prefix": lambda s: ResamplePrefix(),
     "resample": lambda s: Resample(),
 }

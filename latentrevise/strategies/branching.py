@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from latentrevise.strategies.base import Proposal, Tools, Work
-from latentrevise.strategies.candidates import Fork, ForkConfig, Reader, charged, find_forks, one_greedy_each
+from latentrevise.strategies.candidates import (
+    Fork,
+    ForkConfig,
+    Reader,
+    charged,
+    continue_from,
+    find_forks,
+    one_greedy_each,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class Branching:
         proposals = []
         for own in find_forks(tools, reader, work, [item.failed for item in work], self.forks):
             best = sorted(own.forks, key=self._rank, reverse=True)
-            proposals.append(charged(one_greedy_each(best, samples, len(best)), samples, own.compute))
+            ranked = [continue_from(fork, len(best)) for fork in best]
+            proposals.append(charged(one_greedy_each(ranked, samples), samples, own.compute))
         return proposals
 
     def _rank(self, fork: Fork) -> tuple[float, float]:

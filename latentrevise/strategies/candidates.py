@@ -9,8 +9,9 @@ this fork. All of it is our own decision.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -175,12 +176,10 @@ def read(
 
 
 def room(tools: Tools, item: Work, step_tokens: int) -> int:
-    """Positions of a completion behind which a forced token and all that may follow it still fit into the model."""
-    limit = tools.policy.limit
-    if limit is None:
-        return 1 << 62
+    """Positions of a completion behind which a forced token and all that may follow it still fit."""
+    limits = [limit for limit in (tools.policy.limit, tools.engine.limit) if limit is not None]
     behind = max(tools.sampling.max_new_tokens, step_tokens + len(item.template_ids) + len(item.answer_ids))
-    return max(0, limit - len(item.prompt.ids) - 1 - behind)
+    return max(0, min(limits) - len(item.prompt.ids) - 1 - behind) if limits else sys.maxsize
 
 
 def find_forks(
@@ -206,8 +205,8 @@ def find_forks(
     for (i, rollout, ids), reading in zip(paths, readings, strict=True):
         of_item.setdefault(i, []).append((rollout, ids, reading))
         found[i].compute += Compute(forward=len(ids) - 1)
-    for i, own in of_item.items():
-        found[i].forks = [fork for fork in _off_trie(own) if reader.may_force(fork.token)]
+    for i, read_paths in of_item.items():
+        found[i].forks = [fork for fork in _off_trie(read_paths) if reader.may_force(fork.token)]
     return found
 
 
@@ -231,105 +230,84 @@ def _off_trie(paths: Sequence[tuple[Rollout, tuple[int, ...], Reading]]) -> Iter
                 yield Fork(rollout, at, token, logprob, reading.entropies[at], mass + logprob)
 
 
-def complete_steps(
+def next_steps(
     tools: Tools, reader: Reader, contexts: Sequence[Sequence[int]], step_tokens: int
 ) -> list[tuple[tuple[int, ...], int]]:
-    """The greedy completion of each context's last step (empty where its last token ends one); the tokens decoded."""
-    open_ = [i for i, context in enumerate(contexts) if not reader.ends_step(context[-1])]
+    """What the policy greedily writes behind each context up to the next end of a step, and the tokens decoded."""
     params = SamplingParams(
         temperature=0.0, max_new_tokens=step_tokens, stop=(*tools.sampling.stop, reader.step_end), logprobs=False
     )
-    found: list[tuple[tuple[int, ...], int]] = [((), 0)] * len(contexts)
-    for i, (completion,) in zip(
-        open_, tools.engine.generate([Request(tuple(contexts[i])) for i in open_], params), strict=True
-    ):
+    found = []
+    for (completion,) in tools.engine.generate([Request(tuple(context)) for context in contexts], params):
         # A stop string is kept and counted; what else ended it, an end-of-sequence token, is not among the ids.
         ended = completion.finish_reason == "stop" and not (completion.ids and reader.ends_step(completion.ids[-1]))
-        found[i] = completion.ids, len(completion.ids) + ended
+        found.append((completion.ids, len(completion.ids) + ended))
     return found
 
 
 def score(tools: Tools, reader: Reader, work: Sequence[Work], found: Sequence[Forks], step_tokens: int) -> list[Forks]:
-    """The same forks with their values. Charged: the forced token, what was decoded, template and answer; the rollout
-    itself is cached."""
-    branches: list[tuple[int, Fork]] = [(i, fork) for i, own in enumerate(found) for fork in own.forks]
-    values, computes = target_values(
-        tools, reader, [(work[i], fork.rollout, fork.at, (fork.token,)) for i, fork in branches], step_tokens
-    )
+    """The same forks with their values."""
+    forks = [(i, fork) for i, own in enumerate(found) for fork in own.forks]
+    branches = [(work[i], fork.rollout.completion_ids, fork.at, fork.token) for i, fork in forks]
     scored = [Forks([], own.compute) for own in found]
-    for (i, fork), value, compute in zip(branches, values, computes, strict=True):
+    for (i, fork), (value, compute) in zip(forks, target_values(tools, reader, branches, step_tokens), strict=True):
         scored[i].forks.append(replace(fork, value=value))
         scored[i].compute += compute
     return scored
 
 
 def target_values(
-    tools: Tools,
-    reader: Reader,
-    branches: Sequence[tuple[Work, Rollout, int, tuple[int, ...]]],
-    step_tokens: int,
-) -> tuple[list[float], list[Compute]]:
-    """``log pi(target | branch, template)`` of each branch, (work, rollout, position, tokens put behind it), with its
-    step completed, and what each took. An answer that the completion itself gives is left out."""
-    tails = complete_steps(
-        tools,
-        reader,
-        [(*item.prompt.ids, *rollout.completion_ids[:at], *tokens) for item, rollout, at, tokens in branches],
-        step_tokens,
-    )
-    trunks: dict[tuple[str, str], int] = {}
-    texts: list[tuple[int, ...]] = []
+    tools: Tools, reader: Reader, branches: Sequence[tuple[Work, tuple[int, ...], int, int]], step_tokens: int
+) -> list[tuple[float, Compute]]:
+    """``log pi(target | branch, template)`` of each branch, and what that took.
+
+    A branch: the work, a completion, the position where it is left, the token that is forced there; its step is
+    completed greedily, and an answer that this opens is left out. Charged are the forced token, what was decoded,
+    template and answer; the completion up to there is cached.
+    """
+    stems = [(*item.prompt.ids, *ids[:at], token) for item, ids, at, token in branches]
+    unfinished = [stem for stem in stems if not reader.ends_step(stem[-1])]
+    written = iter(next_steps(tools, reader, unfinished, step_tokens))
+    trunks: dict[tuple[int, ...], int] = {}
     rows, computes = [], []
-    for (item, rollout, at, tokens), (tail, decoded) in zip(branches, tails, strict=True):
-        key = item.prompt.id, rollout.sample_id
-        if key not in trunks:
-            trunks[key] = len(texts)
-            texts.append((*item.prompt.ids, *rollout.completion_ids))
-        read_only = (*tokens, *tail[: reader.reasoning(tail)], *item.template_ids)
-        rows.append(
-            Branch(trunks[key], len(item.prompt.ids) + at, (*read_only, *item.answer_ids), scored_from=len(read_only))
-        )
-        computes.append(
-            Compute(
-                forward=len(tokens) + len(item.template_ids) + len(item.answer_ids) - 1,
-                decoded=decoded,
-            )
-        )
-    scores = tools.policy.score_branches(texts, rows, token_budget=tools.token_budget)
-    return scores.total.tolist(), computes
+    for stem, (item, ids, _, token) in zip(stems, branches, strict=True):
+        tail, decoded = ((), 0) if reader.ends_step(token) else next(written)
+        trunk = trunks.setdefault((*item.prompt.ids, *ids), len(trunks))
+        before = (token, *tail[: reader.reasoning(tail)], *item.template_ids)
+        rows.append(Branch(trunk, len(stem) - 1, (*before, *item.answer_ids), scored_from=len(before)))
+        computes.append(Compute(forward=len(item.template_ids) + len(item.answer_ids), decoded=decoded))
+    scores = tools.policy.score_branches(list(trunks), rows, token_budget=tools.token_budget)
+    return list(zip(scores.total.tolist(), computes, strict=True))
 
 
-def from_forks(forks: Sequence[Fork], parts: Iterable[int], candidates: int, *, greedy: bool = False) -> list[Proposal]:
-    """``parts[i]`` continuations of fork ``i``. They leave its greedy completion out: sampling decides anew."""
-    return [
-        Proposal(
-            n=n,
-            plain_ids=(*fork.prefix_ids, fork.token),
-            parent=fork.rollout.sample_id,
-            original_ids=fork.prefix_ids,
-            greedy=greedy,
-            trace=Choice((fork.at,), (fork.token,), (fork.logprob,), fork.entropy, fork.mass, fork.value, candidates),
-        )
-        for fork, n in zip(forks, parts, strict=True)
-    ]
+def continue_from(fork: Fork, candidates: int) -> Proposal:
+    """Go on behind the forced token; the rest of the step is written anew. candidates: the fork is the best of."""
+    return Proposal(
+        n=1,
+        plain_ids=(*fork.prefix_ids, fork.token),
+        parent=fork.rollout.sample_id,
+        original_ids=fork.prefix_ids,
+        trace=Choice((fork.at,), (fork.token,), (fork.logprob,), fork.entropy, fork.mass, fork.value, candidates),
+    )
 
 
-def one_greedy_each(forks: Sequence[Fork], samples: int, candidates: int) -> list[Proposal]:
-    """One greedy continuation of each of the first ``samples`` forks; where there are fewer, what is left is sampled
-    from the same ones, for their greedy continuations are known."""
-    taken = forks[:samples]
-    found = from_forks(taken, [1] * len(taken), candidates, greedy=True)
-    again = taken[: samples - len(taken)]
-    if again:
-        found += from_forks(again, shares(samples - len(taken), len(again)), candidates)
-    return found
+def spread(proposals: Sequence[Proposal], samples: int) -> list[Proposal]:
+    """The samples shared out among the proposals, the first ones first."""
+    taken = proposals[:samples]
+    return [replace(p, n=n) for p, n in zip(taken, shares(samples, len(taken)), strict=True)] if taken else []
 
 
-def charged(proposals: list[Proposal], samples: int, compute: Compute) -> list[Proposal]:
+def one_greedy_each(proposals: Sequence[Proposal], samples: int) -> list[Proposal]:
+    """One greedy continuation of each of the first proposals; samples that are left are spread over the same ones."""
+    taken = proposals[:samples]
+    return [*(replace(p, n=1, greedy=True) for p in taken), *spread(taken, samples - len(taken))]
+
+
+def charged(proposals: Sequence[Proposal], samples: int, compute: Compute) -> list[Proposal]:
     """The proposals, the first charged with what finding all of them took.
 
     Without any, the samples are drawn from the prompt: where no token of a rollout has a plausible alternative, its
     prefixes lead nowhere else. The trace then names no token.
     """
-    proposals = proposals or [Proposal(n=samples, trace=Choice())]
-    return [replace(proposals[0], compute=compute), *proposals[1:]]
+    first, *others = proposals or [Proposal(n=samples, trace=Choice())]
+    return [replace(first, compute=compute), *others]

@@ -17,7 +17,7 @@ from latentrevise.errors import ConfigError
 from latentrevise.records import Rollout, row_seed
 from latentrevise.reviser import Reviser
 from latentrevise.revision import Compute, FailedRollout, ReviseConfig
-from latentrevise.strategies.base import Proposal, Tools, Work, shares
+from latentrevise.strategies.base import Proposal, Tools, Work
 from latentrevise.strategies.candidates import (
     Fork,
     ForkConfig,
@@ -25,10 +25,11 @@ from latentrevise.strategies.candidates import (
     Reader,
     charged,
     chosen,
+    continue_from,
     find_forks,
-    from_forks,
     one_greedy_each,
     score,
+    spread,
 )
 
 
@@ -73,11 +74,9 @@ class Pivot:
         proposals = []
         for own in score(tools, reader, work, found, self.forks.step_tokens):
             best = sorted(own.forks, key=self._score, reverse=True)
-            if self.config.keep:
-                taken = best[: min(self.config.keep, samples)]
-                made = from_forks(taken, shares(samples, len(taken)) if taken else [], len(best))
-            else:
-                made = one_greedy_each(best, samples, len(best))
+            ranked = [continue_from(fork, len(best)) for fork in best]
+            keep = self.config.keep
+            made = spread(ranked[:keep], samples) if keep else one_greedy_each(ranked, samples)
             proposals.append(charged(made, samples, own.compute))
         return proposals
 
@@ -101,8 +100,9 @@ class PivotRandom:
         proposals = []
         for item, own in zip(work, _candidates(tools, reader, work, self.forks, self.config), strict=True):
             draw = torch.Generator().manual_seed(row_seed(item.seed, self.name))
-            drawn = [own.forks[i] for i in torch.randperm(len(own.forks), generator=draw).tolist()]
-            proposals.append(charged(one_greedy_each(drawn, samples, len(drawn)), samples, own.compute))
+            order = torch.randperm(len(own.forks), generator=draw).tolist()
+            drawn = [continue_from(own.forks[i], len(order)) for i in order]
+            proposals.append(charged(one_greedy_each(drawn, samples), samples, own.compute))
         return proposals
 
 
@@ -154,13 +154,15 @@ def _gains(tools: Tools, reader: Reader, work: Sequence[Work], found: Sequence[F
         passed = len(row.prefix_ids) + len(row.template_ids) + len(row.answer_ids) - 1
         found[key[0]].compute += Compute(forward=passed, backward=passed)
     table = tools.policy.table
-    gains = []
-    for own, keys in zip(found, step_of, strict=True):
-        gains.append([])
-        for fork, key in zip(own.forks, keys, strict=True):
-            move = table[fork.rollout.completion_ids[fork.at]].float() - table[fork.token].float()
-            gains[-1].append(float(gradients[key][fork.at] @ move))
-    return gains
+
+    def gain(fork: Fork, step: tuple[int, str, int]) -> float:
+        move = table[fork.rollout.completion_ids[fork.at]].float() - table[fork.token].float()
+        return float(gradients[step][fork.at] @ move)
+
+    return [
+        [gain(fork, step) for fork, step in zip(own.forks, keys, strict=True)]
+        for own, keys in zip(found, step_of, strict=True)
+    ]
 
 
 def _step_end(reader: Reader, fork: Fork) -> int:
