@@ -114,6 +114,42 @@ def test_confident_targets_do_not_cancel(backend, device, rng, margin):
     assert (H.grad.double() - exact_H.grad).norm() <= limit * exact_H.grad.norm()
 
 
+@pytest.mark.parametrize("odds", [-2.0, 3.0, 8.0, 13.9])
+def test_within_twice_the_error_of_torchs_bfloat16_path(backend, device, rng, odds):
+    """Against float64 on the same bfloat16 inputs, for p_y up to 1 - 1e-6; eps is the rounding of the result."""
+    N, V, d = 24, 1500, 64
+    W = rand(rng, device, V, d, dtype=torch.bfloat16)
+    y = torch.randint(V, (N,), generator=rng, device=device)
+    direction = W[y].double() / W[y].double().square().sum(1, keepdim=True)
+    H = torch.zeros(N, d, dtype=torch.float64, device=device)
+    for _ in range(20):  # along W_y until the log odds of y are as asked for
+        logp = truth(H, W, y)[0]
+        H += (odds - (logp - torch.log(-torch.expm1(logp))))[:, None] * direction
+    H = H.to(torch.bfloat16)
+
+    def with_gradient(logprob, dtype):
+        queries = H.to(dtype).requires_grad_()
+        logp = logprob(queries)
+        logp.sum().backward()
+        return logp.detach().double(), queries.grad.double()
+
+    def eager(queries):
+        return (queries @ W.T).float().log_softmax(1).gather(1, y[:, None])[:, 0]
+
+    def exact(queries):  # without the target in the sum: float64 would lose what 1 - 1e-6 leaves
+        logits = queries @ W.double().T
+        rest = torch.logsumexp(logits.scatter(1, y[:, None], -torch.inf), 1)
+        return -torch.nn.functional.softplus(rest - logits.gather(1, y[:, None])[:, 0])
+
+    logp, gradient = with_gradient(exact, torch.float64)
+    assert (torch.logit(logp.exp()) - odds).abs().max() < 0.3
+    mine = with_gradient(lambda queries: linear_logprob(queries, W, y, backend=backend), torch.bfloat16)
+    theirs = with_gradient(eager, torch.bfloat16)
+    for a, b, right, eps in zip(mine, theirs, (logp, gradient), (2**-23, 2**-9), strict=True):
+        error, bound = (a - right).norm(), 2 * (b - right).norm() + eps * right.norm()
+        assert error <= bound, f"{error:.3g}, torch's {(b - right).norm():.3g} of {right.norm():.3g}"
+
+
 def test_infinite_and_nan_logits(backend, device):
     W = torch.tensor([[1.0], [2.0], [-torch.inf]], device=device)
     y = torch.tensor([0, 1], device=device)
