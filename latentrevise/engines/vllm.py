@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WORKER = "latentrevise.engines.vllm_worker"
-_CPU_KV_GIB = 4.0
+_CPU_KV_GIB = 2.0
 # On a CPU blocks are multiples of 32 tokens. Only whole blocks are shared, so short prompts want short blocks.
 _CPU_BLOCK = 32
 _PROBED = 8  # tokens that the comparison with the policy decodes
@@ -63,7 +63,7 @@ class VLLMConfig:
     """How vLLM is started; all are our own decision, and none belongs to the method.
 
     memory: share of the GPU that the engine may take for weights and KV cache together; the rest is the policy's and
-    the reviser's. kv_cache_gib: size of the KV cache instead; on a CPU, where ``memory`` does not count, 4 if left out.
+    the reviser's. kv_cache_gib: size of the KV cache instead; on a CPU, where ``memory`` does not count, 2 if left out.
     sleep: free that memory while prefixes are revised (GPU only).
     max_length: positions of prompt and completion; None: all that the model has. max_sequences: decoded at once; None:
     vLLM's choice. tensor_parallel, pipeline_parallel, data_parallel: GPUs, as vLLM understands them; for the last start
