@@ -102,6 +102,46 @@ def verify(
 
 
 @app.command()
+def audit(
+    model: Model,
+    prompts: Prompts,
+    out: Out,
+    config: ConfigFile = None,
+    settings: Set = None,
+    engine: Sampler = "hf",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    gate_only: Annotated[
+        bool, typer.Option("--gate-only", help="Stop after the gate: it needs the mined rollouts alone.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what recovery is worth on these prompts: which strategy before compute is spent, then what the answers of
+    each are worth, and what the guards turn away. Takes up a run of `recover`, and `recover` takes up one of these."""
+    from rich.console import Console
+
+    from latentrevise.report.audits import audit_table, gate_text, guard_table
+
+    console, recovery = Console(), _recovery(model, out, config, settings, engine, dtype, device, quiet)
+    with recovery.session():
+        recovery.mine(prompts)
+        typer.echo(gate_text(recovery.gate()))
+        if gate_only:
+            return
+        recovery.revise()
+        recovery.sample()
+        recovery.verify()
+        recovered = recovery.collect()
+    console.print(audit_table(recovered.metrics))
+    guards = guard_table(recovered.metrics)
+    if guards is None:
+        typer.echo("guards: not measured, for no derivation was checked; name a checker, or audit a checkable family")
+    else:
+        console.print(guards)
+    _finish(recovered, jsonl=False)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Option(help="A finished run directory.")],
     to: Annotated[str, typer.Option(help="Format: trl-sft, trl-pref, messages, verl-sft or verl-rl.")],

@@ -36,6 +36,7 @@ from latentrevise.config import config_hash, to_dict
 from latentrevise.data import load_prompts
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError, RunError
+from latentrevise.gate import GateConfig, implicit_value
 from latentrevise.hull import Mixture
 from latentrevise.metrics import POOL, WRONG, Outcome, run_metrics
 from latentrevise.policy import Policy
@@ -100,7 +101,8 @@ class RecoverConfig(StrategySettings):
     label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
     when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
     prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. vllm: of that engine, see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
+    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. gate: see
+    ``GateConfig``. vllm: of that engine, see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
@@ -132,6 +134,7 @@ class RecoverConfig(StrategySettings):
     token_budget: int = 16384
     seed: int = 0
     guards: GuardConfig = field(default_factory=GuardConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     def __post_init__(self) -> None:
@@ -353,6 +356,25 @@ class Recovery:
             log.warning("%d zero-hit prompts left out: %s", len(rows), told)
             write_jsonl(self.run.errors, [*kept, *rows])
 
+    def gate(self) -> dict[str, Any]:
+        """Measure on the solved prompts whether the answer's score knows which branches succeed (see ``gate``); once
+        measured, it is read from ``gate.json``. Needs the mined rollouts alone."""
+        if not self.run.gate.exists():
+            rollouts, work = self.rollouts(), []
+            for prompt in self.prompts:
+                own = [r for r in rollouts[prompt.id] if len(r.completion_ids) >= 2]
+                if any(r.verdict == "correct" for r in own):
+                    # A failed rollout is what a recovery leaves; the prompts that have one come first.
+                    failed = [r for r in own if r.verdict == "wrong"]
+                    work.append((not failed, self._case(prompt, failed or own).work(False)))
+            work.sort(key=lambda pair: pair[0])
+            config = self.config
+            write_json(
+                self.run.gate,
+                implicit_value(self._tools(), [item for _, item in work], self._succeed, config.forks, config.gate),
+            )
+        return dict(json.loads(self.run.gate.read_text(encoding="utf-8")))
+
     def arms(self) -> list[_Arm]:
         """The strategies, and behind each one that reads the answer its wrong-target arm."""
         arms = []
@@ -483,37 +505,16 @@ class Recovery:
             wrong_verdicts = iter(wrong)
             hits_wrong = [w is not None and next(wrong_verdicts).verdict == "correct" for w, _ in wrong_targets]
             correct = [i for i, j in enumerate(gold) if j.verdict == "correct" and not arm.wrong]
-            plain = self._plain_logprobs(
-                [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
-            )
-            plain_of = dict(zip(correct, plain, strict=True))
-            agreement = self._agreement(
-                [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct], bar
-            )
-            agreement_of = dict(zip(correct, agreement, strict=True))
+            judged = [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
+            plain_of = dict(zip(correct, self._plain_logprobs(judged), strict=True))
+            agreement_of = dict(zip(correct, self._agreement(judged, bar), strict=True))
             rows = []
             for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
                 case, start = cases[sample.prompt_id], by_start[sample.start_id]
                 derivation = self._check(case.prompt, start, sample) if judgement.verdict == "correct" else None
-                found, objections = None, None
+                found = None
                 if i in plain_of:
-                    found = signals(
-                        Candidate(
-                            prompt_ids=case.prompt.ids,
-                            original_ids=start.prefix_ids,
-                            plain_ids=start.plain_ids,
-                            mixture=mixtures.get(start.start_id),
-                            answer_ids=case.answer_ids,
-                            completion_ids=sample.completion_ids,
-                            completion=sample.completion,
-                            before_answer=self._before_answer(sample),
-                            plain_logprobs=plain_of[i],
-                            aimed=arm.strategy.uses_answer,
-                            told=bool(start.context_ids),
-                            agreement=agreement_of[i],
-                        )
-                    )
-                    objections = guard(found, self.config.guards)
+                    found = self._signals(arm, case, start, sample, mixtures, plain_of[i], agreement_of[i])
                 rows.append(
                     Verdict(
                         sample_id=sample.sample_id,
@@ -525,7 +526,7 @@ class Recovery:
                         hits_wrong=hits_wrong[i],
                         valid=None if derivation is None else derivation.valid,
                         steps=[] if derivation is None else _steps(derivation),
-                        guard=",".join(objections) or None if objections is not None else None,
+                        guard=None if found is None else ",".join(guard(found, self.config.guards)) or None,
                         plain_logprobs=plain_of.get(i),
                         signals=found,
                     )
@@ -533,6 +534,9 @@ class Recovery:
             write_records(self.run.part("verdicts", index, arm.name), rows, Verdict)
 
     # Details
+
+    def _succeed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        return [judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)]
 
     def _take_prompts(self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None) -> None:
         if source is None:
@@ -695,6 +699,33 @@ class Recovery:
         if self.checker is None:
             return None
         return self.checker(prompt.text, self._text(start.plain_ids), sample.completion, prompt.answer)
+
+    def _signals(
+        self,
+        arm: _Arm,
+        case: _Case,
+        start: Start,
+        sample: Sample,
+        mixtures: Mapping[str, Mixture],
+        plain: Sequence[float],
+        agreement: float | None,
+    ) -> dict[str, float]:
+        return signals(
+            Candidate(
+                prompt_ids=case.prompt.ids,
+                original_ids=start.prefix_ids,
+                plain_ids=start.plain_ids,
+                mixture=mixtures.get(start.start_id),
+                answer_ids=case.answer_ids,
+                completion_ids=sample.completion_ids,
+                completion=sample.completion,
+                before_answer=self._before_answer(sample),
+                plain_logprobs=plain,
+                aimed=arm.strategy.uses_answer,
+                told=bool(start.context_ids),
+                agreement=agreement,
+            )
+        )
 
     def _before_answer(self, sample: Sample) -> int:
         """Tokens of a continuation in front of its final answer."""

@@ -6,7 +6,7 @@ alone, a run that was killed and resumed ends with the same rows as one that was
 
 Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``, then
 ``starts/``, ``samples/`` and ``verdicts/`` with a folder for each arm, and the results ``trajectories.parquet``,
-``atoms.safetensors``, ``metrics.json``.
+``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured).
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.json"
+
+    @property
+    def gate(self) -> Path:
+        return self.path / "gate.json"
 
     @property
     def report(self) -> Path:

@@ -32,6 +32,7 @@ from latentrevise.records import (
     write_records,
 )
 from latentrevise.report import console_table, write_report
+from latentrevise.report.audits import audit_table, guard_table
 from latentrevise.report.cases import TokenTexts
 from latentrevise.revision import Compute
 from latentrevise.rundir import RunDirectory
@@ -154,7 +155,8 @@ class RunBuilder:
         revising = strategy in LATENT
         decoded = sum(len(sample.completion_ids) + 1 for _, sample, _ in rows)
         compute = Compute(900 * len(starts) * revising, 700 * len(starts) * revising, decoded, 12.25)
-        self.outcomes.append(Outcome(arm, strategy, revising, side == "wrong", compute, rows))
+        names = [prompt.id for prompt in self.prompts]
+        self.outcomes.append(Outcome(arm, strategy, revising, side == "wrong", names, compute, rows))
 
     def continuation(self, arm: str, start: Start, index: int, rate: float) -> tuple[Start, Sample, Verdict]:
         wrong = arm.endswith("@wrong")
@@ -177,6 +179,7 @@ class RunBuilder:
             steps=[] if valid is None else [{"text": "2 + 2 = 4", "ok": True}, {"text": "4 < 3", "ok": valid}],
             guard="prefix-leak,short" if valid is False else None,
             plain_logprobs=(-1.25,) * len(ids) if correct else None,
+            signals={"answer": -0.1 - self.rng.random() - 2 * (not valid)} if correct else None,
         )
         return start, sample, verdict
 
@@ -526,3 +529,49 @@ def test_console_table_fits_a_terminal(run_dir: Path) -> None:
 def test_console_table_without_strategies() -> None:
     lines = printed({"prompts": 3, "zero_hit": 0, "derivations_checked": False, "arms": {}}, 80)
     assert "no strategy was run" in " ".join(lines)
+
+
+GATE = {
+    "prompts": 12,
+    "prompts_with_both": 11,
+    "branches": 300,
+    "successes": 40,
+    "auc": {"value": [0.97, 0.95, 0.99], "prior": [0.5, 0.4, 0.6], "posterior": [0.9, 0.8, 1.0]},
+    "scoring_tokens": 6.0,
+    "continuation_tokens": 30.0,
+    "break_even": 0.95,
+    "recommended": ["pivot"],
+    "reason": "it ranks well",
+}
+
+
+def test_audits_are_in_the_page_and_on_the_console(run_dir: Path, page: Page, tmp_path: Path) -> None:
+    assert "Implicit-value gate" not in page.text, "it was not measured"
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    best = metrics["guards"]["trade_off"][-1]
+    assert f"{100 * best['kept']:.1f} % {100 * best['contamination']:.1f} %" in page.text
+    for code, points in metrics["guards"]["curves"].items():
+        for point in points:
+            assert f"{code} {point['threshold']:.3g} {100 * point['kept']:.1f} %" in page.text
+
+    console = Console(width=100, file=io.StringIO())
+    console.print(audit_table(metrics))
+    console.print(guard_table(metrics))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for arm in STRATEGIES:
+        values = metrics["arms"][arm]
+        line = next(line.split() for line in shown.splitlines() if line.split()[:1] == [arm])
+        assert line[1] == str(values["correct_samples"])
+        assert line[2] == f"{100 * values['guarded']['valid'] / values['correct_samples']:.1f}"
+        assert line[4] == f"{100 * values['guarded']['contamination'][0]:.1f}"
+    assert "unfounded-answer alone" in shown
+
+    builder = RunBuilder(tmp_path / "gated", checkable=False)
+    builder.add_arm("resample")
+    run = builder.finish()
+    (run / "gate.json").write_text(json.dumps(GATE))
+    text = Page(write_report([run], tmp_path / "out")).text
+    assert "value 0.97 [0.95, 0.99]" in text
+    assert "recommended: pivot (it ranks well)" in text
+    assert "Leak guards" not in text, "nothing was checked"
+    assert guard_table(json.loads((run / "metrics.json").read_text())) is None

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from latentrevise.errors import InputError
 from latentrevise.records import atomic_write
+from latentrevise.report.audits import TradeOff, gate_text, trade_offs
 from latentrevise.report.cases import Case, TokenTexts, cases_of
 from latentrevise.report.figures import PALETTE, Group, figure_groups, png, styles_for, svg
 from latentrevise.report.runs import FinishedRun
@@ -49,6 +50,9 @@ class _RunView:
     solved: int
     undecided: int
     notes: list[str]
+    gate: str  # empty where it was not measured
+    guards: dict[str, Any] | None  # as in metrics.json; None where derivations were not checked
+    trade_offs: list[TradeOff]
     groups: list[_GroupView]
     cases: list[tuple[str, list[Case], str]]  # strategy, cases, why there are none
     open_case: Case | None  # the one that is unfolded: the first with a heat map
@@ -118,6 +122,9 @@ def _view(run: FinishedRun, key: str, groups: list[Group]) -> _RunView:
         solved=run.metrics["solved"],
         undecided=run.metrics["undecided"],
         notes=reading_notes(run.metrics),
+        gate="" if run.gate is None else gate_text(run.gate),
+        guards=run.metrics.get("guards"),
+        trade_offs=trade_offs(run.metrics),
         groups=[_group_view(key, group) for group in groups],
         cases=cases,
         open_case=next((case for _, found, _ in cases for case in found if case.heat_map), None),

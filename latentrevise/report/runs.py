@@ -68,6 +68,11 @@ class FinishedRun:
         return self.metrics.get("family") or self.path.resolve().name
 
     @cached_property
+    def gate(self) -> dict[str, Any] | None:
+        """The implicit-value gate, where it was measured."""
+        return json.loads(self.files.gate.read_text(encoding="utf-8")) if self.files.gate.is_file() else None
+
+    @cached_property
     def prompts(self) -> dict[str, dict[str, Any]]:
         """prompt_id -> row with ``prompt`` and ``answer``, in the order of the input."""
         table = _read_table(self.files.prompts, ("prompt_id", "prompt", "answer"))
