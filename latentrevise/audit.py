@@ -290,9 +290,9 @@ def _admissions(
     known = values[valid & ~np.isnan(values)]
     tried: list[tuple[float, np.ndarray]] = []
     for quantile in quantiles if len(known) else ():
-        # An upper threshold rejects what reaches it, so the value itself must still pass.
+        # An upper threshold rejects what reaches it, so it lies a little above the value that must still pass.
         at = np.quantile(known, quantile if each.least else 1.0 - quantile, method="lower")
-        threshold = float(at if each.least else np.nextafter(at, np.inf))
+        threshold = float(at if each.least else at + 1e-6)
         admits = np.isnan(values) | ((values >= threshold) if each.least else (values < threshold))
         if not any(np.array_equal(admits, other) for _, other in tried):
             tried.append((threshold, admits))
