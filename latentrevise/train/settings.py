@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,12 +67,13 @@ def trl_arguments(
             )
     cpu = {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
     values = {"output_dir": str(out), "report_to": "none", **cpu, **defaults, **given}
-    for name, value in values.items():
-        if isinstance(value, str) and "float" in str(fields[name].type):
-            try:  # YAML 1.1 reads 1e-4, without a dot, as text
+    for name, value in values.items():  # YAML 1.1 reads 1e-4 as text, and no as false
+        kind = str(fields[name].type)
+        if isinstance(value, str) and "float" in kind:
+            with suppress(ValueError):
                 values[name] = float(value)
-            except ValueError:
-                continue
+        elif value is False and "bool" not in kind:
+            values[name] = "no"
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

@@ -1,0 +1,221 @@
+"""Repairing zero-hit groups during RLVR: a strategy proposes prefixes, continuations are sampled, verified, guarded.
+
+What the pipeline does over a run directory, for the groups of one generation batch and with nothing written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
+
+from latentrevise.audit import Candidate, GuardConfig, guard, signals
+from latentrevise.engines import Completion, Engine, SamplingParams
+from latentrevise.errors import ConfigError
+from latentrevise.pipeline import chosen_cuts, request_of, tokens_with
+from latentrevise.policy import Policy
+from latentrevise.records import Prompt, Rollout, row_seed
+from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build
+from latentrevise.verify import Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairSettings(StrategySettings):
+    """How zero-hit groups are repaired.
+
+    strategy: by name; ``none`` repairs nothing (the groups are still counted). samples: continuations for a group.
+    replace: failed rows of a group that may be replaced, duplicates and then the longest first. revised_rollouts,
+    prefix_fraction, prefix_boundary, answer_template: as in RecoverConfig. rendering: the tokens that stand for a
+    revised prefix, as in RecoverConfig; ``auto`` is ``argmax`` where those tokens were fed, and ``continuation`` (they
+    are context, not trained) where a mixture was. guards: what may become a row. max_groups: repaired in one
+    generation batch (0: all). The strategies' own settings: see StrategySettings.
+    """
+
+    strategy: str = "latent-plausible"
+    samples: int = 8
+    replace: int = 1
+    revised_rollouts: int = 1
+    prefix_fraction: float = 0.5
+    prefix_boundary: str | None = None
+    answer_template: str = "\n\nThe final answer is \\boxed{"
+    rendering: Literal["auto", "argmax", "original", "continuation"] = "auto"
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    max_groups: int = 0
+    token_budget: int = 16384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy != "none":
+            build(self.strategy, self)
+        for name in ("samples", "replace", "revised_rollouts", "token_budget"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"RepairSettings.{name} = {getattr(self, name)!r}: it must be at least 1")
+        if self.revised_rollouts > self.samples:
+            raise ConfigError(f"{self.revised_rollouts} revised rollouts share {self.samples} samples; raise `samples`")
+        if not 0.0 <= self.prefix_fraction < 1.0:
+            raise ConfigError(f"RepairSettings.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """A row for a group: ``ids`` (prefix as rendered, continuation, end), ``trained`` 0 or 1 for each, the text.
+
+    plain: mean log-prob of the continuation behind plain tokens, nats a token. reliance: that less the one behind what
+    was fed: how much of the continuation's likelihood is owed to the revision.
+    """
+
+    ids: tuple[int, ...]
+    trained: tuple[int, ...]
+    text: str
+    plain: float
+    reliance: float
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was found for one group: rows, the most plausible first; verified samples, and those whose prefix leaked."""
+
+    rescues: list[Rescue] = field(default_factory=list)
+    correct: int = 0
+    leaked: int = 0
+
+
+class Repairer:
+    """policy, engine: of the model as it is now. sampling: as the trainer samples, one sample a request."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        verifier: Verifier,
+        settings: RepairSettings,
+        sampling: SamplingParams,
+    ) -> None:
+        self.policy, self.engine, self.tokenizer, self.verifier = policy, engine, tokenizer, verifier
+        self.settings, self.sampling = settings, sampling
+        boundary = settings.prefix_boundary
+        self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, policy.table.shape[0])
+        self._template = tuple(tokenizer.encode(settings.answer_template, add_special_tokens=False))
+        self._strategy = build(settings.strategy, settings)
+
+    def repair(self, groups: Sequence[tuple[Prompt, Sequence[Rollout], int]]) -> tuple[list[Repair], float]:
+        """One Repair for each group of (prompt, rollouts verified wrong, seed), in order, and the seconds it took."""
+        began = time.perf_counter()
+        work = [self._work(prompt, failed, seed) for prompt, failed, seed in groups]
+        able = [i for i, item in enumerate(work) if item.cuts]
+        tools = Tools(
+            self.policy,
+            self.engine,
+            self.tokenizer,
+            self.sampling,
+            frozenset(self._boundary),
+            self.settings.token_budget,
+        )
+        proposals = self._strategy.propose(tools, [work[i] for i in able], self.settings.samples) if able else []
+        flat = [(i, p) for i, own in zip(able, proposals, strict=True) for p in own if self._room(p) > 0]
+        samples = self._sampled([(work[i], p) for i, p in flat])
+        found = [Repair() for _ in groups]
+        for (i, proposal), completions in zip(flat, samples, strict=True):
+            found[i] = self._judged(work[i], proposal, completions, found[i])
+        for i, repair in enumerate(found):
+            best = sorted(repair.rescues, key=lambda r: -r.plain)[: self.settings.replace]
+            found[i] = replace(repair, rescues=best)
+        return found, time.perf_counter() - began
+
+    def _work(self, prompt: Prompt, failed: Sequence[Rollout], seed: int) -> Work:
+        s = self.settings
+        long = [r for r in failed if len(r.completion_ids) >= 2]
+        answer = tuple(self.tokenizer.encode(prompt.answer, add_special_tokens=False))
+        cuts = chosen_cuts(long, s.revised_rollouts, s.prefix_fraction, self._boundary, seed)
+        return Work(prompt, prompt.answer, tuple(long), cuts, answer, self._template, seed)
+
+    def _room(self, proposal: Proposal) -> int:
+        """Tokens left for a continuation, its end-of-sequence token among them."""
+        return self.sampling.max_new_tokens - len(self._prefix(proposal)[0])
+
+    def _prefix(self, proposal: Proposal) -> tuple[tuple[int, ...], bool]:
+        """The tokens that stand for what was fed, and whether they are trained."""
+        rendering = self.settings.rendering
+        if rendering == "auto":
+            rendering = "continuation" if proposal.latent else "argmax"
+        return proposal.original_ids if rendering == "original" else proposal.plain_ids, rendering != "continuation"
+
+    def _sampled(self, starts: Sequence[tuple[Work, Proposal]]) -> list[list[Completion]]:
+        found: list[list[Completion]] = [[] for _ in starts]
+        waiting, number = list(range(len(starts))), 0
+        while waiting:
+            requests, params = [], []
+            for i in waiting:
+                item, proposal = starts[i]
+                requests.append(
+                    request_of(self.policy, item.prompt.ids, proposal, proposal.mixture, row_seed(item.seed, i, number))
+                )
+                temperature = 0.0 if proposal.greedy else self.sampling.temperature
+                params.append(
+                    replace(self.sampling, n=proposal.n, temperature=temperature, max_new_tokens=self._room(proposal))
+                )
+            for i, completions in zip(waiting, self.engine.generate(requests, params), strict=True):
+                found[i] += completions
+            number += 1
+            waiting = [
+                i for i in waiting if number < starts[i][1].rounds and not self._any_correct(*starts[i], found[i])
+            ]
+        return found
+
+    def _any_correct(self, item: Work, proposal: Proposal, completions: Sequence[Completion]) -> bool:
+        pairs = [(item.target, self._text((*self._prefix(proposal)[0], *c.ids))) for c in completions]
+        return any(j.verdict == "correct" for j in self.verifier.verify(pairs))
+
+    def _judged(self, item: Work, proposal: Proposal, completions: Sequence[Completion], known: Repair) -> Repair:
+        prefix, trained = self._prefix(proposal)
+        texts = [self._text((*prefix, *c.ids)) for c in completions]
+        judged = self.verifier.verify([(item.target, text) for text in texts])
+        right = [i for i, j in enumerate(judged) if j.verdict == "correct" and completions[i].ids]
+        contexts = [(*item.prompt.ids, *prefix)] * len(right)
+        plain = self.policy.logprobs(contexts, [completions[i].ids for i in right], self.settings.token_budget)
+        rescues, leaked = [], 0
+        for i, logprobs in zip(right, plain, strict=True):
+            completion = completions[i]
+            text = self._text(completion.ids)
+            head = text[: text.rfind("\\boxed")] if "\\boxed" in text else text
+            before = len(self.tokenizer.encode(head, add_special_tokens=False))
+            found = signals(
+                Candidate(
+                    prompt_ids=item.prompt.ids,
+                    original_ids=proposal.original_ids,
+                    plain_ids=proposal.plain_ids,
+                    mixture=proposal.mixture if proposal.latent else None,
+                    answer_ids=item.answer_ids,
+                    completion_ids=completion.ids,
+                    completion=text,
+                    before_answer=min(before, len(completion.ids)),
+                    plain_logprobs=logprobs.tolist(),
+                    aimed=self._strategy.uses_answer,
+                    told=bool(proposal.context_ids),
+                )
+            )
+            objections = guard(found, self.settings.guards)
+            leaked += "prefix-leak" in objections
+            if objections:
+                continue
+            end = (self.tokenizer.eos_token_id,) if completion.finish_reason == "stop" else ()
+            mean = float(logprobs.mean())
+            rescues.append(
+                Rescue(
+                    ids=(*prefix, *completion.ids, *end),
+                    trained=(*[int(trained)] * len(prefix), *[1] * (len(completion.ids) + len(end))),
+                    text=texts[i],
+                    plain=mean,
+                    reliance=mean - fmean(completion.logprobs or [mean]),
+                )
+            )
+        return Repair(known.rescues + rescues, known.correct + len(right), known.leaked + leaked)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
