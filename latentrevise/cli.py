@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentrevise.errors import LatentReviseError
+from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
     from latentrevise.pipeline import Recovery
@@ -178,6 +179,10 @@ def demo(
     from latentrevise.demo.run import run_demo
 
     run_demo(out, prompts=prompts, seed=seed, progress=not quiet)
+
+
+app.add_typer(training.app, name="train")
+app.command("eval")(training.evaluate)
 
 
 @app.command()

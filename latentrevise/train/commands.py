@@ -1,0 +1,162 @@
+"""``latentrevise train sft``, ``latentrevise train rlvr`` and ``latentrevise eval``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentrevise.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from latentrevise.records import Prompt
+
+app = typer.Typer(no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder of the training run; taken up at its last checkpoint.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting, key=value (mix=0.5, trainer.learning_rate=1e-5); may be repeated."),
+]
+Dtype = Annotated[
+    str, typer.Option(help="Of the weights that are trained; with a GPU the trainer computes in bfloat16.")
+]
+
+
+@app.callback()
+def train() -> None:
+    """Train on what was recovered, with TRL (extra: train)."""
+    if missing := [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)} not installed; pip install 'latentrevise[train]'")
+
+
+@app.command()
+def sft(
+    run: Annotated[Path, typer.Option(help="A finished recovery.")],
+    out: Out,
+    model: Annotated[str | None, typer.Option(help="Directory or hub id; the run's own model if left out.")] = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Fine-tune on a run's trajectories, mixed with its ordinary correct rollouts."""
+    from latentrevise.config import load_config
+    from latentrevise.train.sft import SFTSettings, sft_dataset, train_sft
+
+    chosen = load_config(SFTSettings, config, settings or [])
+    name = model or _model_of(run)
+    policy, tokenizer = _loaded(name, dtype)
+    rows = sft_dataset(run, chosen, tokenizer)
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["strategy"]] = counts.get(row["strategy"], 0) + 1
+    typer.echo(f"{len(rows)} rows: {', '.join(f'{n} {strategy}' for strategy, n in sorted(counts.items()))}")
+    _begin(out, "sft", chosen, [name, [row["input_ids"] for row in rows]])
+    train_sft(policy, tokenizer, rows, out, chosen, _prompts(chosen.eval_prompts, tokenizer))
+    typer.echo(f"trained model in {out / 'model'}")
+
+
+@app.command()
+def rlvr(
+    model: Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL, JSON, parquet or CSV with a prompt and an answer in each row.")],
+    out: Out,
+    config: ConfigFile = None,
+    settings: Set = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Reinforcement learning on verified answers, with zero-hit groups repaired as they occur."""
+    from latentrevise.config import load_config
+    from latentrevise.train.rlvr import RLVRSettings, train_rlvr
+
+    chosen = load_config(RLVRSettings, config, settings or [])
+    policy, tokenizer = _loaded(model, dtype)
+    problems = _prompts(str(prompts), tokenizer)
+    _begin(out, "rlvr", chosen, [model, [[p.id, *p.ids] for p in problems]])
+    train_rlvr(policy, tokenizer, problems, out, chosen, _prompts(chosen.eval_prompts, tokenizer))
+    typer.echo(f"trained model in {out / 'model'}")
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers.")],
+    data: Annotated[str, typer.Option(help="A benchmark (math-500, aime24, aime25, amc23, ...) or a file of prompts.")],
+    out: Annotated[Path, typer.Option(help="Folder for metrics.json and rollouts.parquet.")],
+    source: Annotated[Path | None, typer.Option(help="A local copy of the benchmark, in place of the hub.")] = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; if left out the first GPU, or else the CPU.")
+    ] = None,
+) -> None:
+    """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
+    from latentrevise.config import load_config, to_dict
+    from latentrevise.evaluate import BENCHMARKS, EvalConfig, load_benchmark, summary, write_evaluation
+    from latentrevise.evaluate import evaluate as run_evaluation
+    from latentrevise.models import load_model
+
+    chosen = load_config(EvalConfig, config, settings or [])
+    policy, tokenizer = load_model(model, dtype=dtype, device=device)
+    if data in BENCHMARKS:
+        problems, errors = load_benchmark(data, tokenizer, source=source)
+    elif source is not None:
+        raise ConfigError(f"--source goes with one of {', '.join(BENCHMARKS)}; give a file of your own with --data")
+    else:
+        from latentrevise.data import load_prompts
+
+        problems, errors = load_prompts(data, tokenizer=tokenizer)
+    scores, rollouts = run_evaluation(policy, tokenizer, problems, chosen)
+    metrics = {
+        "data": data,
+        "model": model,
+        "left_out": len(errors),
+        **summary(scores, chosen),
+        "config": to_dict(chosen),
+    }
+    write_evaluation(out, metrics, rollouts, errors)
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            typer.echo(f"{name}: {value[0]:.4f}  [{value[1]:.4f}, {value[2]:.4f}]")
+    typer.echo(f"{len(problems)} prompts, {len(errors)} left out; {out / 'metrics.json'}")
+
+
+def _begin(out: Path, kind: str, settings: Any, data: Any) -> None:
+    from latentrevise.train.settings import begin
+
+    begin(out, kind, settings, data)
+
+
+def _loaded(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """On the CPU: the trainer places the model, on as many devices as there are."""
+    from latentrevise.models import load_model
+
+    return load_model(name, dtype=dtype, device="cpu")
+
+
+def _model_of(run: Path) -> str:
+    from latentrevise.rundir import RunDirectory
+
+    return str(RunDirectory(run).read_header()["model"]["path"])
+
+
+def _prompts(path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The usable prompts of a file; how many are not is said."""
+    if path is None:
+        return []
+    from latentrevise.data import load_prompts
+
+    found, errors = load_prompts(path, tokenizer=tokenizer)
+    for error in errors[:3]:
+        typer.echo(f"{path}, row {error.row} left out ({error.reason}): {error.message}", err=True)
+    if len(errors) > 3:
+        typer.echo(f"{path}: {len(errors)} rows left out", err=True)
+    if not found:
+        raise InputError(f"{path}: no usable prompt among {len(errors)} rows")
+    return found

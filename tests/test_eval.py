@@ -1,0 +1,139 @@
+"""Evaluation: the estimator, its intervals, benchmarks of the hub's form in local files, the command."""
+
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from latentrevise.cli import app
+from latentrevise.demo import get_family, make_prompts, model_dir
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.evaluate import (
+    BENCHMARKS,
+    INSTRUCTION,
+    EvalConfig,
+    Score,
+    bootstrap,
+    evaluate,
+    load_benchmark,
+    summary,
+)
+from latentrevise.models import load_model
+from latentrevise.records import Prompt, Rollout, read_records, write_jsonl
+from latentrevise.verify import Verifier
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with Verifier(timeout=30, workers=1) as it:
+        yield it
+
+
+def test_pass_at_k_is_the_chance_over_all_draws():
+    scores = [Score("a", 6, 2, 0, None), Score("b", 6, 0, 1, None), Score("c", 6, 6, 0, None)]
+    found = summary(scores, EvalConfig(samples=6, k=(1, 2, 5), resamples=50))
+    for k in (1, 2, 5):
+        chances = [np.mean([any(i < s.correct for i in draw) for draw in combinations(range(6), k)]) for s in scores]
+        assert found[f"pass@{k}"][0] == pytest.approx(np.mean(chances))
+        assert found[f"pass@{k}"][1] <= found[f"pass@{k}"][0] <= found[f"pass@{k}"][2]
+    assert found["zero_hit"] == pytest.approx(1 / 3)
+    assert found["unknown"] == pytest.approx(1 / 18)
+    assert "valid@1" not in found
+
+
+def test_bootstrap_intervals_cover():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        _, low, high = bootstrap(generator.random(60) < 0.3, 300, seed=i)
+        covered += low <= 0.3 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+    assert bootstrap([1.0, 1.0], 10, 0) == [1.0, 1.0, 1.0]
+
+
+def test_k_and_empty_input_are_checked():
+    with pytest.raises(ConfigError, match="between 1 and samples"):
+        EvalConfig(samples=2, k=(4,))
+    with pytest.raises(InputError, match="nothing was evaluated"):
+        summary([], EvalConfig())
+
+
+ROWS = {
+    "math-500": {
+        "problem": "1+1",
+        "solution": "so \\boxed{2}",
+        "answer": "2",
+        "subject": "x",
+        "level": 1,
+        "unique_id": "a/1",
+    },
+    "aime24": {"id": 60, "problem": "x?", "solution": "s", "answer": "204", "url": "u", "year": "2024"},
+    "aime25": {"problem": "y?", "answer": 70, "id": "0"},
+    "amc23": {"id": 0, "question": "z?", "answer": 27.0, "url": "u"},
+    "minerva": {"question": "v?", "answer": "4.5e33"},
+    "olympiadbench": {"question": "w?", "final_answer": ["$3$", "5"], "context": None, "is_multiple_answer": True},
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmarks_load_from_files_of_their_form(name, tmp_path, verifier):
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist([ROWS[name]]), path)
+    (prompt,), errors = load_benchmark(name, TOKENIZER, source=path, verifier=verifier)
+    assert not errors
+    assert prompt.text == ROWS[name][BENCHMARKS[name].prompt] + INSTRUCTION
+    assert prompt.answer == {"aime25": "70", "amc23": "27.0", "olympiadbench": "3, 5"}.get(
+        name, ROWS[name].get("answer")
+    )
+    known = {"math-500": "a/1", "aime24": "60", "aime25": "0", "amc23": "0"}
+    assert name not in known or prompt.id == known[name]
+
+
+def test_a_benchmark_with_other_columns_is_refused(tmp_path, verifier):
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, [{"problem": "1+1", "solution": "2"}])
+    with pytest.raises(InputError, match="no column answer"):
+        load_benchmark("math-500", TOKENIZER, source=path, verifier=verifier)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_benchmark("math-500", TOKENIZER, source=tmp_path / "none.parquet", verifier=verifier)
+    with pytest.raises(ConfigError, match="choose from math-500"):
+        load_benchmark("math-5000", TOKENIZER)
+
+
+def test_a_prompt_is_sampled_alike_in_any_company(verifier):
+    model, tokenizer = load_model(model_dir("rule"), dtype="float32", device="cpu")
+    prompts = [
+        Prompt(r["id"], r["prompt"], tuple(tokenizer.encode(r["prompt"])), r["answer"])
+        for r in make_prompts(get_family("rule"), 6)
+    ]
+    config = EvalConfig(samples=4, k=(1, 4), max_new_tokens=64, checker="latentrevise.demo:check", resamples=50)
+    scores, rollouts = evaluate(model, tokenizer, prompts, config, verifier=verifier)
+    alone, own = evaluate(model, tokenizer, prompts[2:3], config, verifier=verifier)
+    assert alone == scores[2:3]
+    assert [r.completion_ids for r in own] == [r.completion_ids for r in rollouts[8:12]]
+    assert all(s.valid <= s.correct <= s.samples for s in scores)
+    found = summary(scores, config)
+    assert found["valid@1"][0] <= found["pass@1"][0] <= found["pass@4"][0]
+
+
+def test_command(tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", make_prompts(get_family("rule"), 4))
+    arguments = [
+        "eval", "--model", str(model_dir("rule")), "--data", str(tmp_path / "prompts.jsonl"), "--out",
+        str(tmp_path / "out"), "--set", "samples=2", "--set", "k=[1, 2]", "--set", "max_new_tokens=64", "--dtype",
+        "float32",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["prompts"] == 4
+    assert math.isclose(metrics["pass@2"][0], float(result.output.split("pass@2: ")[1].split()[0]), abs_tol=1e-4)
+    assert len(read_records(tmp_path / "out" / "rollouts.parquet", Rollout)) == 8
