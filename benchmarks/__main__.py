@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, engines, harness, ops, revise
+from benchmarks import cubins, engines, harness, ops, revise, training_memory
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -23,6 +23,7 @@ DESCRIPTIONS = {
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
+    "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--jobs", type=int, help="runs side by side; none: one a core")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
     engines.add_options(parser.add_argument_group("engines"))
+    training_memory.add_options(parser.add_argument_group("training_memory"))
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(DESCRIPTIONS)
     if unknown:
@@ -68,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
             document = revise.main(options)
         elif name == "engines":
             document = engines.main(options)
+        elif name == "training_memory":
+            document = training_memory.main(options)
         elif name == "recovery":
             from benchmarks import recovery  # and with it all of the pipeline, which kernels are measured without
 
