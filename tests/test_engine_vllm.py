@@ -110,6 +110,20 @@ def test_long_lists_are_handed_over_in_portions(engine, monkeypatch):
     assert 64 <= max(counts) < 2 * 64
 
 
+def test_a_call_that_is_broken_off_leaves_nothing_behind(engine):
+    """Its requests must not come back under the numbers of the next call's."""
+    requests = [Request(ids) for ids in questions(engine.tokenizer, 10)]
+    expected = engine.generate(requests[:3], GREEDY)
+
+    def stop(*_):
+        raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        engine.generate(requests[::-1], GREEDY, stop)
+    assert engine._llm.llm_engine.get_num_unfinished_requests() == 0
+    assert [r[0].ids for r in engine.generate(requests[:3], GREEDY)] == [r[0].ids for r in expected]
+
+
 # What it refuses
 # ------------------------------------------------------------------------------------------------------------------
 

@@ -445,26 +445,31 @@ class VLLMEngine:
         long the list; EngineDied if it raises."""
         engine = self._started().llm_engine
         room = 2 * engine.vllm_config.scheduler_config.max_num_seqs
-        waiting = iter(jobs)
+        waiting, held = iter(jobs), 0
         flying: dict[str, tuple[int, int]] = {}  # the job and how many samples, by request id
         try:
             with _own_random_numbers():
                 while True:
-                    while sum(n for _, n in flying.values()) < room and (job := next(waiting, None)) is not None:
+                    while held < room and (job := next(waiting, None)) is not None:
                         index, prompt, params = job
                         with _alive():
                             engine.add_request(str(index), prompt, params)
                         flying[str(index)] = index, params.n
+                        held += params.n
                         del job, prompt
                     if not flying:
                         break
                     with _alive():
                         outputs = engine.step()
                     for output in outputs:
-                        yield flying.pop(output.request_id)[0], output.outputs
+                        index, n = flying.pop(output.request_id)
+                        held -= n
+                        yield index, output.outputs
                 with _alive():
                     engine.step()  # workers let go of finished requests at the next step only
-        except (GeneratorExit, KeyboardInterrupt):
+        except EngineDied:
+            raise
+        except BaseException:  # the caller stopped, or an error of ours: vLLM lives on, and must not finish these later
             engine.abort_request(list(flying))
             raise
 
