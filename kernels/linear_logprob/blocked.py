@@ -1,7 +1,7 @@
 """What the saved gradient of a log-prob does not cover: weights, bias and entropy, by recomputing block after block.
 
 ``d/dz_v`` of ``c . logp + e . entropy`` is ``c (1[v = y] - p_v) - e p_v (log p_v + entropy)``; with it ``dH``, ``dW``
-and ``dbias`` are two matrix products. Plain torch on 8192 rows of the table at a time, on any device.
+and ``dbias`` are two matrix products. Plain torch on a block of the table at a time, on any device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 8192
+# Elements of a block of scores, of which half a dozen are alive at once, and bounds for its rows of the table.
+SCORES, FEWEST, MOST = 2**22, 512, 8192
 
 
 def backward(
@@ -34,8 +35,9 @@ def backward(
     grad_bias = torch.empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype, device=W.device)
     target = _logits(queries, W, bias, scale, softcap, temperature, y)
     lse = target - logp
-    for start in range(0, V, BLOCK):
-        stop = min(start + BLOCK, V)
+    block = min(max(SCORES // max(len(H), 1), FEWEST), MOST)
+    for start in range(0, V, block):
+        stop = min(start + block, V)
         rows = W[start:stop].float()
         raw = queries @ rows.T
         if bias is not None:
