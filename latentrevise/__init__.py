@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import kernels as kernels  # latentrevise.kernels, where type checkers find it in the source tree
+    from latentrevise.branches import Branch, BranchScores
     from latentrevise.hull import Mixture, VocabularyHull
     from latentrevise.pipeline import RecoverConfig, Recovered, recover
     from latentrevise.reviser import Reviser
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Branch",
+    "BranchScores",
     "Compute",
     "Evaluation",
     "FailedRollout",
@@ -30,6 +33,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Branch": "branches",
+    "BranchScores": "branches",
     "Mixture": "hull",
     "VocabularyHull": "hull",
     "Reviser": "reviser",

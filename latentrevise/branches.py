@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentrevise import memory
 from latentrevise.errors import InputError
-from latentrevise.packing import pack_branches
+from latentrevise.packing import bucket, pack_branches
 from latentrevise.revision import Compute
 
 if TYPE_CHECKING:
@@ -92,12 +92,13 @@ def score_branches(
         def run_rows(chosen: list[int]) -> None:
             _later_tokens(policy, work, [rows[r] for r in chosen], place, cache, scores)
 
-        memory.in_batches(sizes, budget, run_rows, "row of branches")
+        memory.in_batches(sizes, budget, share, run_rows, "row of branches")
         found.update({i: torch.cat(parts) for i, parts in scores.items()})
 
     with policy.frozen(), torch.no_grad():
         budget = token_budget or memory.token_budget(policy)
-        memory.in_batches([(0, n) for n in needed], budget, run, "trunk")
+        share = memory.cached_share(policy)
+        memory.in_batches([(0, n) for n in needed], budget, share, run, "trunk")
     trunk_tokens = [0] * len(trunks)
     for t, n in zip(used, needed, strict=True):
         trunk_tokens[t] = n
@@ -176,10 +177,14 @@ def _later_tokens(
     scores: dict[int, list[Tensor]],
 ) -> None:
     packing = pack_branches(
-        [[(work[i].at, work[i].tokens, work[i].scored_from) for i in row] for row in rows], policy.device
+        [[(work[i].at, work[i].tokens, work[i].scored_from) for i in row] for row in rows],
+        policy.device,
+        policy.buckets,
     )
     trunk = torch.tensor([place[work[row[0]].trunk] for row in rows], device=policy.device)
     longest = max(work[row[0]].at for row in rows)
+    if policy.buckets:
+        longest = bucket(longest)
     ready = policy.prepare(
         packing.tokens, packing.position, packing.segment, cache.select(trunk, longest), packing.reach
     )

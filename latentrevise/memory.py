@@ -14,52 +14,82 @@ from latentrevise.packing import batches
 if TYPE_CHECKING:
     from latentrevise.policy import Policy
 
-# On a CPU larger batches gain no speed once a product has some hundred rows, they only take memory.
-_CPU_BYTES = 1 << 30
-_CPU_TOKENS = 16384
+# On a CPU a product of some hundred rows is near its best rate already, and larger batches only take memory; a small
+# model gains from more rows until the calls themselves cost nothing. By bytes a number: half precision, half the rows.
+_CPU_TOKENS = {2: 192, 4: 384, 8: 384}
+_CPU_BYTES = 256 << 20
 _GPU_TOKENS = 131072
 
 
-def activation_bytes(policy: Policy) -> int:
+def activation_bytes(policy: Policy, recompute: bool = False) -> int:
     """Estimate of what one token keeps alive between forward and backward pass of the frozen body.
 
-    Weights need no gradient, so a linear layer keeps nothing; norms, attention inputs and the gated product do. Scores
-    of eager attention and routing tables are not counted.
+    Weights need no gradient, so a linear layer keeps nothing; norms (which compute in float32), attention and the two
+    factors of the gated product do. Scores of eager attention and routing tables are not counted. recompute: layers
+    keep their inputs, and one of them all the rest.
     """
-    config = policy.config
-    d = config.hidden_size
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or d // config.num_attention_heads)
-    inner = getattr(config, "intermediate_size", None) or 4 * d
+    config, size = policy.config, policy.dtype.itemsize
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     experts = getattr(config, "num_experts_per_tok", None)
     if experts:
         inner = max(inner, experts * (getattr(config, "moe_intermediate_size", None) or inner))
-    return int(config.num_hidden_layers * (8 * d + 4 * heads + 5 * inner) * policy.dtype.itemsize)
+    layer = 2 * config.hidden_size * max(size, 4) + (4 * _heads(policy) + 2 * inner) * size
+    if recompute:
+        # A layer's backward pass has its gradients beside it; elsewhere they are few among all layers.
+        return config.num_hidden_layers * config.hidden_size * size + 2 * layer
+    return config.num_hidden_layers * layer
 
 
-def token_budget(policy: Policy) -> int:
-    """Padded tokens for one batch: what fits into half of the free memory, rounded down to a power of two.
+def cached_share(policy: Policy, recompute: bool = False) -> float:
+    """What a token of a cached prompt takes, as a share of a token that is fed.
 
-    The rounding keeps the batches, and so the last bits of the results, the same while free memory varies a little. On
-    a CPU at most 1 GiB is taken.
+    Keys and values in the cache, and, put before the suffix and repeated for all heads, once more in each layer.
     """
+    config, size = policy.config, policy.dtype.itemsize
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kept = 2 * _heads(policy) * key_heads // config.num_attention_heads
+    copied = 2 * _heads(policy)
+    layers = config.num_hidden_layers
+    taken = layers * kept + (2 if recompute else layers) * copied
+    return min(1.0, taken * size / activation_bytes(policy, recompute))
+
+
+def _heads(policy: Policy) -> int:
+    """Width of all attention heads together."""
+    config = policy.config
+    return config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def token_budget(policy: Policy, recompute: bool = False) -> int:
+    """Padded tokens to feed in one batch: as many as pay, halved until they fit into half of the free memory.
+
+    Halving keeps the batches, and so the last bits of the results, the same while free memory varies a little.
+    """
+    size = activation_bytes(policy, recompute)
     if policy.device.type == "cuda":
         # Memory the allocator holds but does not use is free too.
         cached = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
-        free, most = torch.cuda.mem_get_info(policy.device)[0] + cached, _GPU_TOKENS
+        free, budget = torch.cuda.mem_get_info(policy.device)[0] + cached, _GPU_TOKENS
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        free, most = min(free, 2 * _CPU_BYTES), _CPU_TOKENS
-    fitting = max(1, min(most, free // 2 // activation_bytes(policy)))
-    return 1 << (fitting.bit_length() - 1)
+        budget = max(_CPU_TOKENS[policy.dtype.itemsize], _CPU_BYTES // size)
+    while budget > 1 and budget * size > free // 2:
+        budget //= 2
+    return budget
 
 
-def in_batches(sizes: Sequence[tuple[int, int]], budget: int, work: Callable[[list[int]], None], what: str) -> int:
+def in_batches(
+    sizes: Sequence[tuple[int, int]], budget: int, share: float, work: Callable[[list[int]], None], what: str
+) -> int:
     """Call ``work`` on batches of rows until all are done; where memory runs out, halve the budget and go on.
 
-    sizes: (cached, fed) tokens of each row. ``work`` is handed indices and must keep nothing of a batch that failed.
+    sizes: (cached, fed) tokens of each row; share: how much of a fed token a cached one counts in the budget.
+    ``work`` is handed indices and must keep nothing of a batch that failed.
     Returns the budget at the end. Raises RunError if one row alone does not fit.
     """
-    pending = batches(sizes, budget)
+    pending = batches(sizes, budget, share)
     while pending:
         batch = pending[0]
         try:
@@ -73,7 +103,7 @@ def in_batches(sizes: Sequence[tuple[int, int]], budget: int, work: Callable[[li
                     f"memory does not suffice for one {what} of {cached} cached and {fed} fed tokens; load the model"
                     " in bfloat16, shorten it, or use a larger machine"
                 ) from error
-            budget = max(1, min(budget, (cached + fed) * len(batch)) // 2)
+            budget = max(1, int(min(budget, (share * cached + fed) * len(batch))) // 2)
         else:
             del pending[0]
             continue
@@ -81,7 +111,7 @@ def in_batches(sizes: Sequence[tuple[int, int]], budget: int, work: Callable[[li
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         left = [i for rest in pending for i in rest]
-        pending = [[left[i] for i in part] for part in batches([sizes[i] for i in left], budget)]
+        pending = [[left[i] for i in part] for part in batches([sizes[i] for i in left], budget, share)]
     return budget
 
 

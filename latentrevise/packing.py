@@ -42,9 +42,22 @@ class BranchPacking:
     targets: Tensor
 
 
-def pack_branches(rows: Sequence[Sequence[tuple[int, Sequence[int], int]]], device: torch.device) -> BranchPacking:
-    """Lay branches out; a row is a list of (position where it leaves the trunk, tokens, first scored token)."""
+def bucket(length: int) -> int:
+    """The next length on a grid of eight to each doubling (and of multiples of 8), so that shapes repeat."""
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
+def pack_branches(
+    rows: Sequence[Sequence[tuple[int, Sequence[int], int]]], device: torch.device, buckets: bool = False
+) -> BranchPacking:
+    """Lay branches out; a row is a list of (position where it leaves the trunk, tokens, first scored token).
+
+    buckets: pad to a ``bucket``.
+    """
     width = max(sum(len(tokens) - 1 for _, tokens, _ in row) for row in rows)
+    if buckets:
+        width = bucket(width)
     flat: dict[str, list[int]] = {name: [] for name in ("tokens", "segment", "position", "reach")}
     score_index: list[int] = []
     targets: list[int] = []
@@ -107,10 +120,17 @@ class Packing:
         return (self.segment != PAD).sum(1).tolist()
 
 
-def pack(rollouts: Sequence[FailedRollout], config: ReviseConfig, device: torch.device) -> Packing:
-    """Lay the rollouts out; the branches whose weight is 0 are left out of the pass altogether."""
+def pack(
+    rollouts: Sequence[FailedRollout], config: ReviseConfig, device: torch.device, buckets: bool = False
+) -> Packing:
+    """Lay the rollouts out; the branches whose weight is 0 are left out of the pass altogether.
+
+    buckets: pad to a ``bucket``.
+    """
     rows = [_row(rollout, config) for rollout in rollouts]
     width = max(len(row.tokens) for row in rows)
+    if buckets:
+        width = bucket(width)
     shape = (len(rows), width)
     tokens, segment, offset = (
         torch.zeros(shape, dtype=torch.long),
@@ -213,9 +233,10 @@ def visible(
     return seen if window is None else seen & (distance < window)
 
 
-def batches(sizes: Sequence[tuple[int, int]], token_budget: int) -> list[list[int]]:
+def batches(sizes: Sequence[tuple[int, int]], token_budget: int, share: float = 1.0) -> list[list[int]]:
     """Split rows of (cached, fed) tokens into batches whose padded size stays within the budget; lists of indices.
 
+    share: how much of a fed token a cached one counts.
     Rows are taken in order of length, the longest first, so that memory fails early if it has to. A batch also ends
     where padding would make up more than a quarter of what is fed. A row larger than the budget goes alone.
     """
@@ -227,7 +248,7 @@ def batches(sizes: Sequence[tuple[int, int]], token_budget: int) -> list[list[in
         own_cached, own_fed = sizes[i]
         most = max(cached, own_cached)
         rows = len(batch) + 1
-        if batch and ((most + fed) * rows > token_budget or 0.75 * fed * rows > real + own_fed):
+        if batch and ((share * most + fed) * rows > token_budget or 0.75 * fed * rows > real + own_fed):
             found.append(batch)
             batch, most, fed, real = [], own_cached, own_fed, 0
         batch.append(i)

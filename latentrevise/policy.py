@@ -24,9 +24,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from latentrevise import kernels
 from latentrevise.branches import Branch, BranchScores, score_branches
 from latentrevise.errors import InputError, ModelError
+from latentrevise.lean import Widened, activations_made_again, release, slow
 from latentrevise.models import check_model, input_embedding
 from latentrevise.packing import PAD, PREFIX, bucket, visible
-from latentrevise.widening import Widened, slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,6 +198,7 @@ class Policy:
                     copy.copy_(make())
             yield
         finally:
+            release()
             for parameter in trained:
                 parameter.requires_grad_(True)
             for module in training:
@@ -274,7 +275,7 @@ class Policy:
             flat = embeddings.reshape(count * width, d).index_copy(0, index, values.to(embeddings.dtype))
             embeddings = flat.view(count, width, d)
         cache = Cache(layers=[_Behind(keys, values) for keys, values in ready.layers])
-        with self._recomputed() if recompute else nullcontext():
+        with self._recomputed() if recompute else activations_made_again():
             return self._run(embeddings, ready.position, ready.masks, cache).reshape(count * width, -1)
 
     def score_branches(

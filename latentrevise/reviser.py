@@ -118,8 +118,9 @@ class Reviser:
     def _in_batches(self, rollouts: Sequence[FailedRollout], work: Callable[[list[int]], None]) -> None:
         sizes = [(len(rollout.prompt_ids), suffix_length(rollout, self.config)) for rollout in rollouts]
         with self._scope():
-            budget = self.config.token_budget or memory.token_budget(self.policy)
-            memory.in_batches(sizes, budget, work, "rollout")
+            recompute = self.config.recompute
+            budget = self.config.token_budget or memory.token_budget(self.policy, recompute)
+            memory.in_batches(sizes, budget, memory.cached_share(self.policy, recompute), work, "rollout")
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
@@ -143,7 +144,7 @@ class Reviser:
 
         for k in range(config.steps):
             losses, gradients, passes = self._value_and_grad(batch, mixture, config)
-            self._charge(batch, progress, 1, passes)
+            self._charge(batch, progress, 1 + passes * config.recompute, passes)
             self._record(batch, progress, mixture, losses)
             rows = batch.packing.prefix_row
             move = solver.advance(
@@ -219,7 +220,7 @@ class Reviser:
         rows = torch.tensor(staying, dtype=torch.long, device=self.policy.device)
         keep = torch.isin(batch.packing.prefix_row, rows)
         rollouts = [batch.rollouts[b] for b in staying]
-        packing = pack(rollouts, self.config, self.policy.device) if rollouts else batch.packing
+        packing = pack(rollouts, self.config, self.policy.device, self.policy.buckets) if rollouts else batch.packing
         prompt = batch.prompt.select(rows)
         ready = self._ready(packing, prompt) if rollouts else batch.ready
         candidates = None if batch.candidates is None else batch.candidates[keep]
@@ -233,7 +234,7 @@ class Reviser:
     def _batch(
         self, index: list[int], rollouts: list[FailedRollout], config: ReviseConfig, *, candidates: bool = False
     ) -> _Batch:
-        packing = pack(rollouts, config, self.policy.device)
+        packing = pack(rollouts, config, self.policy.device, self.policy.buckets)
         prompt = self.policy.prompt_cache([r.prompt_ids for r in rollouts])
         ready = self._ready(packing, prompt)
         listed = self._plausible(packing, prompt, ready) if candidates else None
@@ -254,7 +255,8 @@ class Reviser:
 
     def _losses(self, batch: _Batch, prefix: Tensor, config: ReviseConfig) -> _Losses:
         packing = batch.packing
-        hidden = self.policy.hidden(batch.ready, packing.prefix_index, prefix)
+        recompute = config.recompute and prefix.requires_grad
+        hidden = self.policy.hidden(batch.ready, packing.prefix_index, prefix, recompute=recompute)
         logprobs = self.policy.head.logprob(hidden.index_select(0, packing.score_index), packing.targets)
         gold, away = branch_losses(logprobs, packing.score_row, packing.score_gold, len(batch.rollouts), config)
         losses = _Losses(config.alpha * gold + config.beta * away, gold, away)

@@ -91,8 +91,11 @@ class ReviseConfig:
     iterate: ``last``, or ``best``: the iterate with the lowest objective, taken at what is continued from: with
         ``rounding="argmax"`` that is the rounded prefix, at one more forward pass an iterate.
     rounding: ``none`` keeps the latent; ``argmax`` continues from the heaviest atoms, as plain tokens.
-    token_budget: padded tokens (prompt, prefix and branches) in one batch; None: what the free memory allows. Where it
-        does not suffice, half as many are tried.
+    token_budget: padded tokens (prefix and branches) in one batch, those of a cached prompt counting as the share of
+        one that they take in memory; None: what the free memory allows. Where it does not suffice, half as many are
+        tried.
+    recompute: activation checkpointing: layers keep only their inputs and run again in the backward pass, about a third
+        more work for several times as many tokens in the same memory. The compute counts it.
     backend: kernel implementation; None lets the dispatch decide.
     seed: of the random choices, where a solver makes any.
     """
@@ -118,6 +121,7 @@ class ReviseConfig:
     iterate: Literal["last", "best"] = "last"
     rounding: Literal["none", "argmax"] = "none"
     token_budget: int | None = None
+    recompute: bool = False
     backend: str | None = None
     seed: int = 0
 

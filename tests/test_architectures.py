@@ -1,6 +1,7 @@
 """The packed pass against two plain passes of the model itself, on every architecture people use."""
 
 import dataclasses
+import statistics
 
 import pytest
 import torch
@@ -140,7 +141,9 @@ def test_bfloat16_is_as_good_as_the_model_in_bfloat16(name):
         truth = plain_passes(exact, rollout, CONFIG)[3]
         ours.append(relative(found.grad, truth))
         theirs.append(relative(plain_passes(low, rollout, CONFIG)[3], truth))
-    assert sum(ours) < 2 * sum(theirs), (ours, theirs)
+    # Where experts are chosen, a tie that rounding decides the other way moves a whole rollout, in either computation.
+    typical = statistics.median if hasattr(low.config, "num_experts_per_tok") else sum
+    assert typical(ours) < 2 * typical(theirs), (ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
@@ -239,15 +242,16 @@ def one_process():
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["gemma3", "llama"])
-def test_under_fsdp2_between_training_steps(name, one_process):
+def test_under_fsdp2_between_training_steps(name, recompute, one_process):
     """Sharded and plain models are trained alike, with revisions before and between."""
     plain, sharded = build(name), build(name)
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=one_process)
     fully_shard(sharded, mesh=one_process)
     work = rollouts()
-    reviser = Reviser(sharded, CONFIG)
+    reviser = Reviser(sharded, dataclasses.replace(CONFIG, recompute=recompute))
     for _ in range(2):
         for rollout, found in zip(work, reviser.value_and_grad(work), strict=True):
             assert relative(found.grad, plain_passes(plain, rollout, CONFIG)[3]) < 1e-5
@@ -277,6 +281,47 @@ def test_hooks_see_the_passes_and_stay():
     assert all(
         handle.id in (*model.model._forward_hooks, *model.model.layers[0]._forward_pre_hooks) for handle in handles
     )
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights stored as eight-bit integers with a scale a row, widened where they are used."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def replaced(model, make):
+    """The body with each linear layer replaced."""
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, make(child))
+    return model
+
+
+def test_a_body_in_eight_bits():
+    model = replaced(build("qwen2"), Int8Linear)
+    assert {b.dtype for b in model.buffers()} >= {torch.int8}
+    check(model)
+
+
+def test_a_body_that_passes_no_gradient_is_refused():
+    """The residual stream would carry one all the same, a wrong one."""
+
+    class Inference(Int8Linear):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(ModelError, match="no gradient through Inference"):
+        Policy(replaced(build("qwen2"), Inference))
 
 
 def test_flattened_parameters_are_refused():

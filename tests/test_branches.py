@@ -204,13 +204,21 @@ def test_what_does_not_fit_alone_is_named():
 
 
 def test_the_budget_follows_memory_and_model(monkeypatch):
-    small, large = Policy(build("qwen3")), Policy(build("qwen3", num_hidden_layers=4, intermediate_size=2048))
-    assert memory.token_budget(small) == memory._CPU_TOKENS
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 25600)  # 100 MiB
-    budget = memory.token_budget(large)
-    assert budget & (budget - 1) == 0
-    assert budget <= (50 << 20) / memory.activation_bytes(large) < 2 * budget
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 1)
+    def free(mebibytes):
+        monkeypatch.setattr(memory.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else mebibytes << 8)
+
+    free(100_000)
+    small = Policy(build("qwen3"))
+    large = Policy(build("qwen3", num_hidden_layers=8, intermediate_size=20480, hidden_size=64))
+    assert memory.token_budget(small) * memory.activation_bytes(small) == pytest.approx(memory._CPU_BYTES, rel=0.01)
+    assert memory.token_budget(large) == memory._CPU_TOKENS[4]
+    assert memory.token_budget(large, recompute=True) > memory._CPU_TOKENS[4]
+    for mebibytes in (400, 200, 50):
+        free(mebibytes)
+        budget = memory.token_budget(large)
+        assert budget in {memory._CPU_TOKENS[4] >> k for k in range(9)}, "the same for about as much memory"
+        assert budget <= (mebibytes << 19) / memory.activation_bytes(large) < 2 * (budget + 1)
+    free(0)
     assert memory.token_budget(large) == 1
 
 

@@ -1,0 +1,185 @@
+"""Half-precision products in float32, layers that run again instead of being kept, padded shapes that repeat."""
+
+import dataclasses
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+from latentrevise import ReviseConfig, Reviser, lean, memory, policy
+from latentrevise.errors import ModelError
+from latentrevise.packing import batches, bucket, suffix_length
+from tests.test_architectures import CONFIG, build, relative
+from tests.test_branches import kept_bytes, task
+from tests.test_reviser import plain_passes, rollouts
+
+
+@pytest.fixture
+def no_half_products(monkeypatch):
+    """Whatever this CPU can do."""
+    for module in (lean, policy):
+        monkeypatch.setattr(module, "slow", lambda dtype: dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_half_precision_products_in_float32(no_half_products, dtype, bias):
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Linear(48, 20, bias=bias, dtype=dtype).requires_grad_(False)
+    x = torch.randn(3, 7, 48, generator=g).to(dtype).requires_grad_(True)
+    upstream = torch.randn(3, 7, 20, generator=g).to(dtype)
+    with lean.Widened():
+        out = layer(x)
+        (grad,) = torch.autograd.grad(out, x, upstream)
+    assert out.dtype == grad.dtype == dtype
+    exact = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
+    assert torch.equal(out, exact.to(dtype)), "sums in float32, rounded once"
+    assert torch.equal(grad, (upstream.float() @ layer.weight.float()).to(dtype))
+
+
+def test_weights_in_training_and_float32_are_left_to_torch(no_half_products, monkeypatch):
+    monkeypatch.setattr(lean._Linear, "apply", lambda *_: pytest.fail("not a frozen half-precision layer"))
+    with lean.Widened():
+        trained = nn.Linear(4, 3, dtype=torch.bfloat16)
+        trained(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+        assert trained.weight.grad is not None
+        nn.Linear(4, 3).requires_grad_(False)(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_bfloat16_model_without_bfloat16_products(no_half_products, name, recompute):
+    """Against float32 on the same rounded weights, not further off than the model by itself."""
+    low, exact, work = build(name, torch.bfloat16), build(name, torch.bfloat16).float(), rollouts()
+    reviser = Reviser(low, dataclasses.replace(CONFIG, recompute=recompute))
+    ours, theirs = [], []
+    for rollout, found in zip(work, reviser.value_and_grad(work), strict=True):
+        truth = plain_passes(exact, rollout, CONFIG)[3]
+        ours.append(relative(found.grad, truth))
+        theirs.append(relative(plain_passes(low, rollout, CONFIG)[3], truth))
+    assert statistics.median(ours) < 2 * statistics.median(theirs), (ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["qwen2 windows", "qwen3_moe", "gemma3", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("combine", ["sum", "normalized"])
+def test_recomputed_layers_give_the_same_bits(name, combine):
+    model, work = build(name), rollouts()
+    config = ReviseConfig(steps=3, combine=combine)
+    before = [vars(module).get("forward") for module in model.modules()]
+    kept = Reviser(model, config).revise(work)
+    again = Reviser(model, dataclasses.replace(config, recompute=True)).revise(work)
+    for rollout, a, b in zip(work, kept, again, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert torch.equal(a.weights, b.weights)
+        assert a.trace.loss == b.trace.loss
+        passes = 1 if combine == "sum" else 2
+        assert b.compute.forward - a.compute.forward == 3 * passes * suffix_length(rollout, config)
+        assert b.compute.backward == a.compute.backward
+    assert before == [vars(module).get("forward") for module in model.modules()]
+
+
+def test_recomputation_under_hooks_and_adapters():
+    accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    work = rollouts()
+    sizes = [(len(rollout.prompt_ids), suffix_length(rollout, CONFIG)) for rollout in work]
+    for model in (
+        accelerate.dispatch_model(build("llama"), {"": "cpu"}, force_hooks=True),
+        peft.get_peft_model(build("qwen3"), lora).eval(),
+    ):
+        runs = []
+        handle = model.get_decoder().layers[0].register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        reviser = Reviser(model, dataclasses.replace(CONFIG, recompute=True))
+        runs.clear()
+        found = reviser.value_and_grad(work)
+        assert len(runs) == len(batches(sizes, 10**6)) * 2, "prompts and pass; hooks do not see a layer run again"
+        handle.remove()
+        for rollout, evaluation in zip(work, found, strict=True):
+            assert relative(evaluation.grad, plain_passes(model, rollout, CONFIG)[3]) < 1e-5
+
+
+def test_recomputation_keeps_little_and_the_budget_knows():
+    model = build("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=8, head_dim=16)
+    config = ReviseConfig(token_budget=10**6)
+    work = [dataclasses.replace(rollout, prompt_ids=[5] * 4) for rollout in rollouts()]
+    kept = kept_bytes(Reviser(model, config), work)
+    again = Reviser(model, dataclasses.replace(config, recompute=True))
+    assert kept_bytes(again, work) < kept / 5
+    assert memory.activation_bytes(again.policy, recompute=True) < memory.activation_bytes(again.policy) / 2
+    assert 0 < memory.cached_share(again.policy) < 1
+
+
+def test_a_body_without_a_list_of_layers_cannot_be_recomputed():
+    model = build("qwen3")
+    reviser = Reviser(model, ReviseConfig(recompute=True))
+    reviser.policy.config.num_hidden_layers = 3
+    with pytest.raises(ModelError, match="no list of its 3 layers"):
+        reviser.policy._layers()
+
+
+def test_buckets_are_few_and_waste_little():
+    found = [bucket(n) for n in range(1, 4097)]
+    assert all(n <= b and b % 8 == 0 for n, b in enumerate(found, start=1))
+    assert all(b <= max(n + 7, n * 9 / 8) for n, b in enumerate(found, start=1))
+    assert len({b for b in found if 1024 < b <= 2048}) == 8
+
+
+def test_padded_shapes_repeat_and_change_nothing():
+    model, work, shapes = build("gemma3"), rollouts(count=8), set()
+    exact, padded = Reviser(model, CONFIG), Reviser(model, CONFIG)
+    padded.policy.buckets = True
+    model.model.register_forward_hook(
+        lambda module, arguments, keywords, output: shapes.add(keywords["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    wanted = exact.value_and_grad(work)
+    ragged = len(shapes)
+    shapes.clear()
+    for a, b in zip(padded.value_and_grad(work), wanted, strict=True):
+        assert relative(a.grad, b.grad) < 1e-5
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+    assert all(n % 8 == 0 for n in shapes)
+    assert len(shapes) <= ragged
+    for a, b in zip(padded.revise(work), exact.revise(work), strict=True):
+        assert torch.equal(a.ids, b.ids)
+    trunks, branches = task(1)
+    found = [reviser.policy.score_branches(trunks, branches).total for reviser in (exact, padded)]
+    assert torch.allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_half_precision_attention_in_float32(no_half_products, masked):
+    g = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 5, 8), (2, 4, 9, 8), (2, 4, 9, 8)
+    low = [torch.randn(shape, generator=g).bfloat16().requires_grad_(True) for shape in shapes]
+    low[1].requires_grad_(False)
+    mask = torch.randn(2, 1, 5, 9, generator=g).bfloat16() if masked else None
+    upstream = torch.randn(shapes[0], generator=g).bfloat16()
+    attention = nn.functional.scaled_dot_product_attention
+    with lean.Widened():
+        out = attention(*low, attn_mask=mask, scale=0.3)
+    found = torch.autograd.grad(out, [low[0], low[2]], upstream)
+    wide = [x.detach().float().requires_grad_(True) for x in low]
+    exact = attention(*wide, attn_mask=None if mask is None else mask.float(), scale=0.3)
+    wanted = torch.autograd.grad(exact, [wide[0], wide[2]], upstream.float())
+    assert torch.equal(out, exact.bfloat16())
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("function", [nn.functional.silu, nn.functional.gelu, nn.GELU(approximate="tanh"), torch.tanh])
+def test_activations_made_again_give_the_same_bits(function):
+    gate, up = (torch.randn(6, 50, requires_grad=True) for _ in range(2))
+    sizes = []
+
+    def gradients():
+        out = (function(gate) * up).square().sum()
+        return torch.autograd.grad(out, (gate, up), retain_graph=True), torch.autograd.grad(out, (gate, up))
+
+    kept = gradients()
+    pack = lean._pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean, "_pack", lambda x: (sizes.append(isinstance(pack(x), torch.Tensor)), pack(x))[1])
+        with lean.activations_made_again():
+            again = gradients()
+    assert all(torch.equal(a, b) for p, q in zip(kept, again, strict=True) for a, b in zip(p, q, strict=True))
+    assert sizes.count(False) == (0 if function is torch.tanh else 1)
