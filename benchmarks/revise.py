@@ -7,22 +7,28 @@ argmin. Only the rows of the logits that are scored go through a softmax. ``loop
 before the clock starts, as it is once for all K steps, but counts in the memory.
 
 All three start from the same prefixes, and the gradient of the first is compared before anything is timed. Prompts
-are as long as prefixes.
+are as long as prefixes. Beside the comparison: where our step's time goes, and with ``--prefixes``, ``--lengths`` and
+``--steps`` how it grows with the number of prefixes, their length and K. Utilisation is the fewest FLOPs of the step
+over what torch's matmul does in that time.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import harness
-from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser, memory, solver
-from latentrevise.objective import away_terms
+from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser, kernels, memory, solver
+from latentrevise.objective import away_terms, branch_losses
 from latentrevise.packing import batches, suffix_length
+from latentrevise.reviser import _Batch
 
 SHAPES = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
@@ -72,13 +78,17 @@ class Work:
     @property
     def flops(self) -> float:
         """The fewest of a step: the suffixes once forward and backward through the body, the scored rows and the
-        prefix against the table."""
+        prefix against the table. Keys of the prompt get no gradient, nor do weights."""
         s = SHAPES[self.shape]
         d, kv = s["hidden_size"], s["hidden_size"] // s["num_attention_heads"] * KEY_HEADS[self.shape]
         layer = 2 * d * d + 2 * d * kv + 3 * d * s["intermediate_size"]
-        tokens = self.prefix + self.gold + self.failed - 2
+        ends = [self.gold - 1, self.failed - 1]
+        tokens = self.prefix + sum(ends)
+        # Pairs of a query and a key: scores and values forward, their two gradients each backward.
+        own = self.prefix**2 / 2 + sum(n * self.prefix + n**2 / 2 for n in ends)
+        attention = d * (6 * own + 4 * tokens * self.prompt)
         table = self.vocab * d * (2 * (self.answer + self.failed) + self.prefix)
-        return 2.0 * self.batch * (2 * tokens * layer * self.layers + table)
+        return 2.0 * self.batch * (self.layers * (2 * tokens * layer + attention) + table)
 
 
 class Obvious:
@@ -126,11 +136,12 @@ class Packed:
         self.reviser = Reviser(model, config)
         self.rollouts = rollouts
         sizes = [(len(r.prompt_ids), suffix_length(r, config)) for r in rollouts]
-        self.budget = config.token_budget or memory.token_budget(self.reviser.policy)
+        self.budget = config.token_budget or memory.token_budget(self.reviser.policy, config.recompute)
         with self.reviser._scope():
+            share = memory.cached_share(self.reviser.policy, config.recompute)
             self.batches = [
                 self.reviser._batch(index, [rollouts[i] for i in index], config)
-                for index in batches(sizes, self.budget)
+                for index in batches(sizes, self.budget, share)
             ]
 
     def gradient(self) -> Tensor:
@@ -145,9 +156,52 @@ class Packed:
                 rows = batch.packing.prefix_row
                 solver.advance(self.reviser.hull, mixture, gradients, rows, None, losses.total, _unused, 0, config)
 
-    def whole(self) -> None:
-        """With the prompts and one evaluation at the end: the whole memory."""
-        Reviser(self.reviser.policy, replace(self.reviser.config, steps=1)).revise(self.rollouts)
+    def revise(self, steps: int = 1) -> None:
+        """The public call: with the prompts' cache before the steps and one evaluation behind them."""
+        Reviser(self.reviser.policy, replace(self.reviser.config, steps=steps)).revise(self.rollouts)
+
+    def parts(self, device: torch.device) -> dict[str, float]:
+        """Seconds of a step, part by part; the update is what ``hull_step`` does beside the oracle."""
+        policy, hull, config = self.reviser.policy, self.reviser.hull, self.reviser.config
+        seconds = dict.fromkeys(("body forward", "head", "body backward", "oracle", "update"), 0.0)
+        done: dict[str, Tensor] = {}
+
+        def part(name: str, work: Callable[[], Tensor]) -> None:
+            def call() -> None:
+                done[name] = work()
+
+            seconds[name] += harness.clock(call, device)
+
+        with self.reviser._scope():
+            for batch in self.batches:
+                packing = batch.packing
+                mixture = Mixture.from_tokens(packing.prefix_ids, config.atoms)
+                z = mixture.embed(hull.table).requires_grad_(True)
+                part("body forward", lambda z=z, b=batch: policy.hidden(b.ready, b.packing.prefix_index, z))
+                hidden = done["body forward"]
+
+                def head(hidden: Tensor = hidden, batch: _Batch = batch) -> Tensor:
+                    packing = batch.packing
+                    logprobs = policy.head.logprob(hidden.index_select(0, packing.score_index), packing.targets)
+                    gold, away = branch_losses(
+                        logprobs, packing.score_row, packing.score_gold, len(batch.rollouts), config
+                    )
+                    return torch.autograd.grad((config.alpha * gold + config.beta * away).sum(), hidden)[0]
+
+                part("head", head)
+                part("body backward", lambda z=z, h=hidden: torch.autograd.grad(h, z, done["head"])[0])
+                gradient = done["body backward"]
+                part("oracle", lambda g=gradient: kernels.vertex_oracle(g, hull.table, hull.allowed)[0])
+                gradients = solver.Gradients(gradient, None, 1.0, 0.0, config.combine)
+                rows, loss = packing.prefix_row, torch.zeros(len(batch.rollouts), device=device)
+                part(
+                    "update",
+                    lambda m=mixture, g=gradients, r=rows, loss=loss: (
+                        solver.advance(hull, m, g, r, None, loss, _unused, 0, config).gap
+                    ),
+                )
+        seconds["update"] = max(0.0, seconds["update"] - seconds["oracle"])
+        return seconds
 
 
 def _unused(mixture: Mixture) -> Tensor:
@@ -165,7 +219,7 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
     if not singles:
         report.absent["loop"] = "not asked for"
     extra = {
-        "latentrevise": harness.extra_memory(packed.whole, work.device),
+        "latentrevise": harness.extra_memory(packed.revise, work.device),
         "obvious": harness.extra_memory(obvious.step, work.device),
     }
     if singles:
@@ -193,6 +247,7 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
     facts = {k: str(v) if isinstance(v, (torch.dtype, torch.device)) else v for k, v in asdict(work).items()}
     return facts | {
         "token_budget": packed.budget,
+        "parts_s": breakdown(packed, work.device, min(rounds, 3)),
         "batches": len(packed.batches),
         "gradient_difference": difference,
         "speed_ratio": {"median": median, "p20": p20, "p80": p80, "rounds": rounds},
@@ -201,50 +256,90 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
     }
 
 
-def scaling(work: Work, counts: list[int], rounds: int) -> list[dict]:
-    """Seconds a step of ours over the number of prefixes; the model is shared, the rounds go over all sizes."""
+def breakdown(packed: Packed, device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each part."""
+    found = [packed.parts(device) for _ in range(rounds)]
+    return {name: statistics.median(f[name] for f in found) for name in found[0]}
+
+
+def scaling(work: Work, prefixes: list[int], lengths: list[int], steps: list[int], rounds: int) -> list[dict]:
+    """Seconds of ours over the number of prefixes, their length and K; the rounds go over all sizes in turn.
+
+    A step of all prefixes, and for K the whole call: prompts, K steps, one evaluation.
+    """
     model, config = work.model(), ReviseConfig(beta=0.3, away_window=work.failed)
-    rows = {n: Packed(model, replace(work, batch=n).rollouts(), config) for n in counts}
-    times: dict[int, list[float]] = {n: [] for n in counts}
-    for packed in rows.values():
-        packed.step()
+    cases: list[tuple[dict[str, int], Work, Callable[[], object]]] = []
+    for n in prefixes:
+        sized = replace(work, batch=n)
+        cases.append(({"prefixes": n}, sized, Packed(model, sized.rollouts(), config).step))
+    for length in lengths:
+        sized = replace(work, batch=1, prefix=length)
+        cases.append(({"prefix": length}, sized, Packed(model, sized.rollouts(), config).step))
+    for k in steps:
+        cases.append(({"K": k}, work, partial(Packed(model, work.rollouts(), config).revise, k)))
+    times: list[list[float]] = [[] for _ in cases]
+    for _, _, call in cases:
+        call()
     for _ in range(rounds):
-        for n, packed in rows.items():
-            times[n].append(harness.clock(packed.step, work.device))
+        for seconds, (_, _, call) in zip(times, cases, strict=True):
+            seconds.append(harness.clock(call, work.device))
+    rate = harness.matmul_rate(work.device, work.dtype)
     found = []
-    for n, seconds in times.items():
+    for seconds, (varied, sized, _) in zip(times, cases, strict=True):
         p20, median, p80 = harness.quantiles(seconds)
-        found.append({"prefixes": n, "median_s": median, "p20_s": p20, "p80_s": p80, "s_per_prefix": median / n})
+        row = varied | {"median_s": median, "p20_s": p20, "p80_s": p80, "rounds": rounds}
+        if "K" not in varied:
+            row["utilisation_percent"] = 100 * sized.flops / median / rate
+        row["s_per_unit"] = median / next(iter(varied.values()))
+        found.append(row)
+        print(row, flush=True)
     return found
 
 
 def main(options: argparse.Namespace) -> dict:
     """``python -m benchmarks revise``: see ``--help`` for the options it reads."""
     device = torch.device(options.device)
+    gpu = device.type == "cuda"
     report = harness.Report.start("revise", device)
     documents, scales = [], []
-    for dtype in [getattr(torch, name) for name in options.dtype or ["float32", "bfloat16"]]:
+    for dtype in [getattr(torch, name) for name in options.dtype or (["bfloat16"] if gpu else ["float32", "bfloat16"])]:
         report.floor[str(dtype).removeprefix("torch.")] = harness.matmul_rate(device, dtype) / 1e12
-        for shape in options.shapes or (["0.5B", "1.5B", "7B"] if device.type == "cuda" else ["0.5B"]):
+        for shape in options.shapes or (["0.5B", "1.5B", "7B"] if gpu else ["0.5B"]):
             layers = options.layers or SHAPES[shape]["num_hidden_layers"]
-            work = Work(shape, layers, options.vocab, dtype, device)
-            for prefix in options.T or [work.prefix]:
-                documents.append(
-                    run(replace(work, prompt=prefix, prefix=prefix), report, options.rounds, not options.no_loop)
+            work = Work(shape, layers, options.vocab, dtype, device, prompt=options.prompt, batch=options.batch)
+            if not options.ours_only:
+                for prefix in options.T or [work.prefix]:
+                    sized = replace(work, prompt=prefix, prefix=prefix)
+                    documents.append(run(sized, report, options.rounds, not options.no_loop))
+                    show(documents[-1])
+            if options.prefixes or options.lengths or options.steps:
+                found = scaling(
+                    work, options.prefixes or [], options.lengths or [], options.steps or [], options.rounds
                 )
-                show(documents[-1])
-            if options.prefixes:
-                scales.append({"shape": shape, "dtype": str(dtype), "layers": layers})
-                scales[-1]["steps"] = scaling(work, options.prefixes, options.rounds)
-                print(scales[-1])
+                facts = {"shape": shape, "dtype": str(dtype), "layers": layers, "prompt": work.prompt}
+                scales.append(facts | {"prefix": work.prefix, "batch": work.batch, "rows": found})
     print(harness.table(report.rows))
     return report.to_json() | {"comparisons": documents, "scaling": scales}
 
 
+def add_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="none: 0.5B, on a GPU all")
+    group.add_argument("--layers", type=int, help="fewer layers than the shape has; the result says so")
+    group.add_argument("--batch", type=int, default=8, help="prefixes in the comparison and over K")
+    group.add_argument("--prompt", type=int, default=64, help="prompt tokens where --T does not say so")
+    group.add_argument("--prefixes", type=int, nargs="+", help="also time our step over these numbers of prefixes")
+    group.add_argument("--lengths", type=int, nargs="+", help="and over these lengths of one prefix")
+    group.add_argument("--steps", type=int, nargs="+", help="and a whole revision over these K")
+    group.add_argument("--rounds", type=int, default=5)
+    group.add_argument("--no-loop", action="store_true", help="leave out the loop over single prefixes")
+    group.add_argument("--ours-only", action="store_true", help="only what --prefixes, --lengths and --steps ask for")
+
+
 def show(document: dict) -> None:
-    ratio = document["speed_ratio"]
+    ratio, parts = document["speed_ratio"], document["parts_s"]
     print(
         f"{document['shape']} {document['dtype']} {document['layers']} layers, {document['batch']} prefixes: a step"
         f" x{ratio['median']:.2f} faster (x{ratio['p20']:.2f} to x{ratio['p80']:.2f} over {ratio['rounds']} rounds),"
-        f" x{document['memory_ratio']:.1f} less memory over the model"
+        f" x{document['memory_ratio']:.1f} less memory over the model\n"
+        + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
     )
