@@ -116,19 +116,37 @@ PYBIND11_MODULE(LR_MODULE, m) {
     f("allowed", a.allowed)("candidates", a.candidates)("candidates_dtype", a.candidates_dtype);
     f("candidate_count", a.candidate_count)("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("dim2", a.dim2);
     f("ids", a.ids)("values", a.values)("splits", a.splits)("workspace", a.workspace);
+#ifdef LATENTREVISE_CUDA
+    f("hopper", a.hopper);
+#endif
     call(LR_FUNCTION(vertex_oracle), a, f.where());
   });
-#ifndef LATENTREVISE_CUDA
-  m.def("linear_logprob", [](const py::kwargs &kw) {
-    lr_logprob_args a{};
-    Fields f(kw);
+  const auto logprob_fields = [](Fields &f, lr_logprob_args &a) {
     f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
     f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("bias", a.bias);
     f("targets", a.targets)("logp", a.logp)("entropy", a.entropy)("gradient", a.gradient);
     f("rows", a.rows)("vocab", a.vocab)("dim", a.dim);
     f("scale", a.scale)("softcap", a.softcap)("temperature", a.temperature);
-    call(lr_cpu_linear_logprob, a, f.where());
+#ifdef LATENTREVISE_CUDA
+    f("blocks", a.blocks)("workspace", a.workspace)("workspace_bytes", a.workspace_bytes);
+#endif
+  };
+  m.def("linear_logprob", [logprob_fields](const py::kwargs &kw) {
+    lr_logprob_args a{};
+    Fields f(kw);
+    logprob_fields(f, a);
+    call(LR_FUNCTION(linear_logprob), a, f.where());
   });
+#ifdef LATENTREVISE_CUDA
+  m.def("linear_logprob_workspace", [logprob_fields](const py::kwargs &kw) {
+    lr_logprob_args a{};
+    Fields f(kw);
+    logprob_fields(f, a);
+    int64_t bytes = 0;
+    call([&](const lr_logprob_args *args, void *) { return lr_cuda_linear_logprob_workspace(args, &bytes); }, a, f.where());
+    return bytes;
+  });
+#else
   m.def("plausible_vertices", [](const py::kwargs &kw) {
     lr_plausible_args a{};
     Fields f(kw);

@@ -28,15 +28,15 @@ import torch
 
 from . import native
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "hopper")  # hopper: the CUDA library's kernels for sm_90a
 
 # Implementations that exist, in the order in which they are tried.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "vertex_oracle": ("triton", "cuda", "cpu", "reference"),
-    "plausible_vertices": ("cpu", "reference"),
-    "linear_logprob": ("triton", "cpu", "reference"),
+    "vertex_oracle": ("triton", "cuda", "hopper", "cpu", "reference"),
+    "plausible_vertices": ("triton", "cpu", "reference"),
+    "linear_logprob": ("triton", "cuda", "cpu", "reference"),
     "mixture_embed": ("cuda", "triton", "cpu", "reference"),
-    "softmax_mixture": ("cpu", "reference"),
+    "softmax_mixture": ("triton", "cpu", "reference"),
     "hull_step": ("triton", "cpu", "reference"),
     "entropic_step": ("triton", "cpu", "reference"),
 }
@@ -82,8 +82,8 @@ def unavailable(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all, or None if it can."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend in ("cpu", "cuda"):
-        return native.unavailable(backend)
+    if backend in ("cpu", "cuda", "hopper"):
+        return native.unavailable("cpu" if backend == "cpu" else "cuda")
     if backend == "triton":
         if find_spec("triton") is None:
             return "triton is not installed (pip install latentrevise[triton])"

@@ -70,6 +70,13 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with contiguous rows that start at multiples of 16 bytes (a copy only if they do not)."""
+    x = rows(x)
+    fits = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def where(backend: str, device: torch.device) -> int:
     """What a native call needs beside its tensors: the thread count on the CPU, the current raw stream on CUDA."""
     if backend == "cpu":

@@ -77,6 +77,13 @@ def unsupported(call: Call) -> str | None:
     return only_dtypes(call, (torch.float32, torch.bfloat16))
 
 
+def dense_labels(segments: Tensor) -> Tensor:
+    """Labels as numbers in [0, T); ``unique`` would wait for the device to learn how many there are."""
+    ordered, order = segments.sort()
+    steps = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])
+    return torch.empty_like(segments).scatter_(0, order, steps.cumsum(0))
+
+
 def entropic_step(
     G_gold: Tensor,
     G_away: Tensor | None,
@@ -103,8 +110,8 @@ def entropic_step(
     )
     entropic_spans[(T,)](scores, weights, rel, gap, scale, C, BC=BC, num_warps=1)
     if segments is not None:
-        labels, rows = segments.unique(return_inverse=True)
-        scale = scale.new_zeros(len(labels)).scatter_reduce(0, rows, scale, "amax")[rows]
+        rows = dense_labels(segments)
+        scale = torch.zeros_like(scale).scatter_reduce(0, rows, scale, "amax")[rows]
     entropic_update[(T,)](
         rel, gap, scale, ids, weights, E, new_weights, z, d, C, float(eta), E.stride(0), BC=BC, BLOCK=BLOCK, num_warps=4
     )

@@ -36,6 +36,24 @@ LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
+def transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HAS_BIAS: tl.constexpr,
+                   HAS_SOFTCAP: tl.constexpr):  # fmt: skip
+    """Logits of raw scores, and the slope of the head transform without its constant factor."""
+    if HAS_BIAS:
+        z += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        raw = z * (scale / softcap)
+        e = tl.exp(-2.0 * tl.abs(raw))
+        tanh = (1.0 - e) / (1.0 + e)
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        z = tl.where(raw > 0, tanh, -tanh) * (softcap * inverse_temperature)
+    else:
+        z = z * (scale * inverse_temperature)
+        slope = tl.full(z.shape, 1.0, tl.float32)
+    return z, slope
+
+
+@triton.jit
 def score_tiles(x, table, bias, targets, exps, exponents, sums, moments, target_logits, target_slopes, N, V, d,
                 x_stride, x_term, table_stride, exps_stride, tiles, token_blocks, scale, softcap, inverse_temperature,
                 HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, MOMENT: tl.constexpr,
@@ -50,17 +68,7 @@ def score_tiles(x, table, bias, targets, exps, exponents, sums, moments, target_
     z = tl.zeros((BM, BN), tl.float32)
     z = add_scores(z, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS, BK,
                    WIDEN)  # fmt: skip
-    if HAS_BIAS:
-        z += tl.load(bias + rows, mask=valid, other=0.0).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        raw = z * (scale / softcap)
-        e = tl.exp(-2.0 * tl.abs(raw))
-        tanh = (1.0 - e) / (1.0 + e)
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
-        z = tl.where(raw > 0, tanh, -tanh) * (softcap * inverse_temperature)
-    else:
-        z = z * (scale * inverse_temperature)
-        slope = tl.full((BM, BN), 1.0, tl.float32)
+    z, slope = transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP)
     y = tl.load(targets + tokens, mask=valid_tokens, other=-1)
     target = (rows[None, :] == y[:, None]) & valid_tokens[:, None]
     here = (y >= tile * BN) & (y < tile * BN + BN) & valid_tokens
@@ -135,6 +143,7 @@ def linear_logprob(
     logp = torch.empty(N, device=H.device)
     entropies = torch.empty(N if entropy else 0, device=H.device)
     gradients = torch.empty(N if gradient else 0, d, device=H.device)
+    bias = None if bias is None else bias.contiguous()
     BM = SCORES[str(W.dtype).removeprefix("torch.")][0]
     chunk = max(BM, WORKSPACE // (W.element_size() * V) // BM * BM) if gradient else max(BM, 16384)
     for start in range(0, N, chunk):
@@ -144,6 +153,58 @@ def linear_logprob(
             entropies[part] if entropy else None, gradients[part] if gradient else None,
         )  # fmt: skip
     return logp, entropies, gradients
+
+
+def score(
+    x: Tensor,
+    W: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    *,
+    exps: Tensor | None = None,
+    moment: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Exponents, sums and moments ``[tiles, N]`` without the targets, whose logits and slopes ``[N]`` come last.
+
+    ``x [n, N, d]`` are the terms of the hidden states; a target of -1 leaves nothing out. ``exps`` receives the scaled
+    exponentials.
+    """
+    N, (V, d) = x.shape[1], W.shape
+    BM, BN, BK, warps, stages = SCORES[str(W.dtype).removeprefix("torch.")]
+    tiles, blocks = triton.cdiv(V, BN), triton.cdiv(N, BM)
+    exponents, sums = (torch.empty(tiles, N, device=W.device) for _ in range(2))
+    moments = torch.empty(tiles, N, device=W.device) if moment else sums
+    target_logit, target_slope = (torch.empty(N, device=W.device) for _ in range(2))
+    score_tiles[(blocks * tiles,)](
+        x, W, W if bias is None else bias, y, W if exps is None else exps, exponents, sums, moments, target_logit,
+        target_slope, N, V, d, x.stride(1), x.stride(0), W.stride(0), 0 if exps is None else exps.stride(0), tiles,
+        blocks, float(scale), float(softcap or 1.0), 1.0 / temperature, HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None, STORE=exps is not None, MOMENT=moment, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK,
+        WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return exponents, sums, moments, target_logit, target_slope
+
+
+def merge(exponents: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(top [N], factors [tiles, N], total [N])``: the sum over tiles is ``2**top * total``, in float64: [tiles, N]
+    numbers are nothing beside the matmuls."""
+    top = exponents.amax(0)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    factors = torch.exp2((exponents - top).double())
+    return top, factors, (factors * sums).sum(0)
+
+
+def normalisers(
+    x: Tensor, W: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The tiles' exponents ``[tiles, N]`` and ``log sum exp`` of all logits ``[N]``."""
+    nobody = torch.full((x.shape[1],), -1, dtype=torch.int64, device=W.device)
+    exponents, sums, *_ = score(x, W, nobody, bias, scale, softcap, temperature)
+    top, _, total = merge(exponents, sums)
+    return exponents, (top.double() * math.log(2.0) + total.log()).float()
 
 
 def _chunk(
@@ -159,28 +220,11 @@ def _chunk(
     gradient: Tensor | None,
 ) -> None:
     N, (V, d) = H.shape[0], W.shape
-    BM, BN, BK, warps, stages = SCORES[str(W.dtype).removeprefix("torch.")]
-    x, tiles, blocks = terms(H, W.dtype), triton.cdiv(V, BN), triton.cdiv(N, BM)
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=H.device)
-
-    exponents, sums = new(tiles, N), new(tiles, N)
-    moments = sums if entropy is None else new(tiles, N)
-    target_logit, target_slope = new(N), new(N)
-    exps = torch.empty((N, V) if gradient is not None else (1, 1), dtype=W.dtype, device=H.device)
-    score_tiles[(blocks * tiles,)](
-        x, W, W if bias is None else bias.contiguous(), y, exps, exponents, sums, moments, target_logit, target_slope,
-        N, V, d, x.stride(1), x.stride(0), W.stride(0), exps.stride(0), tiles, blocks, float(scale),
-        float(softcap or 1.0), 1.0 / temperature, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-        STORE=gradient is not None, MOMENT=entropy is not None, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK,
-        WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    # Merged in float64: [tiles, N] numbers, nothing beside the matmuls.
-    top = exponents.amax(0)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    factors = torch.exp2((exponents - top).double())
-    total = (factors * sums).sum(0)
+    exps = None if gradient is None else torch.empty(N, V, dtype=W.dtype, device=W.device)
+    exponents, sums, moments, target_logit, target_slope = score(
+        terms(H, W.dtype), W, y, bias, scale, softcap, temperature, exps=exps, moment=entropy is not None
+    )
+    top, factors, total = merge(exponents, sums)
     odds = top.double() * math.log(2.0) + total.log() - target_logit.double()
     odds = torch.where(target_logit == torch.inf, torch.nan, odds)  # inf - inf
     logp.copy_(-torch.nn.functional.softplus(odds))
@@ -191,13 +235,14 @@ def _chunk(
         others = rest * (torch.nn.functional.softplus(-odds) + total.log() - moment / total)
         mine = torch.special.entr(torch.exp(logp.double()))
         entropy.copy_(torch.where(rest > 0, mine + others, mine))
-    if gradient is None:
+    if gradient is None or exps is None:
         return
-    CM, CN, warps, stages = MEANS[str(W.dtype).removeprefix("torch.")]
+    dtype = str(W.dtype).removeprefix("torch.")
+    CM, CN, warps, stages = MEANS[dtype]
     blocks = triton.cdiv(N, CM)
     weighted_rows[(blocks * triton.cdiv(d, CN),)](
-        exps, exponents, top, W, gradient, N, V, d, exps.stride(0), W.stride(0), tiles, blocks,
-        BM=CM, BN=CN, BK=BN, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
+        exps, exponents, top, W, gradient, N, V, d, exps.stride(0), W.stride(0), len(exponents), blocks,
+        BM=CM, BN=CN, BK=SCORES[dtype][1], WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     mean = torch.where(total > 0, 1 / total, 0.0).float()
     factor = (rest * (scale / temperature)).float()[:, None]

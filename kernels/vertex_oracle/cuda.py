@@ -18,7 +18,14 @@ def unsupported(call: Call) -> str | None:
 
 
 def vertex_oracle(
-    G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
+    G: Tensor,
+    E: Tensor,
+    allowed: Tensor | None,
+    Q2: Tensor | None,
+    W2: Tensor | None,
+    candidates: Tensor | None,
+    *,
+    hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if Q2 is not None or candidates is not None or E.shape[1] % 8 or E.stride(0) % 8 or E.data_ptr() % 16:
         raise BackendError(
@@ -26,15 +33,14 @@ def vertex_oracle(
             "leave backend unset or use 'triton'"
         )
     module = native.load("cuda")
-    G, T = native.rows(G), G.shape[0]
-    if G.stride(0) % 8 or G.data_ptr() % 16:
-        G = G.clone(memory_format=torch.contiguous_format)
+    G, T = native.aligned_rows(G), G.shape[0]
     allowed = None if allowed is None else allowed.contiguous()
     ids = torch.empty(T, dtype=torch.int64, device=E.device)
     values = torch.empty(T, dtype=torch.float32, device=E.device)
-    tiles, blocks = -(-E.shape[0] // 128), max(1, -(-T // 128))
+    rows, resident = (256, 1) if hopper else (128, 2)  # of a tile; blocks that a processor holds
+    tiles, blocks = -(-E.shape[0] // rows), max(1, -(-T // 128))
     processors = torch.cuda.get_device_properties(E.device).multi_processor_count
-    splits = max(1, min(tiles, 2 * processors // blocks))  # two blocks of 48 KiB a processor
+    splits = max(1, min(tiles, resident * processors // blocks))
     workspace = torch.empty(splits * T, dtype=torch.int64, device=E.device)
     module.vertex_oracle(
         **native.matrix(module, "queries", G),
@@ -51,6 +57,7 @@ def vertex_oracle(
         values=values.data_ptr(),
         splits=splits,
         workspace=workspace.data_ptr(),
+        hopper=int(hopper),
         where=native.where("cuda", E.device),
     )
     return ids, values

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
 from . import reference
@@ -22,16 +23,17 @@ from . import reference
 LOWEST = tl.constexpr(-(2**31))
 NOTHING = tl.constexpr(2**63 - 1)
 
-# (BM, BN, BK, warps, stages) by dtype of the table and whether there are few tokens; benchmarks/tune.py measures others
+# (BM, BN, BK, warps, stages, descriptors) by dtype of the table and whether there are few tokens; benchmarks/tune.py
+# measures others. Descriptors: tiles are loaded through tensor descriptors, which Hopper's copy engine serves.
 CONFIGS = {
-    ("bfloat16", "few"): (16, 128, 64, 4, 4),
-    ("bfloat16", "many"): (128, 128, 64, 8, 3),
-    ("float32", "few"): (16, 128, 32, 4, 3),
-    ("float32", "many"): (64, 64, 32, 4, 3),
+    ("bfloat16", "few"): (16, 128, 64, 4, 4, False),
+    ("bfloat16", "many"): (128, 128, 64, 8, 3, False),
+    ("float32", "few"): (16, 128, 32, 4, 3, False),
+    ("float32", "many"): (64, 64, 32, 4, 3, False),
 }
 
 
-def config(dtype: torch.dtype, T: int, terms: int = 1) -> tuple[int, int, int, int, int]:
+def config(dtype: torch.dtype, T: int, terms: int = 1) -> tuple[int, int, int, int, int, bool]:
     BM, *rest = CONFIGS[str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"]
     return (min(BM, 64) if terms > 1 else BM, *rest)  # three query tiles at once: half the tokens, or registers spill
 
@@ -74,10 +76,25 @@ def add_scores(acc, x, table, rows, valid_rows, tokens, valid_tokens, d, x_strid
 
 
 @triton.jit
+def add_described_scores(acc, x, table, row, token, T, d, TERMS: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr):
+    """The same from descriptors of ``x [TERMS * T, d]`` and the table; rows from ``row`` and tokens from ``token``."""
+    for start in range(0, d, BK):
+        e = table.load([row, start])
+        if WIDEN:
+            e = e.to(tl.float32)
+        for term in tl.static_range(TERMS):
+            q = x.load([token + term * T, start])
+            if WIDEN:
+                q = q.to(tl.float32)
+            acc = tl.dot(q, tl.trans(e), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
 def oracle_parts(x, table, x2, table2, allowed, keys, T, V, d, d2, x_stride, x_term, table_stride, x2_stride, x2_term,
                  table2_stride, part_rows, token_blocks, HAS_ALLOWED: tl.constexpr, HAS_SECOND: tl.constexpr,
                  TERMS: tl.constexpr, TERMS2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+                 BK: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     part = program // token_blocks
     tokens = (program % token_blocks) * BM + tl.arange(0, BM)
@@ -88,8 +105,11 @@ def oracle_parts(x, table, x2, table2, allowed, keys, T, V, d, d2, x_stride, x_t
         rows = start + tl.arange(0, BN)
         valid = rows < V
         acc = tl.zeros((BM, BN), tl.float32)
-        acc = add_scores(acc, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS, BK,
-                         WIDEN)  # fmt: skip
+        if DESCRIPTORS:
+            acc = add_described_scores(acc, x, table, start, (program % token_blocks) * BM, T, d, TERMS, BK, WIDEN)
+        else:
+            acc = add_scores(acc, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS,
+                             BK, WIDEN)  # fmt: skip
         if HAS_SECOND:
             acc = add_scores(
                 acc,
@@ -142,28 +162,42 @@ def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts)
 
 
-def split(T: int, V: int, BM: int, BN: int, device: torch.device) -> tuple[int, int]:
-    """(parts, rows a part): enough programs to fill the device twice, whole tiles."""
+def split(blocks: int, V: int, BN: int, device: torch.device) -> tuple[int, int]:
+    """(parts, rows a part) of the vocabulary: enough programs to fill the device twice, whole tiles of BN rows."""
     programs = 6 if device.type != "cuda" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
     tiles = triton.cdiv(V, BN)
-    parts = max(1, min(tiles, programs // triton.cdiv(T, BM)))
+    parts = max(1, min(tiles, programs // max(1, blocks)))
     rows = triton.cdiv(tiles, parts) * BN
     return triton.cdiv(V, rows), rows
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """A descriptor of blocks of a matrix; None before Hopper, or if rows do not start at multiples of 16 bytes."""
+    if not interpreting_triton() and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return None
+    if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def find_keys(x: Tensor, E: Tensor, x2: Tensor | None, W2: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, int]:
     """Keys ``[parts, T]`` of terms ``x [n, T, d]`` (and ``x2``)."""
     T, (V, d) = x.shape[1], E.shape
-    BM, BN, BK, warps, stages = config(E.dtype, T, x.shape[0])
-    parts, part_rows = split(T, V, BM, BN, E.device)
-    keys = torch.empty(parts, T, dtype=torch.int64, device=E.device)
+    BM, BN, BK, warps, stages, described = config(E.dtype, T, x.shape[0])
     blocks = triton.cdiv(T, BM)
+    parts, part_rows = split(blocks, V, BN, E.device)
+    keys = torch.empty(parts, T, dtype=torch.int64, device=E.device)
     y, table2 = (x, E) if x2 is None or W2 is None else (x2, W2)
+    queries, table = (describe(x.flatten(0, 1), BM, BK), describe(E, BN, BK)) if described else (None, None)
+    described = queries is not None and table is not None
+    if not described:
+        queries, table = x, E
     oracle_parts[(blocks * parts,)](
-        x, E, y, table2, E if allowed is None else allowed, keys, T, V, d, table2.shape[1], x.stride(1), x.stride(0),
-        E.stride(0), y.stride(1), y.stride(0), table2.stride(0), part_rows, blocks, HAS_ALLOWED=allowed is not None,
+        queries, table, y, table2, E if allowed is None else allowed, keys, T, V, d, table2.shape[1], x.stride(1),
+        x.stride(0), E.stride(0), y.stride(1), y.stride(0), table2.stride(0), part_rows, blocks,
+        HAS_ALLOWED=allowed is not None,
         HAS_SECOND=x2 is not None, TERMS=x.shape[0], TERMS2=y.shape[0], BM=BM, BN=BN, BK=BK,
-        WIDEN=interpreting_triton(), num_warps=warps,        num_stages=stages,
+        DESCRIPTORS=described, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return keys, parts
 

@@ -62,6 +62,7 @@ typedef struct lr_oracle_args {
   int32_t splits; /* CUDA: how many parts the vocabulary is cut into; CPU: ignored */
   void *workspace; /* CUDA: rows * splits * 8 bytes; CPU: ignored */
   int32_t threads;
+  int32_t hopper; /* CUDA: nonzero takes the form for compute capability 9.0 */
 } lr_oracle_args;
 
 /* Softmax over the vocabulary of z = softcap * tanh(scale * (<queries, table> + bias) / softcap) / temperature.
@@ -76,6 +77,9 @@ typedef struct lr_logprob_args {
   int64_t rows, vocab, dim, queries_stride, table_stride;
   double scale, softcap, temperature; /* softcap 0: no tanh */
   int32_t queries_dtype, table_dtype, threads;
+  int32_t blocks;          /* CUDA: how many thread blocks the vocabulary is cut for; CPU: ignored, as what follows */
+  void *workspace;         /* CUDA: aligned to 16 bytes */
+  int64_t workspace_bytes; /* at least what lr_cuda_linear_logprob_workspace says */
 } lr_logprob_args;
 
 /* Tokens with log p >= log_p_min under the same softmax, most probable first, equal ones by rising id. */
@@ -159,6 +163,8 @@ const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512": what this machine (
 int lr_cuda_mixture_embed(const lr_mixture_args *args, void *stream);
 int lr_cuda_mixture_embed_backward(const lr_mixture_args *args, void *stream);
 int lr_cuda_vertex_oracle(const lr_oracle_args *args, void *stream); /* bfloat16, one table, no candidates */
+int lr_cuda_linear_logprob(const lr_logprob_args *args, void *stream); /* bfloat16 */
+int lr_cuda_linear_logprob_workspace(const lr_logprob_args *args, int64_t *bytes); /* pointers matter by being null or not */
 int lr_cuda_device_count(int *count);
 
 const char *lr_last_error(void);

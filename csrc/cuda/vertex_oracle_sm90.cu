@@ -1,0 +1,149 @@
+// The vertex oracle's parts on Hopper: the same keys as vertex_oracle.cu, from wgmma fed by the tensor copy engine.
+//
+// A block is three warpgroups. One thread of the first copies: boxes of 64 coordinates, 128 tokens and 256 table rows, in
+// 128-byte rows that the engine swizzles as wgmma wants them, into a ring of four stages; `full` barriers count the
+// bytes, `empty` ones the two other warpgroups, which own 64 tokens by 256 rows each, 128 sums a thread. The multiplications
+// of a stage run while the next one's are issued; a stage is given back when the group before the last is done.
+//
+// A thread compares scores as floats with the best of its two tokens and makes a key only when one is not larger, which is
+// rare: masks, NaN and ties are decided there, by the minimum of keys. Not yet measured on a GPU.
+
+#include "cuda/oracle.cuh"
+#include "cuda/ptx90.cuh"
+
+namespace latentrevise::cuda {
+namespace {
+
+constexpr int kTokens = 128, kRows = kHopperTile, kDepth = 64, kStages = 4, kThreads = 384;
+constexpr int kTokenBytes = kTokens * kDepth * 2, kStageBytes = kTokenBytes + kRows * kDepth * 2;
+constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStages * 2 * 8;  // the first to align the stages
+
+__global__ void __launch_bounds__(kThreads, 1)
+    hopper_parts(lr_oracle_args a, const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap table,
+                 int64_t token_blocks, int64_t part_rows) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  const int64_t part = blockIdx.x / token_blocks;
+  const int token = static_cast<int>(blockIdx.x % token_blocks) * kTokens;
+  const int begin = static_cast<int>(min(part * part_rows, a.vocab));
+  const int end = static_cast<int>(min(begin + part_rows, a.vocab));
+  const int steps = static_cast<int>((a.dim + kDepth - 1) / kDepth), total = (end - begin + kRows - 1) / kRows * steps;
+  const uint32_t stages = (shared_address(shared) + 1023) / 1024 * 1024, full = stages + kStages * kStageBytes;
+  const uint32_t empty = full + kStages * 8;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, 2);
+    publish_barriers();
+  }
+  __syncthreads();
+
+  if (group == 0) {
+    give_registers<40>();
+    if (threadIdx.x == 0)
+      for (int step = 0; step < total; ++step) {
+        const int stage = step % kStages, round = step / kStages;
+        const uint32_t to = stages + stage * kStageBytes;
+        await_phase(empty + 8 * stage, (round & 1) ^ 1);  // at once in the first round
+        arrive_expecting(full + 8 * stage, kStageBytes);
+        copy_box(to, queries, step % steps * kDepth, token, full + 8 * stage);
+        copy_box(to + kTokenBytes, table, step % steps * kDepth, begin + step / steps * kRows, full + 8 * stage);
+      }
+    return;
+  }
+
+  take_registers<232>();
+  const uint32_t own = (group - 1) * 64 * kDepth * 2;  // this warpgroup's tokens in a stage
+  const bool speaks = threadIdx.x % 128 == 0;
+  unsigned long long key[2] = {kNothing, kNothing};
+  const float nan = __int_as_float(0x7fc00000), lowest = __int_as_float(0xff800000);
+  float best[2] = {nan, nan};  // every score is "not larger" than NaN: the first makes a key
+  float acc[128];
+  for (int step = 0; step < total;) {
+    // Two loops, not one with a condition: sums used in the loop that makes them would be waited for in each round.
+    for (int inner = 0; inner < steps; ++inner, ++step) {
+      const int stage = step % kStages;
+      const uint32_t x = stages + stage * kStageBytes;
+      await_phase(full + 8 * stage, step / kStages & 1);
+      open_multiplications();
+      const uint64_t tokens = describe_tile(x + own), rows = describe_tile(x + kTokenBytes);
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k) multiply_tiles(acc, tokens + 2 * k, rows + 2 * k, inner > 0 || k > 0);
+      commit_multiplications();
+      await_multiplications<1>();  // the group before
+      if (speaks && inner > 0) arrive(empty + 8 * ((step - 1) % kStages));
+    }
+    await_multiplications<0>();
+    settle(acc);
+    if (speaks) arrive(empty + 8 * ((step - 1) % kStages));
+    const int first = begin + (step / steps - 1) * kRows + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 128; ++i) {
+      const int h = i / 2 % 2;
+      if (acc[i] > best[h] || acc[i] == best[h]) continue;  // not "!(<)": NaN on either side goes on
+      const int v = first + i / 4 * 8 + i % 2;
+      if (v >= end || (a.allowed != nullptr && !a.allowed[v])) continue;
+      const unsigned long long found = score_key(acc[i], v);
+      if (found >= key[h]) continue;
+      key[h] = found;
+      best[h] = acc[i] != acc[i] ? lowest : acc[i];
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) key[h] = min(key[h], __shfl_xor_sync(0xffffffffu, key[h], offset));
+    const int64_t t = token + (group - 1) * 64 + threadIdx.x % 128 / 32 * 16 + h * 8 + lane / 4;
+    if (lane % 4 == 0 && t < a.rows) static_cast<unsigned long long *>(a.workspace)[part * a.rows + t] = key[h];
+  }
+#else
+  __trap();  // the launcher refuses to get here
+#endif
+}
+
+// A matrix of bfloat16 seen through boxes of `rows` rows and 64 coordinates.
+int describe_matrix(CUtensorMap *map, const void *data, int64_t rows, int64_t dim, int64_t stride, int box_rows) {
+  using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                              const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  void *symbol = nullptr;  // from the driver at run time: the library is not linked against it
+  cudaDriverEntryPointQueryResult query;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &query);
+  if (error != cudaSuccess || query != cudaDriverEntryPointSuccess)
+    return fail(LR_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled");
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {kDepth, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult result = reinterpret_cast<Encode>(symbol)(
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? LR_OK : fail(LR_CUDA_ERROR, "cuTensorMapEncodeTiled: error %d", (int)result);
+}
+
+}  // namespace
+
+int launch_hopper_parts(const lr_oracle_args &a, int64_t part_rows, cudaStream_t stream) {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaFuncAttributes attributes{};
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, hopper_parts); error != cudaSuccess)
+    return fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
+  if (major != 9 || minor != 0 || attributes.ptxVersion < 90)
+    return fail(LR_UNSUPPORTED, "the Hopper oracle needs compute capability 9.0 (this is %d.%d) and a build for sm_90a",
+                major, minor);
+  CUtensorMap queries, table;
+  if (const int status = describe_matrix(&queries, a.queries, a.rows, a.dim, a.queries_stride, kTokens)) return status;
+  if (const int status = describe_matrix(&table, a.table, a.vocab, a.dim, a.table_stride, kRows)) return status;
+  const int64_t token_blocks = (a.rows + kTokens - 1) / kTokens;
+  const cudaError_t error = cudaFuncSetAttribute(hopper_parts, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
+  hopper_parts<<<static_cast<unsigned>(token_blocks * a.splits), kThreads, kSharedBytes, stream>>>(a, queries, table,
+                                                                                                   token_blocks, part_rows);
+  return launched("vertex_oracle");
+}
+
+}  // namespace latentrevise::cuda

@@ -1,0 +1,87 @@
+"""The CUDA library on a CPU: csrc/cuda compiled by the host compiler against tests/kernels/cuda_on_cpu.
+
+``build`` makes the module; ``install`` puts it where the kernels look for ``_cuda``, so that backend "cuda" takes CPU
+tensors. conftest.py installs the one that LATENTREVISE_EMULATED_CUDA names; test_cuda.py runs the tests that way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+VARIABLE = "LATENTREVISE_EMULATED_CUDA"
+PROCESSORS = 3  # few, so that small tests cut the vocabulary into few parts of several tiles
+
+
+def translate(source: str) -> str:
+    """CUDA's two pieces of syntax that C++ does not have: launches, and the block's shared memory."""
+    source = re.sub(
+        r"(\w+(?:<[\w, ]+>)?)<<<(.+?), (\w+), \w+, \w+>>>\((.*?)\);",
+        r"emulated::launch(\2, \3, [=] { \1(\4); });",
+        source,
+        flags=re.DOTALL,
+    )
+    return re.sub(r"extern __shared__ .*? shared\[\];", "unsigned char *shared = emulated::block->shared;", source)
+
+
+def build(folder: Path) -> Path:
+    """Compile the module into ``folder``; its path."""
+    import pybind11
+
+    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [HERE / "cuda_on_cpu", ROOT / "csrc", ROOT / "csrc/include", pybind11.get_include()]
+    command = ["g++", "-std=c++17", "-O2", "-mf16c", "-fPIC", "-w", "-DLATENTREVISE_CUDA"]
+    command += [f"-I{path}" for path in [*includes, sysconfig.get_paths()["include"]]]
+    objects = []
+    for path in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bindings.cpp"]:
+        translated = folder / f"{path.stem}.cpp"
+        translated.write_text(translate(path.read_text()))
+        objects.append(str(translated.with_suffix(".o")))
+        compile_one = [*command, "-fvisibility=hidden", "-c", str(translated), "-o", objects[-1]]
+        subprocess.run(compile_one, check=True, capture_output=True, text=True)
+    subprocess.run(["g++", "-shared", *objects, "-o", str(module)], check=True, capture_output=True, text=True)
+    return module
+
+
+def install(path: str) -> None:
+    from latentrevise.kernels import dispatch, native
+
+    name = f"{native.__package__}._cuda"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    native.unavailable.cache_clear()
+    native.load.cache_clear()
+    where, rejection = native.where, dispatch._rejection
+
+    def emulated_where(backend: str, device: torch.device) -> int:
+        return 0 if backend == "cuda" else where(backend, device)
+
+    def emulated_rejection(op: str, backend: str, call: dispatch.Call) -> str | None:
+        if backend in ("cuda", "hopper") and backend in dispatch.IMPLEMENTATIONS[op]:
+            return dispatch.implementation(op, backend).unsupported(call)
+        return rejection(op, backend, call)
+
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
+    native.where, dispatch._rejection = emulated_where, emulated_rejection
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=PROCESSORS)  # type: ignore[assignment]
+
+
+def installed() -> bool:
+    return VARIABLE in os.environ
+
+
+def environment(module: Path, copies: str) -> dict[str, str]:
+    return os.environ | {VARIABLE: str(module), "LATENTREVISE_EMULATED_COPIES": copies, "OMP_NUM_THREADS": "1"}

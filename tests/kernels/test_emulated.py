@@ -1,0 +1,43 @@
+"""The CUDA kernels without a GPU: csrc/cuda compiled for the CPU, with tensor-core fragments, asynchronous copies and
+barriers written from the PTX manual (tests/kernels/cuda_on_cpu), under test_cuda.py and the contract tests."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_cuda
+import pytest
+
+HERE = Path(__file__).resolve().parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found in PATH"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation uses x86 instructions"),
+]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.mark.parametrize("copies", ["late", "early"])
+def test_kernels(module, copies):
+    """Copies carried out as late and as early as they may be: a missing wait or barrier shows in one of the two."""
+    run(module, copies, "test_cuda.py")
+
+
+def test_contracts(module):
+    run(module, "late", "test_mixture_embed.py", "-k", "cuda and not beyond_two_to_the_31 and not gpu")
+
+
+def run(module: Path, copies: str, file: str, *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file), *options]
+    env = emulated_cuda.environment(module, copies)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
