@@ -21,6 +21,8 @@ import torch
 from benchmarks.harness import version
 
 ARCHITECTURES = (80, 90)
+# Multiples of 16 in the models this is for, as all pointers are, which is what lets loads be wide.
+WIDE = ("d", "table_stride", "x_stride", "x_term", "exps_stride", "theta_stride", "grad_stride")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,6 +45,8 @@ def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, o
     from latentrevise.kernels.hull_step import triton as hull
     from latentrevise.kernels.linear_logprob import triton as logprob
     from latentrevise.kernels.mixture_embed import triton as mixture
+    from latentrevise.kernels.plausible_vertices import triton as plausible
+    from latentrevise.kernels.softmax_mixture import triton as softmax
     from latentrevise.kernels.vertex_oracle import triton as oracle
 
     element = {"bfloat16": "*bf16", "float32": "*fp32"}
@@ -51,23 +55,15 @@ def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, o
         signature = {"x": p, "table": p, "x2": p, "table2": p, "allowed": "*i1", "keys": "*i64"}
         for terms in (1, 3) if dtype == "bfloat16" else (1,):
             T = 32 if tokens == "few" else 2048
-            BM, BN, BK, warps, stages = oracle.config(getattr(torch, dtype), T, terms)
-            yield (
-                oracle.oracle_parts,
-                f"{dtype} {tokens} terms={terms}",
-                signature,
-                {
-                    "HAS_ALLOWED": True,
-                    "HAS_SECOND": False,
-                    "TERMS": terms,
-                    "TERMS2": terms,
-                    "BM": BM,
-                    "BN": BN,
-                    "BK": BK,
-                    "WIDEN": False,
-                },
-                {"num_warps": warps, "num_stages": stages},
-            )
+            BM, BN, BK, warps, stages, _ = oracle.config(getattr(torch, dtype), T, terms)
+            constants = {"HAS_ALLOWED": True, "HAS_SECOND": False, "TERMS": terms, "TERMS2": terms, "WIDEN": False}
+            constants |= {"BM": BM, "BN": BN, "BK": BK}
+            options = {"num_warps": warps, "num_stages": stages}
+            for described in (False, True):
+                blocks = {"x": f"tensordesc<{p[1:]}[{BM}, {BK}]>", "table": f"tensordesc<{p[1:]}[{BN}, {BK}]>"}
+                name = f"{dtype} {tokens} terms={terms}{' descriptors' * described}"
+                types = signature | blocks if described else signature
+                yield oracle.oracle_parts, name, types, constants | {"DESCRIPTORS": described}, options
     finish = {"keys": "*i64", "ids": "*i64", "values": "*fp32"}
     yield oracle.oracle_finish, "", finish, {"BP": 256}, {"num_warps": 1, "num_stages": 1}
     for dtype, p in element.items():
@@ -93,6 +89,26 @@ def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, o
                 },
                 {"num_warps": warps, "num_stages": stages},
             )
+        tile = {"BM": BM, "BN": BN, "BK": BK, "WIDEN": False}
+        options = {"num_warps": warps, "num_stages": stages}
+        signature = {"x": p, "table": p, "bias": "*fp32", "allowed": "*i1", "keys": "*i64", "counts": "*i32"}
+        signature |= dict.fromkeys(("exponents", "lse"), "*fp32")
+        signature |= dict.fromkeys(("scale", "softcap", "inverse_temperature", "log_p_min"), "fp32")
+        flags = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_ALLOWED": True, "TERMS": 1}
+        yield plausible.list_tiles, dtype, signature, flags | tile, options
+        floats = dict.fromkeys(("lse", "dots", "sums"), "*fp32") | {"inverse_tau": "fp32"}
+        signature = {"grad_z": p, "table": p, "theta": "*fp32", "out": "*fp32"} | floats
+        yield softmax.gradient_tiles, dtype, signature, tile, options
+        SM, SN, SK, warps, stages = softmax.MIXTURES[dtype]
+        yield (
+            softmax.mixture_tiles,
+            dtype,
+            signature,
+            {"BM": SM, "BN": SN, "BK": SK, "WIDEN": False},
+            {"num_warps": warps, "num_stages": stages},
+        )
+        signature = {"theta": p, "lse": "*fp32", "inverse_tau": "fp32"}
+        yield softmax.row_normalisers, dtype, signature, {"BLOCK": softmax.BLOCK}, {"num_warps": 8, "num_stages": 3}
         CM, CN, warps, stages = logprob.MEANS[dtype]
         signature = {"exps": p, "exponents": "*fp32", "row_exponents": "*fp32", "table": p, "out": "*fp32"}
         yield (
@@ -125,21 +141,25 @@ def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, o
     yield entropic.entropic_spans, "", spans, {"BC": 128}, {"num_warps": 1, "num_stages": 1}
 
 
-def compile_triton() -> Iterator[Resources]:
+def compile_triton(only: str = "") -> Iterator[Resources]:
+    """Triton kernels whose name contains ``only``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for kernel, variant, types, constants, options in triton_variants():
+        if only not in kernel.fn.__name__:
+            continue
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        # pointers and strides are multiples of 16 in the models this is for, which is what lets loads be wide
         wide = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(kernel.arg_names)
             if signature[name].startswith("*") or name in ("d", "table_stride", "x_stride", "x_term", "exps_stride")
         }
         for arch in ARCHITECTURES:
+            if arch < 90 and any(kind.startswith("tensordesc") for kind in signature.values()):
+                continue  # never launched there
             source = ASTSource(kernel, signature, constexprs=constants, attrs=wide)
             done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -47,7 +47,7 @@ def run(name: str, sizes: Sizes, report: Report, show: Callable[[str], None] = p
                 thunk = make()
                 thunk()
                 ready[label] = thunk
-            except Absent as why:
+            except (Absent, kernels.BackendError) as why:
                 if label not in report.absent:
                     show(f"skipped {label}: {why}")
                 report.absent[label] = str(why)

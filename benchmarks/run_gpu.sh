@@ -1,71 +1,136 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one command and without a network: build, tests, benchmarks.
+# What waits for a GPU, without a network, in pieces that each end within LIMIT seconds (560):
 #
-#   benchmarks/run_gpu.sh [quick]
+#   benchmarks/run_gpu.sh build-check   build, every kernel against float64, the GPU tests
+#   benchmarks/run_gpu.sh kernels       every op against its peers, time and memory
+#   benchmarks/run_gpu.sh revise        one step of the reviser at the shapes of 0.5B, 1.5B and 7B models
+#   benchmarks/run_gpu.sh tune          other configurations of the kernels
+#   benchmarks/run_gpu.sh cubins        registers, shared memory and spills with this machine's compilers
+#   benchmarks/run_gpu.sh all           all of it, a piece after the other
 #
-# Needs Python with torch (CUDA), triton, CMake, Ninja, pybind11 and nvcc. Results (JSON, logs, one line a step in
-# summary.txt) go to $OUT, by default benchmarks/results. A step that fails is recorded and the rest still runs; the exit
-# status is the number of failed steps.
+# Needs python3 with torch (CUDA) and triton, setuptools, CMake, Ninja, pybind11 and nvcc; a piece that finds the package
+# not built builds it. Wheels of peers in $WHEELS (wheels/) are installed to a folder of their own. Results go to $OUT
+# (benchmarks/results): JSON that grows with every measurement, a log a step, and one line a step in summary.jsonl. A step
+# that fails or finds no time left is recorded and the rest still runs; the exit status is the number of such steps.
+#
+# TINY=1 walks through the same steps with tiny sizes on whatever device there is, and builds nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-quick=${1:-}
+piece=${1:-}
+tiny=${TINY:-}
+deadline=$((SECONDS + ${LIMIT:-560}))
 failed=0
-: > "$out/summary.txt"
 
-step() { # step NAME SECONDS COMMAND...
+# step NAME SECONDS COMMAND...
+step() {
   local name=$1 limit=$2 begin=$SECONDS status
   shift 2
-  timeout "$limit" "$@" > "$out/$name.log" 2>&1
-  status=$?
+  local left=$((deadline - SECONDS))
+  if [ "$left" -lt 5 ]; then
+    status=-1
+    echo "no time left" > "$out/$name.log"
+  else
+    timeout -k 5 "$((limit < left ? limit : left))" "$@" > "$out/$name.log" 2>&1
+    status=$?
+  fi
   [ "$status" -eq 0 ] || failed=$((failed + 1))
-  echo "$name: $([ "$status" -eq 0 ] && echo ok || echo "FAILED ($status)") after $((SECONDS - begin)) s" | tee -a "$out/summary.txt"
+  printf '{"piece": "%s", "step": "%s", "status": %d, "seconds": %d}\n' "$piece" "$name" "$status" $((SECONDS - begin)) |
+    tee -a "$out/summary.jsonl"
+  [ "$status" -eq 0 ] || tail -n 15 "$out/$name.log"
   return "$status"
 }
 
-# The source tree is used where it is: an import path with latentrevise and latentrevise.kernels, libraries built in place.
 build() {
-  set -e
-  local tree=${LATENTREVISE_BUILD_DIR:-/tmp/latentrevise-build}
-  cmake -S . -B "$tree" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v python3)" \
-    -Dpybind11_DIR="$(python3 -c 'import pybind11; print(pybind11.get_cmake_dir())')" -DLATENTREVISE_CUDA=ON \
-    -DCMAKE_CUDA_ARCHITECTURES="${LATENTREVISE_CUDA_ARCHS:-80-real;90a-real;80-virtual}"
-  cmake --build "$tree" --parallel
-  cp "$tree"/modules/_c*.so kernels/
-  rm -rf "$tree/site" && mkdir -p "$tree/site/latentrevise"
-  ln -s "$PWD"/latentrevise/* "$tree/site/latentrevise/"
-  rm -f "$tree/site/latentrevise/kernels"
-  ln -s "$PWD/kernels" "$tree/site/latentrevise/kernels"
+  local site=${TMPDIR:-/tmp}/latentrevise-peers
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
+  [ -z "$tiny" ] || return 0
+  if compgen -G "${WHEELS:-wheels}/*.whl" > /dev/null && [ ! -d "$site" ]; then
+    step peers 120 python3 -m pip install -q --no-index --no-deps --target "$site" "${WHEELS:-wheels}"/*.whl
+  fi
+  python3 -c 'from latentrevise.kernels import native; exit(native.unavailable("cuda") is not None)' 2> /dev/null && return 0
+  local archs
+  archs=$(python3 -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}{chr(97) * (a >= 9)}-real")') || archs=
+  LATENTREVISE_CUDA=1 LATENTREVISE_CUDA_ARCHS=${LATENTREVISE_CUDA_ARCHS:-$archs} CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
+    step build 400 python3 -m pip install --no-build-isolation --no-deps --no-index -v -e .
 }
-export -f build
-export PYTHONPATH="${LATENTREVISE_BUILD_DIR:-/tmp/latentrevise-build}/site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-python3 - > "$out/machine.txt" 2>&1 << 'PY'
-import platform, torch
-print(platform.platform(), "python", platform.python_version(), "torch", torch.__version__)
-print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else "no CUDA device")
+measure() { # measure NAME SECONDS OPTIONS...: a benchmark into NAME.json
+  local name=$1 limit=$2
+  shift 2
+  [ -z "$tiny" ] || set -- "$1" --T 16 --d 24 --vocab 300 --dtype float32 --budget 0 --no-compile
+  step "$name" "$limit" python3 -m benchmarks "$@" --json "$out/$name.json"
+}
+
+build_check() {
+  step check 120 python3 -m benchmarks.check ${tiny:+--tiny} --json "$out/check.json"
+  local workers=() tests=(tests/kernels -m gpu)
+  python3 -c 'import xdist' 2> /dev/null && workers=(-n 8)
+  [ -z "$tiny" ] || tests=(tests/kernels/test_dispatch.py -k backend)
+  step tests 420 python3 -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${workers[@]}" "${tests[@]}"
+}
+
+kernels() {
+  local large=(--dtype bfloat16 --T 2048 --budget 1.5) other=(--dtype bfloat16 --budget 1 --no-compile)
+  measure vertex_oracle 90 vertex_oracle "${large[@]}" --d 896 2048 4096 --backend triton cuda hopper
+  measure linear_logprob 150 linear_logprob "${large[@]}" --d 896 2048 4096 --backend triton cuda
+  measure hull_step 40 hull_step "${large[@]}" --d 896 4096
+  measure softmax_mixture 40 softmax_mixture "${large[@]}" --d 896
+  measure plausible_vertices 40 plausible_vertices "${large[@]}" --d 896 4096
+  measure entropic_step 30 entropic_step "${large[@]}" --d 896 4096
+  measure mixture_embed 30 mixture_embed "${large[@]}" --d 896 4096 --backend triton cuda
+  measure vertex_oracle_sizes 50 vertex_oracle "${other[@]}" --T 16 256 16384 --d 896 2048 --backend triton cuda hopper
+  measure linear_logprob_sizes 80 linear_logprob "${other[@]}" --T 16 256 16384 --d 896 2048 --backend triton cuda
+  measure float32 60 vertex_oracle linear_logprob --dtype float32 --budget 1 --no-compile --T 256 2048 --d 896
+}
+
+revise() {
+  if [ -n "$tiny" ]; then
+    step revise-tiny 200 python3 -m benchmarks revise --shapes 0.5B --layers 1 --vocab 2000 --rounds 1 --no-loop \
+      --json "$out/revise-tiny.json"
+    return
+  fi
+  local shape
+  for shape in 0.5B 1.5B 7B; do
+    step "revise-$shape" 180 python3 -m benchmarks revise --shapes "$shape" --dtype bfloat16 --rounds 3 \
+      --json "$out/revise-$shape.json"
+  done
+}
+
+tune() {
+  [ -z "$tiny" ] || export TRITON_INTERPRET=1 # a machine without a GPU tunes in the interpreter
+  step tune 530 python3 -m benchmarks.tune ${tiny:+--tiny} --seconds 500 --json "$out/tune.json"
+}
+
+cubins() {
+  step cubins 550 python3 -m benchmarks cubins --json "$out/cubins.json"
+}
+
+case $piece in
+  build-check | kernels | revise | tune | cubins) ;;
+  all)
+    for one in build-check kernels revise tune cubins; do
+      [ -n "$tiny" ] && [ "$one" = cubins ] && continue # compiles everything on any machine already
+      "$0" "$one" || failed=$((failed + $?))
+    done
+    exit "$failed"
+    ;;
+  *)
+    sed -n '2,18s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
+
+python3 - > "$out/machine.json" << 'PY'
+import json, platform, torch
+gpu = torch.cuda.is_available()
+device = str(torch.cuda.get_device_properties(0)) if gpu else "no CUDA device"
+versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+print(json.dumps({"platform": platform.platform(), "device": device} | versions))
 PY
-cat "$out/machine.txt"
-
-step build 600 bash -c build || { echo "the libraries were not built; see $out/build.log"; exit "$failed"; }
-# Not every machine has the test tools; a check of the kernels against float64 must not depend on them.
-step check 300 python3 -m benchmarks.check
-if python3 -c 'import pytest, hypothesis' 2> /dev/null; then
-  step tests 600 python3 -m pytest -q tests/kernels -p no:cacheprovider -k "not interpreter and not instruction_set"
-else
-  echo "tests: skipped, pytest or hypothesis is not installed" | tee -a "$out/summary.txt"
-fi
-step cubins 600 python3 -m benchmarks cubins --json "$out/cubins.json"
-sizes=()
-[ "$quick" = quick ] && sizes=(--T 2048 --d 896 2048 --dtype bfloat16 --budget 3)
-for name in vertex_oracle linear_logprob hull_step entropic_step mixture_embed; do
-  step "$name" 900 python3 -m benchmarks "$name" --json "$out/$name.json" --budget 5 "${sizes[@]}"
-done
-step vertex_oracle_backends 600 python3 -m benchmarks vertex_oracle --dtype bfloat16 --backend triton cuda \
-  --json "$out/vertex_oracle_backends.json" --budget 5 "${sizes[@]}"
-step tune 600 python3 -m benchmarks.tune
-for name in vertex_oracle linear_logprob; do tail -n 40 "$out/$name.log"; done
-cat "$out/summary.txt"
+cat "$out/machine.json"
+if build; then "${piece/-/_}"; fi
+echo "$piece: $failed failed"
 exit "$failed"
