@@ -40,6 +40,8 @@ from latentrevise.models import load_model
 from latentrevise.pipeline import Recovery
 from latentrevise.records import atomic_write, write_json
 from latentrevise.strategies import names
+from latentrevise.strategies.dart import DartConfig
+from latentrevise.strategies.explain import ExplainConfig
 
 # Runs that cost minutes a prompt on a CPU and are controls of each other are left to --strategies.
 QUICK = ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")
@@ -70,9 +72,19 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
     torch.set_num_threads(1)
     began = time.perf_counter()
     family = get_family(unit.family)
-    config = replace(demo_config(family, unit.seed), strategies=strategies, label=unit.name)
+    config = replace(
+        demo_config(family, unit.seed),
+        strategies=strategies,
+        label=unit.name,
+        # The models read words of their task alone, so they are asked for an explanation by a worked example's form.
+        explain=ExplainConfig(template="{prompt} = {answer} ; {prompt}"),
+        dart=DartConfig(cap=48),
+    )
     model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype="float32", device="cpu")
-    prompts = make_prompts(family, unit.prompts, split="report", seed=unit.seed)
+    prompts = [
+        row | {"solution": " ".join(family.solution(family.parse(row["prompt"])))}
+        for row in make_prompts(family, unit.prompts, split="report", seed=unit.seed)
+    ]
     recovered = Recovery(model, tokenizer, config, out / unit.name, progress=False).recover(prompts)
     return unit, recovered.metrics, time.perf_counter() - began
 

@@ -48,6 +48,7 @@ from latentrevise.records import (
     Start,
     Trajectory,
     Verdict,
+    original_prefix,
     read_atoms,
     read_offsets,
     read_records,
@@ -105,7 +106,7 @@ class RecoverConfig(StrategySettings):
     ``GateConfig``. vllm: of that engine, see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
     """
 
-    strategies: tuple[str, ...] = ("latent", "latent-plausible", "resample-prefix", "resample")
+    strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
     rollouts: int = 16
     samples: int = 8
     revised_rollouts: int = 1
@@ -688,7 +689,8 @@ class Recovery:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _rendered(self, start: Start) -> tuple[int, ...]:
-        return start.prefix_ids if self.config.rendering == "original" else start.plain_ids
+        original = self.config.rendering == "original"
+        return original_prefix(start.prefix_ids, start.plain_ids) if original else start.plain_ids
 
     def _plain_logprobs(self, rows: Sequence[tuple[Prompt, Start, Sample]]) -> list[tuple[float, ...]]:
         contexts = [(*prompt.ids, *self._rendered(start)) for prompt, start, _ in rows]

@@ -190,6 +190,12 @@ class RowError:
     message: str
 
 
+def original_prefix(prefix_ids: Sequence[int], plain_ids: Sequence[int]) -> tuple[int, ...]:
+    """The ``original`` rendering of a prefix: the failed tokens where a revision replaced them one by one; a prefix
+    that was extended or written anew has no other text than its own."""
+    return tuple(prefix_ids if len(prefix_ids) == len(plain_ids) else plain_ids)
+
+
 def stable_hash(value: Any, length: int = 16) -> str:
     """The first ``length`` hex digits of the SHA-256 of ``value`` as canonical JSON: the same everywhere and always."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -13,6 +13,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from latentrevise.audit import GuardConfig
 from latentrevise.config import to_dict
 from latentrevise.demo import Family, get_family, make_prompts, model_dir
 from latentrevise.models import load_model
@@ -21,6 +22,9 @@ from latentrevise.records import atomic_write, write_jsonl
 from latentrevise.report import console_table, write_report
 
 FAMILIES = ("rule", "chain")  # the one built for the method, and its control
+
+# Chosen on development prompts; docs/audits.md has what they keep and what they let through.
+GUARDS = {"rule": GuardConfig(min_derivation_tokens=18, min_plain_logprob=-0.16)}
 
 
 def demo_config(family: Family, seed: int = 0) -> RecoverConfig:
@@ -34,6 +38,7 @@ def demo_config(family: Family, seed: int = 0) -> RecoverConfig:
         temperature=chosen.temperature,
         max_new_tokens=chosen.max_new_tokens,
         checker="latentrevise.demo:check",
+        guards=GUARDS.get(family.name, GuardConfig()),
         seed=seed,
     )
 

@@ -44,7 +44,7 @@ def _softmax() -> ReviseConfig:
 
 
 def _posterior() -> PivotConfig:
-    return PivotConfig(scope="all", order="mass", mass_weight=1.0, keep=2)
+    return PivotConfig(scope="all", order="mass", mass_weight=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class PivotConfig:
     scope: Literal["chosen", "all"] = "chosen"
     order: Literal["entropy", "mass", "gain"] = "entropy"
     mass_weight: float = 0.0
-    keep: int = 1
+    keep: int = 0
 
     def __post_init__(self) -> None:
         if self.keep < 0 or self.mass_weight < 0:

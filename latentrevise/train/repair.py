@@ -16,7 +16,7 @@ from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.pipeline import chosen_cuts, request_of, tokens_with
 from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, row_seed
+from latentrevise.records import Prompt, Rollout, original_prefix, row_seed
 from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build
 from latentrevise.verify import Verifier
 
@@ -144,7 +144,10 @@ class Repairer:
         rendering = self.settings.rendering
         if rendering == "auto":
             rendering = "continuation" if proposal.latent else "argmax"
-        return proposal.original_ids if rendering == "original" else proposal.plain_ids, rendering != "continuation"
+        text = proposal.plain_ids
+        if rendering == "original":
+            text = original_prefix(proposal.original_ids, text)
+        return text, rendering != "continuation"
 
     def _sampled(self, starts: Sequence[tuple[Work, Proposal]]) -> list[list[Completion]]:
         found: list[list[Completion]] = [[] for _ in starts]

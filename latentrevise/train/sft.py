@@ -20,7 +20,16 @@ from trl import SFTConfig, SFTTrainer
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.evaluate import EvalConfig, Evaluates
 from latentrevise.exports import Row, rollout_row, sft_rows
-from latentrevise.records import PrefixRendering, Prompt, Rollout, Start, Trajectory, read_records, row_seed
+from latentrevise.records import (
+    PrefixRendering,
+    Prompt,
+    Rollout,
+    Start,
+    Trajectory,
+    original_prefix,
+    read_records,
+    row_seed,
+)
 from latentrevise.rundir import RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
@@ -130,7 +139,9 @@ def rendered(trajectories: Iterable[Trajectory], rendering: PrefixRendering, run
             starts.update(
                 {s.start_id: s for part in run.parts("starts", t.strategy) for s in read_records(part, Start)}
             )
-        plain = t.prefix_ids if rendering == "original" else starts[t.start_id].plain_ids
+        plain = starts[t.start_id].plain_ids
+        if rendering == "original":
+            plain = original_prefix(t.prefix_ids, plain)
         same = {t.prefix_rendering, rendering} == {"argmax", "continuation"}
         logprobs = t.plain_logprobs if same else None
         out.append(replace(t, plain_prefix_ids=plain, prefix_rendering=rendering, plain_logprobs=logprobs))
