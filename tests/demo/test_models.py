@@ -9,10 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latentrevise.demo import families, get_family, make_prompts, model_dir
+from latentrevise.demo import BUNDLED, get_family, make_prompts, model_dir
 from latentrevise.demo import train as training
-
-NAMES = ["rule", "chain"]
+from latentrevise.errors import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def bundled():
             AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=torch.float32, local_files_only=True).eval(),
             AutoTokenizer.from_pretrained(model_dir(name), local_files_only=True),
         )
-        for name in NAMES
+        for name in BUNDLED
     }
 
 
@@ -33,8 +32,8 @@ def test_load_without_a_network():
         "def refuse(*a, **k): raise AssertionError('network used')\n"
         "socket.socket.connect = refuse\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from latentrevise.demo import families, model_dir\n"
-        "for name in families():\n"
+        "from latentrevise.demo import BUNDLED, model_dir\n"
+        "for name in BUNDLED:\n"
         "    model = AutoModelForCausalLM.from_pretrained(model_dir(name))\n"
         "    tokenizer = AutoTokenizer.from_pretrained(model_dir(name))\n"
         "    print(name, model.config.model_type, model.dtype, model.config.vocab_size == len(tokenizer))\n"
@@ -48,13 +47,13 @@ def test_load_without_a_network():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{name} qwen3 torch.bfloat16 True" for name in families()]
+    assert done.stdout.splitlines() == [f"{name} qwen3 torch.bfloat16 True" for name in BUNDLED]
 
 
 def test_size_and_weights():
-    total = sum(f.stat().st_size for name in NAMES for f in model_dir(name).iterdir())
+    total = sum(f.stat().st_size for name in BUNDLED for f in model_dir(name).iterdir())
     assert total <= 8 * 2**20
-    for name in NAMES:
+    for name in BUNDLED:
         files = {f.name for f in model_dir(name).iterdir()}
         assert files == {
             "config.json",
@@ -72,7 +71,7 @@ def test_size_and_weights():
         assert sum(t.numel() for t in tensors) == record["parameters"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_tokenizer_is_the_familys(name, bundled):
     built = training.build_tokenizer(get_family(name))
     assert bundled[name][1].get_vocab() == built.get_vocab()
@@ -96,6 +95,11 @@ def test_rule_model_misses_most_uniform_prompts(bundled):
     assert trained["accuracy"] > 2 * found["accuracy"]
 
 
+def test_a_model_that_is_not_bundled_is_refused():
+    with pytest.raises(ModelError, match=r"no 'triple' model is bundled, only those of rule, chain"):
+        model_dir("triple")
+
+
 def test_chain_model_does_one_step_and_often_fails_six(bundled):
     family = get_family("chain")
     one, six = (
@@ -108,7 +112,7 @@ def test_chain_model_does_one_step_and_often_fails_six(bundled):
     assert six["zero_hit"] >= 0.25
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_training_record_matches_the_model(name, bundled):
     """The documented figures are this model's: sampled anew, they agree within sampling noise."""
     family = get_family(name)
