@@ -426,7 +426,10 @@ class Policy:
                 f"{type(self.body).__name__}.forward takes no {', '.join(missing)}; the packed pass places tokens and"
                 " masks itself, which this architecture does not allow"
             )
-        for name, weight in (("input embedding", self.embedding.weight), ("body", next(self.body.parameters()))):
+        for name, weight in (
+            ("input embedding", self.embedding.weight),
+            *(("body", p) for p in self.body.parameters()),
+        ):
             if weight.device.type == "meta":
                 raise ModelError(
                     f"the weights of the {name} are not in memory (meta device: offloaded or not loaded); load the"

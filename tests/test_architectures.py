@@ -333,9 +333,11 @@ def test_flattened_parameters_are_refused():
 
 def test_offloaded_weights_are_refused():
     accelerate = pytest.importorskip("accelerate")
-    model = accelerate.cpu_offload(build("llama"), execution_device=torch.device("cpu"))
-    with pytest.raises(ModelError, match="offload"):
-        Policy(model)
+    for part in (lambda model: model, lambda model: model.model.layers[1]):
+        model = build("llama")
+        accelerate.cpu_offload(part(model), execution_device=torch.device("cpu"))
+        with pytest.raises(ModelError, match="offload"):
+            Policy(model)
 
 
 def test_softcapped_attention_is_not_run_without_its_softcap():

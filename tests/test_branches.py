@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentrevise import FailedRollout, ReviseConfig, Reviser, memory
+from latentrevise import FailedRollout, ReviseConfig, Reviser, lean, memory
 from latentrevise.branches import Branch
 from latentrevise.errors import InputError, RunError
 from latentrevise.policy import Policy
@@ -231,7 +231,9 @@ def kept_bytes(reviser, work):
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in reviser.policy.model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    pack = lean._pack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean, "_pack", lambda x: keep(kept) if isinstance(kept := pack(x), torch.Tensor) else kept)
         reviser.value_and_grad(work)
     return sum(size for where, size in storages.items() if where not in weights)
 

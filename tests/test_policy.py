@@ -6,12 +6,13 @@ import statistics
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from latentrevise import ReviseConfig, Reviser, lean, memory, policy
 from latentrevise.errors import ModelError
 from latentrevise.packing import batches, bucket, suffix_length
 from tests.test_architectures import CONFIG, build, relative
-from tests.test_branches import kept_bytes, task
+from tests.test_branches import task
 from tests.test_reviser import plain_passes, rollouts
 
 
@@ -99,15 +100,21 @@ def test_recomputation_under_hooks_and_adapters():
             assert relative(evaluation.grad, plain_passes(model, rollout, CONFIG)[3]) < 1e-5
 
 
-def test_recomputation_keeps_little_and_the_budget_knows():
-    model = build("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=8, head_dim=16)
-    config = ReviseConfig(token_budget=10**6)
-    work = [dataclasses.replace(rollout, prompt_ids=[5] * 4) for rollout in rollouts()]
-    kept = kept_bytes(Reviser(model, config), work)
-    again = Reviser(model, dataclasses.replace(config, recompute=True))
-    assert kept_bytes(again, work) < kept / 5
-    assert memory.activation_bytes(again.policy, recompute=True) < memory.activation_bytes(again.policy) / 2
-    assert 0 < memory.cached_share(again.policy) < 1
+def test_recomputation_keeps_no_gates_and_the_budget_knows():
+    def gates_kept(recompute):
+        model, gates, alive = build("llama", num_hidden_layers=4), [], []
+        reviser = Reviser(model, ReviseConfig(recompute=recompute))
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.register_forward_hook(lambda *a: gates.append(StorageWeakRef(a[2].untyped_storage())))
+        model.model.register_forward_hook(lambda *_: alive.append(sum(not gate.expired() for gate in gates)))
+        reviser.value_and_grad(rollouts()[:1])
+        return alive
+
+    assert gates_kept(False) == [0, 4], "behind the prompt, behind the pass"
+    assert gates_kept(True) == [0, 0]
+    large = Reviser(build("llama", num_hidden_layers=8)).policy
+    assert memory.activation_bytes(large, recompute=True) < memory.activation_bytes(large) / 2
+    assert 0 < memory.cached_share(large) < 1
 
 
 def test_a_body_without_a_list_of_layers_cannot_be_recomputed():
