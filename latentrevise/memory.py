@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # On a CPU a product of some hundred rows is near its best rate already, and larger batches only take memory; a small
 # model gains from more rows until the calls themselves cost nothing. By bytes a number: half precision, half the rows.
 _CPU_TOKENS = {2: 192, 4: 384, 8: 384}
-_CPU_BYTES = 256 << 20
+_CPU_BYTES = 128 << 20
 _GPU_TOKENS = 131072
 
 
