@@ -67,7 +67,7 @@ def test_the_command_measures_the_gate_and_audits_the_run(tmp_path):
     write_jsonl(tmp_path / "prompts.jsonl", make_prompts(family, 24, split="develop", seed=31))
     config = dataclasses.replace(
         demo_config(family),
-        strategies=("resample-prefix", "resample"),
+        strategies=("pivot",),
         rollouts=6,
         samples=4,
         equal_compute=False,

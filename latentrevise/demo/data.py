@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Literal
+from typing import Literal, get_args
 
 from latentrevise.demo.family import Family
+from latentrevise.errors import InputError
 
 Split = Literal["train", "develop", "report"]
 
@@ -22,9 +23,14 @@ def split_of(prompt: str) -> Split:
 
 
 def make_prompts(family: Family, n: int, *, split: Split = "report", seed: int = 0) -> list[dict[str, str]]:
-    """``n`` different prompts of the harder, mined distribution: rows of ``id``, ``prompt`` and ``answer``."""
+    """``n`` different prompts of the harder, mined distribution: rows of ``id``, ``prompt`` and ``answer``.
+
+    Raises InputError for an unknown split.
+    """
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
+    if split not in get_args(Split):
+        raise InputError(f"split {split!r}: choose one of {', '.join(get_args(Split))}")
     rng = random.Random(f"{family.name}/{split}/{seed}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < n:

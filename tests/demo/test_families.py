@@ -463,3 +463,8 @@ def test_mined_chains_have_four_to_six_steps():
     family = ChainFamily()
     steps = {len(family.parse(row["prompt"]).needed) for row in make_prompts(family, 60)}
     assert steps == {4, 5, 6}
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(InputError, match="'test': choose one of train, develop, report"):
+        make_prompts(get_family("rule"), 1, split="test")
