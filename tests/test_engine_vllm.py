@@ -77,25 +77,6 @@ def test_float32_tokens_equal_those_of_transformers(engine):
     assert len({r[0].ids for r in ours}) > 6
 
 
-def test_prefixes_are_cached_for_ids_and_for_embeddings(engine, monkeypatch):
-    """The second time all whole blocks of 32 come from the cache; a prompt that differs behind row 70 shares 64."""
-    ids = (questions(engine.tokenizer, 12)[0] * 9)[:150]
-    prompt = revised(engine.model, ids, 1)
-    tail = torch.cat([prompt[:70], revised(engine.model, ids, 2)[70:]])
-    engine.start()
-    step, cached = engine._llm.llm_engine.step, []
-
-    def watched():
-        outputs = step()
-        cached.extend(output.num_cached_tokens for output in outputs)
-        return outputs
-
-    monkeypatch.setattr(engine._llm.llm_engine, "step", watched)
-    for request in (Request(ids), Request(ids), Request(embeddings=prompt), Request(embeddings=tail)):
-        engine.generate([request], SamplingParams(max_new_tokens=1))
-    assert cached == [0, 128, 0, 64]
-
-
 def test_long_lists_are_handed_over_in_portions(engine, monkeypatch):
     engine.start()
     add, counts = engine._llm.llm_engine.add_request, []
