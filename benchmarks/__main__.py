@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
+    parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     revise.add_options(parser.add_argument_group("revise"))
     study = parser.add_argument_group("recovery")
@@ -97,6 +98,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         budget_s=options.budget,
         compile=not options.no_compile,
         backends=tuple(options.backend or [None]),
+        only=tuple(options.only or ()),
     )
     report = harness.Report.start(name, device)
     for dtype in sizes.dtypes:

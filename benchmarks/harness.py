@@ -177,19 +177,19 @@ def compare(
     budget_s: float = 20.0,
     most_rounds: int = 50,
 ) -> list[Measurement]:
-    """Measure each implementation on ``task``: memory in a first call each, then rounds until the budget is used up."""
+    """Measure each implementation on ``task``: memory in a call each, then rounds until the budget is used up: at
+    least three, unless one takes half a minute. They have run once before."""
     memory, times = {}, {name: [] for name in implementations}
     flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for name, thunk in implementations.items():
-        thunk()  # compiles, allocates workspaces
         memory[name] = extra_memory(thunk, device)
-    begin, rounds = time.perf_counter(), 0
-    while rounds < 3 or (rounds < most_rounds and time.perf_counter() - begin < budget_s):
+    begin, rounds, spent = time.perf_counter(), 0, 0.0
+    while rounds < most_rounds and spent < 30 * max(1, rounds) and (rounds < 3 or spent < budget_s):
         for name, thunk in implementations.items():
             if flush is not None:
                 flush.zero_()  # nothing of the table stays in L2
             times[name].append(clock(thunk, device))
-        rounds += 1
+        rounds, spent = rounds + 1, time.perf_counter() - begin
     floor = max(task.flops / matmul_rate(device, dtype), task.bytes / read_rate(device))
     rows = []
     for name, seconds in times.items():

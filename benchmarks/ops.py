@@ -26,6 +26,7 @@ class Sizes:
     budget_s: float
     compile: bool
     backends: tuple[str | None, ...] = (None,)
+    only: tuple[str, ...] = ()  # implementations whose names hold one of these; none: all
 
     def __iter__(self) -> Iterator[tuple[int, int, torch.dtype]]:
         for d in self.d:
@@ -43,6 +44,8 @@ def run(name: str, sizes: Sizes, report: Report, show: Callable[[str], None] = p
     for task, dtype, entries in BENCHMARKS[name](sizes):
         ready: dict[str, Thunk] = {}
         for label, make in entries.items():
+            if sizes.only and not any(part in label for part in sizes.only):
+                continue
             try:
                 thunk = make()
                 thunk()
@@ -65,6 +68,22 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device
     return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
 
+def trained(V: int, d: int, T: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """A table with what trained ones have and independent normals lack: a mean that all rows share, clusters, a
+    spectrum that falls as a power, norms that differ between rows; and gradients of the same spectrum."""
+    spread = torch.arange(1, d + 1, device=sizes.device) ** -0.5
+    centres = random(max(1, V // 64), d, device=sizes.device, seed=7)
+    cluster = torch.arange(V, device=sizes.device) % len(centres)
+    E = random(V, d, device=sizes.device).add_(centres[cluster]).add_(2).mul_(spread)
+    E *= random(V, 1, device=sizes.device, seed=8).mul_(0.25).exp_()
+    return E, random(T, d, device=sizes.device, seed=9) * spread
+
+
+def compiled(sizes: Sizes, function: Callable, *arguments: object) -> Entries:
+    """The entry of ``torch.compile(function)``, if it is to be measured."""
+    return {"torch.compile": lambda: partial(peers.compiled(function), *arguments)} if sizes.compile else {}
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -83,21 +102,24 @@ def ours(op: str, sizes: Sizes, *arguments: object, **keywords: object) -> Entri
 
 def _oracle(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
     for T, d, dtype in sizes:
-        E, G = random(sizes.V, d, dtype=dtype, device=sizes.device), random(T, d, dtype=dtype, device=sizes.device)
-        task = Task(
-            "vertex_oracle",
-            {"T": T, "V": sizes.V, "d": d},
-            name_of(dtype),
-            "random",
-            2.0 * T * sizes.V * d,
-            float(E.nbytes + G.nbytes),
-        )
-        entries = ours("vertex_oracle", sizes, G, E)
-        entries["eager matmul + argmin"] = lambda G=G, E=E: lambda: peers.eager_oracle(G, E)
-        entries["blocked matmul + min"] = lambda G=G, E=E: lambda: peers.blocked_oracle(G, E)
-        if sizes.compile:
-            entries["torch.compile"] = lambda G=G, E=E: partial(peers.compiled(peers.eager_oracle), G, E)
-        yield task, dtype, entries
+        for data in ("random", "trained-like"):
+            if data == "random":
+                E, G = random(sizes.V, d, device=sizes.device), random(T, d, device=sizes.device, seed=1)
+            else:
+                E, G = trained(sizes.V, d, T, sizes)
+            E, G = E.to(dtype), G.to(dtype)
+            task = Task(
+                "vertex_oracle",
+                {"T": T, "V": sizes.V, "d": d},
+                name_of(dtype),
+                data,
+                2.0 * T * sizes.V * d,
+                float(E.nbytes + G.nbytes),
+            )
+            entries = ours("vertex_oracle", sizes, G, E)
+            entries["eager matmul + argmin"] = lambda G=G, E=E: lambda: peers.eager_oracle(G, E)
+            entries["blocked matmul + min"] = lambda G=G, E=E: lambda: peers.blocked_oracle(G, E)
+            yield task, dtype, entries | compiled(sizes, peers.eager_oracle, G, E)
 
 
 def _logprob(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
@@ -169,10 +191,13 @@ def _plausible(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
         )
         entries = ours("plausible_vertices", sizes, H, W, 1e-3, 64)
         entries["eager matmul + log_softmax + topk"] = lambda H=H, W=W: lambda: eager(H, W)
-        yield task, dtype, entries
+        yield task, dtype, entries | compiled(sizes, eager, H, W)
 
 
 def _softmax_mixture(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
+    def eager(theta: Tensor, E: Tensor) -> Tensor:
+        return torch.softmax(theta, 1) @ E
+
     for T, d, dtype in sizes:
         E = random(sizes.V, d, dtype=dtype, device=sizes.device)
         theta = random(T, sizes.V, dtype=dtype, device=sizes.device, seed=3)
@@ -185,8 +210,8 @@ def _softmax_mixture(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]
             float(E.nbytes + theta.nbytes),
         )
         entries = ours("softmax_mixture", sizes, theta, E)
-        entries["eager softmax @ E"] = lambda theta=theta, E=E: lambda: torch.softmax(theta, 1) @ E
-        yield task, dtype, entries
+        entries["eager softmax @ E"] = lambda theta=theta, E=E: lambda: eager(theta, E)
+        yield task, dtype, entries | compiled(sizes, eager, theta, E)
 
 
 def _atoms(T: int, A: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -197,6 +222,9 @@ def _atoms(T: int, A: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def _mixture_embed(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
+    def eager(ids: Tensor, weights: Tensor, E: Tensor) -> Tensor:
+        return torch.einsum("ta,tad->td", weights.to(E.dtype), E[ids])
+
     A = 11
     for T, d, dtype in sizes:
         E = random(sizes.V, d, dtype=dtype, device=sizes.device)
@@ -210,13 +238,11 @@ def _mixture_embed(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
             float(T * A * d * E.element_size()),
         )
         entries = ours("mixture_embed", sizes, ids, weights, E)
-        entries["eager gather + einsum"] = lambda i=ids, w=weights, E=E: (
-            lambda: torch.einsum("ta,tad->td", w.to(E.dtype), E[i])
-        )
+        entries["eager gather + einsum"] = lambda a=(ids, weights, E): lambda: eager(*a)
         entries["F.embedding_bag"] = lambda i=ids, w=weights, E=E: (
             lambda: torch.nn.functional.embedding_bag(i, E, per_sample_weights=w.to(E.dtype), mode="sum")
         )
-        yield task, dtype, entries
+        yield task, dtype, entries | compiled(sizes, eager, ids, weights, E)
 
 
 def _hull_step(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
@@ -243,7 +269,7 @@ def _hull_step(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
 
         entries = ours("hull_step", sizes, gold, away, E, ids, weights, 0.2, slot=A - 1, beta=0.5, combine="normalized")
         entries["eager"] = lambda f=eager: f
-        yield task, dtype, entries
+        yield task, dtype, entries | compiled(sizes, eager)
 
 
 def _entropic_step(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
@@ -270,7 +296,7 @@ def _entropic_step(sizes: Sizes) -> Iterator[tuple[Task, torch.dtype, Entries]]:
 
         entries = ours("entropic_step", sizes, gold, None, E, ids, weights, 1.0)
         entries["eager"] = lambda f=eager: f
-        yield task, dtype, entries
+        yield task, dtype, entries | compiled(sizes, eager)
 
 
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[tuple[Task, torch.dtype, Entries]]]] = {
