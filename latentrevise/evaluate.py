@@ -80,8 +80,8 @@ def evaluate(
     correct and is told apart in ``unknown``.
     """
     if verifier is None:
-        with Verifier(timeout=config.verify_timeout) as own:
-            return evaluate(model, tokenizer, prompts, config, engine=engine, verifier=own)
+        with Verifier(timeout=config.verify_timeout) as started:
+            return evaluate(model, tokenizer, prompts, config, engine=engine, verifier=started)
     checker = load_checker(config.checker)
     params = SamplingParams(
         n=config.samples,

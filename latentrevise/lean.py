@@ -121,7 +121,8 @@ class _Attention(torch.autograd.Function):
         *inputs, mask = ctx.saved_tensors
         with torch.enable_grad():
             wide = [x.float().requires_grad_(needed) for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)]
-            out = _attention(*wide, mask, ctx.settings)
+            query, key, value = wide
+            out = _attention(query, key, value, mask, ctx.settings)
         found = iter(torch.autograd.grad(out, [x for x in wide if x.requires_grad], grad.float()))
         return *(next(found).to(grad.dtype) if x.requires_grad else None for x in wide), None, None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentrevise.errors import ConfigError
 from latentrevise.strategies.base import Proposal, Tools, Work
@@ -60,5 +60,5 @@ class Explain:
             return tuple(tokenizer.encode(text))
         # The question went through the chat template, so what is asked instead does, too.
         messages = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return tuple(encoded["input_ids"])

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -107,13 +107,18 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             self._loss = losses.build(self.settings.loss, self.settings.loss_options)
         self._repairer: Repairer | None = None
         self._rows: Sequence[Mapping[str, Any]] = ()
-        super().__init__(*args, reward_funcs=reward_funcs or [VerifiedReward(verifier)], **kwargs)
+        kwargs["reward_funcs"] = reward_funcs or [VerifiedReward(verifier)]
+        super().__init__(*args, **kwargs)
         if self.tools or self._is_vlm:
             raise ConfigError("repairing groups is for text without tools; train such a model with TRL's own trainer")
         temperature = self.temperature
         add_linear_logprob(self._base, temperature=temperature, metrics=("entropy",))
         if self.ref_model is not None:
             add_linear_logprob(self.accelerator.unwrap_model(self.ref_model), temperature=temperature)
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return cast("PreTrainedTokenizerBase", self.processing_class)  # a trainer of text has no other processor
 
     @property
     def _base(self) -> PreTrainedModel:
@@ -161,9 +166,9 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         prompt_ids, ids, mask, completions, logprobs, *rest = super()._generate(prompts)
-        training = self.model.training
+        training = self._base.training
         own = verdicts_of(self.verifier, [row["answer"] for row in self._rows], completions)
-        size = self.num_generations if training else self.num_generations_eval
+        size = cast(int, self.num_generations if training else self.num_generations_eval)
         groups = self._groups = _Groups(gather_object(own), size)
         first = self.accelerator.process_index * len(own)
         rescues: dict[int, Rescue] = {}
@@ -230,18 +235,18 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     def _ready(self) -> Repairer:
         """The repairer, made when the first group needs one: the model is wrapped and placed by then."""
         if self._repairer is None:
-            engine = self._engine or HFEngine(self._base, self.processing_class)
+            engine = self._engine or HFEngine(self._base, self._tokenizer)
             self._repairer = Repairer(
-                Policy(self._base, self.processing_class),
+                Policy(self._base, self._tokenizer),
                 engine,
-                self.processing_class,
+                self._tokenizer,
                 self.verifier,
                 self.settings.repair,
                 SamplingParams(
                     temperature=self.temperature,
                     top_p=self.top_p,
                     top_k=self.top_k or None,
-                    max_new_tokens=self.max_completion_length,
+                    max_new_tokens=cast(int, self.max_completion_length),
                 ),
             )
         self._repairer.engine.update(self._base)
@@ -256,7 +261,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         failed = []
         for sample, i in enumerate(places):
             ids = rows[i][1]
-            completion = str(self.processing_class.decode(list(ids), skip_special_tokens=True))
+            completion = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
             extracted = self.verifier.verify([(prompt.answer, completion)])[0].extracted
             failed.append(Rollout(name, f"{name}/{sample}", ids, completion, extracted, "wrong", "stop", ()))
         return prompt, failed
@@ -319,11 +324,12 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
         )
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if self._base.training else "eval"
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         # Counts are of the generation batch over all processes; gradients are averaged over processes and summed over
         # the micro-batches of one step.
-        part = steps / (self.args.steps_per_generation if mode == "train" else 1) / self.accelerator.num_processes
+        generation = cast(GRPOConfig, self.args).steps_per_generation or 1
+        part = steps / (generation if mode == "train" else 1) / self.accelerator.num_processes
         batch = losses.Rollouts(
             logp=logp,
             old=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps", logp)).detach().nan_to_num(),
