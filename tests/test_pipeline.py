@@ -17,7 +17,7 @@ from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.models import load_model
-from latentrevise.pipeline import Recovery
+from latentrevise.pipeline import Recovery, chosen_cuts
 from latentrevise.records import (
     Prompt,
     Rollout,
@@ -105,7 +105,8 @@ def test_rows_agree_with_each_other(finished, rule):
         assert figures["recovered_rate"] == pytest.approx(wilson(len(reached), figures["prompts"]))
         forward = sum(s.forward_tokens for s in starts.values())
         backward = sum(s.backward_tokens for s in starts.values())
-        decoded = sum(len(s.completion_ids) + (s.finish_reason == "stop") for s in samples.values())
+        decoded = sum(s.decoded_tokens for s in starts.values())
+        decoded += sum(len(s.completion_ids) + (s.finish_reason == "stop") for s in samples.values())
         assert figures["compute"]["per_prompt"] == pytest.approx(
             (forward + 2 * backward + decoded) / figures["prompts"]
         )
@@ -365,14 +366,12 @@ def test_a_checker_that_is_not_there_and_a_boundary_no_token_has(rule, tmp_path)
         Recovery(model, tokenizer, small(prefix_boundary="§"), tmp_path / "b")
 
 
-def test_the_cut_is_behind_a_boundary_and_leaves_both_sides(rule, tmp_path):
-    _, model, tokenizer = rule
-    run = Recovery(model, tokenizer, small(latent=ReviseConfig(steps=1)), tmp_path / "out", progress=False)
-    end = tokenizer.convert_tokens_to_ids(";")
-    word = tokenizer.convert_tokens_to_ids("so")
+def test_the_cut_is_behind_a_boundary_and_leaves_both_sides():
+    word, end = 1, 2
 
     def cut(ids):
-        return run._cut(Rollout("p", "s", tuple(ids), "", None, "wrong", "stop", ()))
+        (found,) = chosen_cuts([Rollout("p", "s", tuple(ids), "", None, "wrong", "stop", ())], 1, 0.0, {end}, seed=0)
+        return found
 
     assert cut([word, word, end, word, end, word]).prefix_ids == (word, word, end)
     assert cut([word, word, end]).prefix_ids == (word,), (

@@ -549,10 +549,10 @@ def test_audits_are_in_the_page_and_on_the_console(run_dir: Path, page: Page, tm
     assert "Implicit-value gate" not in page.text, "it was not measured"
     metrics = json.loads((run_dir / "metrics.json").read_text())
     best = metrics["guards"]["trade_off"][-1]
-    assert f"{100 * best['kept']:.1f} % {100 * best['contamination']:.1f} %" in page.text
+    assert f"{100 * best['kept']:.1f} %{100 * best['contamination']:.1f} %" in page.text  # cells of one row
     for code, points in metrics["guards"]["curves"].items():
         for point in points:
-            assert f"{code} {point['threshold']:.3g} {100 * point['kept']:.1f} %" in page.text
+            assert f"{code}{point['threshold']:.3g}{100 * point['kept']:.1f} %" in page.text
 
     console = Console(width=100, file=io.StringIO())
     console.print(audit_table(metrics))

@@ -100,7 +100,7 @@ __device__ __forceinline__ void join(Sum &into, const Sum &more) {
 constexpr int kPartsBytes = kStages * kTileBytes + kM * 4 + 4 * kM * static_cast<int>(sizeof(Sum));
 
 template <bool kStore, bool kMoment>
-__global__ void __launch_bounds__(kThreads, 2) logprob_parts(lr_logprob_args a, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 1) logprob_parts(lr_logprob_args a, Plan plan) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Place at;
   const int64_t part = blockIdx.x / plan.token_blocks, token = blockIdx.x % plan.token_blocks * kM;

@@ -148,12 +148,12 @@ class JointFamily(Family[JointProblem]):
         ]
 
     def sample_trace(self, problem: JointProblem, rng: random.Random) -> Trace:
-        """Up to two attempts precede the right names, and 12 % answer as soon as these are named.
+        """Half first draw names once or twice, by frequency, which may happen to be right.  12 % answer as soon as the
+        right names are named.
 
-        Half of the attempts draw names by frequency and predict them, the others get one decision wrong and don't; nor
-        are right names predicted that weren't drawn.  What is predicted is thus independent of the problem.  Otherwise
-        the model learns to read names off the examples, and no prompt is left that it always fails.  The near misses
-        teach it to test every decision, not the first alone.
+        Drawn names are predicted; right names that weren't drawn are not.  What is predicted is thus independent of
+        the problem.  Otherwise the model learns to read names off the examples, and no prompt is left that it always
+        fails.
         """
         words: list[str] = []
         loss: list[bool] = []
@@ -162,23 +162,14 @@ class JointFamily(Family[JointProblem]):
             words.extend(part)
             loss.extend(word not in unpredicted for word in part)
 
-        def name(names: Sequence[str], *, predicted: bool) -> None:
-            write(self.proposal(self.question(problem.query), names), () if predicted else names)
-
-        for _ in range(rng.choices((0, 1, 2), (0.2, 0.4, 0.4))[0]):
-            drawn = rng.random() < 0.5
-            if drawn:
-                tried = tuple(rng.choices(names, cum_weights=self._cumulative)[0] for names in self.names)
-            else:
-                i = rng.randrange(len(self.names))
-                wrong = rng.choice([other for other in self.names[i] if other != problem.names[i]])
-                tried = (*problem.names[:i], wrong, *problem.names[i + 1 :])
-            name(tried, predicted=drawn)
-            if tried == problem.names:
+        for _ in range(rng.choices((0, 1, 2), (0.5, 0.3, 0.2))[0]):
+            drawn = tuple(rng.choices(names, cum_weights=self._cumulative)[0] for names in self.names)
+            write(self.proposal(self.question(problem.query), drawn))
+            if drawn == problem.names:
                 break
-            write([*self._tests(problem, tried), "wait", ","])
+            write([*self._tests(problem, drawn), "wait", ","])
         else:
-            name(problem.names, predicted=False)
+            write(self.proposal(self.question(problem.query), problem.names), problem.names)
         rest = self.solution(problem)[len(self.proposal(self.question(problem.query), problem.names)) :]
         write([*(rest[-4:] if rng.random() < 0.12 else rest), EOS])
         return Trace(tuple(words), tuple(loss))

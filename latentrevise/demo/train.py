@@ -70,7 +70,7 @@ class Recipe:
 RECIPES = {
     "rule": Recipe(steps=600, drills_only=0.4, drill_share=0.3),
     "chain": Recipe(steps=2200, drills_only=0.2, drill_share=0.2),
-    **dict.fromkeys(("pair", "far"), Recipe(steps=1100, drills_only=0.2, drill_share=0.15)),
+    **dict.fromkeys(("pair", "far"), Recipe(steps=1100, drills_only=0.2, drill_share=0.3)),
     **dict.fromkeys(("pair64", "triple"), Recipe(steps=1100, drills_only=0.6, drill_share=0.3)),
 }
 

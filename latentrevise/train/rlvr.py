@@ -117,10 +117,6 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             add_linear_logprob(self.accelerator.unwrap_model(self.ref_model), temperature=temperature)
 
     @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return cast("PreTrainedTokenizerBase", self.processing_class)  # a trainer of text has no other processor
-
-    @property
     def _base(self) -> PreTrainedModel:
         """The model below wrappers and adapters (which act on it in place)."""
         model = self.accelerator.unwrap_model(self.model)
