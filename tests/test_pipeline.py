@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from latentrevise import RecoverConfig, ReviseConfig, recover
+from latentrevise import RecoverConfig, recover
 from latentrevise.audit import wilson
 from latentrevise.config import to_dict
 from latentrevise.demo import get_family, make_prompts, model_dir
