@@ -4,6 +4,7 @@
 #   benchmarks/run_gpu.sh build-check   build, every kernel against float64, the GPU tests
 #   benchmarks/run_gpu.sh kernels       every op against its peers, time and memory
 #   benchmarks/run_gpu.sh revise        one step of the reviser at the shapes of 0.5B, 1.5B and 7B models
+#   benchmarks/run_gpu.sh engines       sampling with transformers and with vLLM, where vLLM is installed
 #   benchmarks/run_gpu.sh tune          other configurations of the kernels
 #   benchmarks/run_gpu.sh cubins        registers, shared memory and spills with this machine's compilers
 #   benchmarks/run_gpu.sh all           all of it, a piece after the other
@@ -99,6 +100,14 @@ revise() {
   done
 }
 
+engines() {
+  if ! python3 -c 'import vllm' 2> "$out/engines.log"; then
+    echo "engines: left out, vLLM cannot be imported here ($(tail -n 1 "$out/engines.log"))"
+    return
+  fi
+  step engines 500 python3 -m benchmarks engines --json "$out/engines.json"
+}
+
 tune() {
   [ -z "$tiny" ] || export TRITON_INTERPRET=1 # a machine without a GPU tunes in the interpreter
   step tune 530 python3 -m benchmarks.tune ${tiny:+--tiny} --seconds 500 --json "$out/tune.json"
@@ -109,16 +118,16 @@ cubins() {
 }
 
 case $piece in
-  build-check | kernels | revise | tune | cubins) ;;
+  build-check | kernels | revise | engines | tune | cubins) ;;
   all)
-    for one in build-check kernels revise tune cubins; do
+    for one in build-check kernels revise engines tune cubins; do
       [ -n "$tiny" ] && [ "$one" = cubins ] && continue # compiles everything on any machine already
       "$0" "$one" || failed=$((failed + $?))
     done
     exit "$failed"
     ;;
   *)
-    sed -n '2,18s/^# \{0,1\}//p' "$0"
+    sed -n '2,19s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
