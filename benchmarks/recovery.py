@@ -186,6 +186,7 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
     """Valid recovery against compute, a panel a family: strategies with intervals, plain resampling as a line."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     from latentrevise.report.figures import RC, styles_for
 
@@ -210,7 +211,8 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
                     markersize=5,
                     linewidth=1,
                 )
-                axes.annotate(name, (row["passes"], p), xytext=(5, 3), textcoords="offset points", fontsize=8)
+                if p >= 10:  # the others lie on one another; the table has them
+                    axes.annotate(name, (row["passes"], p), xytext=(5, 3), textcoords="offset points", fontsize=8)
             axes.set(
                 xscale="log",
                 ylim=(-2, 102),
@@ -218,6 +220,7 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
                 xlabel="token passes a prompt",
                 ylabel="prompts with a valid derivation, %",
             )
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda passes, _: f"{passes:,.0f}"))
         with atomic_write(path) as temporary:
             drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
