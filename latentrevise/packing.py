@@ -218,18 +218,17 @@ def visible(
     window: int | None = None,
     reach: Tensor | None = None,
 ) -> Tensor:
-    """Who sees whom: bool ``[B, Q, L]`` from ``[B, Q]`` queries and ``[B, L]`` keys.
+    """Which queries see which keys: bool, all arguments elementwise and broadcast together.
 
     A key is seen by later positions of its own segment, and a key of the shared prefix by every later position; with a
-    ``window``, by positions less than ``window`` away. Prompt keys carry the segment PREFIX. reach: int64 ``[B, Q]``,
-    where a query's branch leaves the shared prefix: it sees only the keys before that.
+    ``window``, by positions less than ``window`` away. Prompt keys carry the segment PREFIX. reach: where a query's
+    branch leaves the shared prefix: it sees only the keys before that.
     """
-    distance = query_position.unsqueeze(2) - key_position.unsqueeze(1)
-    same = query_segment.unsqueeze(2) == key_segment.unsqueeze(1)
-    shared = (key_segment == PREFIX).unsqueeze(1)
+    distance = query_position - key_position
+    shared = key_segment == PREFIX
     if reach is not None:
-        shared = shared & (key_position.unsqueeze(1) < reach.unsqueeze(2))
-    seen = (same | shared) & (key_segment != PAD).unsqueeze(1) & (distance >= 0)
+        shared = shared & (key_position < reach)
+    seen = ((query_segment == key_segment) | shared) & (key_segment != PAD) & (distance >= 0)
     return seen if window is None else seen & (distance < window)
 
 

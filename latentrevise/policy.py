@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -31,7 +32,7 @@ from latentrevise.packing import PAD, PREFIX, bucket, visible
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_ATTENTION = ("sdpa", "eager")  # implementations that take an explicit mask
+_ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that take a mask of our own
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
@@ -318,10 +319,23 @@ class Policy:
     def _masks(
         self, position: Tensor, segment: Tensor, key_position: Tensor, key_segment: Tensor, reach: Tensor | None
     ) -> Any:
-        """The additive mask ``[B, 1, Q, L]`` of each kind of layer, in the form the body takes."""
+        """The mask of each kind of layer, in the form the body takes: additive ``[B, 1, Q, L]``, or a BlockMask."""
 
-        def mask(window: int | None) -> Tensor:
-            seen = visible(segment, position, key_segment, key_position, window, reach).unsqueeze(1)
+        def blocks(window: int | None) -> BlockMask:
+            def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                end = None if reach is None else reach[b, q]
+                return visible(segment[b, q], position[b, q], key_segment[b, k], key_position[b, k], window, end)
+
+            (count, queries), keys = segment.shape, key_segment.shape[1]
+            return create_block_mask(sees, count, None, queries, keys, device=segment.device)
+
+        def mask(window: int | None) -> Tensor | BlockMask:
+            if self.config._attn_implementation == "flex_attention":
+                return blocks(window)
+            queries = (x.unsqueeze(2) for x in (segment, position))
+            keys = (x.unsqueeze(1) for x in (key_segment, key_position))
+            end = None if reach is None else reach.unsqueeze(2)
+            seen = visible(*queries, *keys, window, end).unsqueeze(1)
             # Additive and finite: a padded query then attends to everything evenly instead of producing NaN.
             lowest = torch.finfo(self.dtype).min
             return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, lowest)
@@ -406,8 +420,8 @@ class Policy:
         if kind not in _ATTENTION:
             raise ModelError(
                 f"attention implementation {kind!r} takes no explicit mask, which the packed pass needs; load the"
-                " model with attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa')), or 'eager'"
-                " where the architecture has no sdpa"
+                " model with attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa')), 'eager'"
+                " where the architecture has no sdpa, or 'flex_attention' on a GPU"
             )
         types = set(getattr(self.config, "layer_types", None) or _LAYER_TYPES)
         strange = sorted(types - set(_LAYER_TYPES))

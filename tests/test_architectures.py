@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from latentrevise import ReviseConfig, Reviser
+from latentrevise import Branch, ReviseConfig, Reviser
 from latentrevise.errors import InputError, ModelError
 from latentrevise.models import keep_softcap
 from latentrevise.policy import Policy
@@ -123,7 +123,7 @@ def check(model, tolerance: float = 1e-5, seed: int = 0) -> None:
         assert found.loss == pytest.approx(loss, rel=tolerance, abs=tolerance)
         assert found.gold_nll == pytest.approx(gold, rel=tolerance, abs=tolerance)
         assert found.away == pytest.approx(away, rel=tolerance, abs=tolerance)
-        assert relative(found.grad, grad) < tolerance, rollout.id
+        assert relative(found.grad.cpu(), grad.cpu()) < tolerance, rollout.id
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -343,10 +343,45 @@ def test_offloaded_weights_are_refused():
 def test_softcapped_attention_is_not_run_without_its_softcap():
     model = build("gemma2")
     assert model.config._attn_implementation == "eager"
-    for other in ("sdpa", "flex_attention"):
-        model.config._attn_implementation = other
-        with pytest.raises(ModelError, match="'eager'"):
-            Policy(model)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ModelError, match="'eager'"):
+        Policy(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma2", "cohere2"])
+def test_block_masks_say_what_explicit_masks_say(name):
+    """Forward alone: on a CPU torch's FlexAttention has no backward pass."""
+    model = build(name)
+    policy = Policy(model)
+    ids = torch.randint(10, VOCABULARY, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    branches = [Branch(0, 20, ids[40:47]), Branch(1, 5, ids[47:50]), Branch(0, 33, ids[50:58], scored_from=3)]
+    trunks = [ids[:33], ids[3:17]]
+    wanted = policy.score_branches(trunks, branches)
+    model.set_attn_implementation("flex_attention")
+    try:
+        torch.compiler.set_stance("force_eager")
+        found = policy.score_branches(trunks, branches)
+    finally:
+        torch.compiler.set_stance("default")
+    for a, b in zip(found.logprobs, wanted.logprobs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the backward pass")
+def test_flex_attention_is_refused_where_it_has_no_backward_pass():
+    model = build("qwen3")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ModelError, match="FlexAttention"):
+        Policy(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma2"])
+def test_flex_attention_gives_the_gradient_of_plain_passes(name):
+    model = build(name, head_dim=16).cuda()
+    model.set_attn_implementation("flex_attention")
+    check(model, tolerance=1e-4)
 
 
 def test_rotary_frequencies_that_depend_on_the_length_limit_it():

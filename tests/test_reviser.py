@@ -38,7 +38,7 @@ def plain_passes(model, rollout: FailedRollout, config: ReviseConfig, prefix: to
     embed = model.get_input_embeddings()
 
     def tokens(ids):
-        return embed(torch.tensor(ids, dtype=torch.long)).detach()
+        return embed(torch.tensor(ids, dtype=torch.long, device=model.device)).detach()
 
     z = (tokens(rollout.prefix_ids) if prefix is None else prefix).detach().requires_grad_(True)
 
@@ -46,8 +46,8 @@ def plain_passes(model, rollout: FailedRollout, config: ReviseConfig, prefix: to
         inputs = torch.cat([tokens(rollout.prompt_ids), z, tokens(branch)])
         logits = model(inputs_embeds=inputs.unsqueeze(0), use_cache=False).logits[0]
         at = len(rollout.prompt_ids) + len(rollout.prefix_ids) - 1
-        out = logits[at : at + len(branch)].log_softmax(-1).gather(1, torch.tensor(branch).unsqueeze(1)).squeeze(1)
-        return out[first:]
+        targets = torch.tensor(branch, device=logits.device).unsqueeze(1)
+        return logits[at : at + len(branch)].log_softmax(-1).gather(1, targets).squeeze(1)[first:]
 
     gold = -logprobs([*rollout.template_ids, *rollout.answer_ids], len(rollout.template_ids)).mean()
     away = away_terms(logprobs(list(rollout.continuation_ids[: config.away_window]), 0), config).mean()

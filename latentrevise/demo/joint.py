@@ -88,8 +88,14 @@ class JointFamily(Family[JointProblem]):
         return words + list(self.constants) + [str(i) for i in range(self.modulus)]
 
     def sample_problem(self, rng: random.Random, *, mining: bool = False) -> JointProblem:
-        """As Family.sample_problem; rules are uniform for training, too, as only proposals follow the Zipf law."""
-        names = tuple(rng.choice(names) for names in self.names)
+        """As Family.sample_problem; uniform rules.  For training, every other one is as frequent as it is proposed.
+
+        Without those a frequent name would nearly always be a wrong one, and the model learn to doubt it after a test
+        that it passes.
+        """
+        names = tuple(
+            rng.choice(names) if mining or rng.random() < 0.5 else self._propose(names, rng) for names in self.names
+        )
         inputs = [rng.randrange(self.modulus) for _ in names]
         examples = tuple((x, self.combine([name], x)) for x, name in zip(inputs, names, strict=True))
         return JointProblem(examples, rng.randrange(self._queries), names)
@@ -163,7 +169,7 @@ class JointFamily(Family[JointProblem]):
             loss.extend(word not in unpredicted for word in part)
 
         for _ in range(rng.choices((0, 1, 2), (0.5, 0.3, 0.2))[0]):
-            drawn = tuple(rng.choices(names, cum_weights=self._cumulative)[0] for names in self.names)
+            drawn = tuple(self._propose(names, rng) for names in self.names)
             write(self.proposal(self.question(problem.query), drawn))
             if drawn == problem.names:
                 break
@@ -179,7 +185,7 @@ class JointFamily(Family[JointProblem]):
 
         Half of those done in one's head ask about 0: what the rules add together is soon learnt and opens the way.
         """
-        problem = self.sample_problem(rng)
+        problem = self.sample_problem(rng, mining=True)
         if rng.random() < 0.3:
             concluded, applied = self._conclusion(problem.names), self._application(problem)
             words = [*concluded, *applied]
@@ -191,6 +197,9 @@ class JointFamily(Family[JointProblem]):
             words += ["so", BOX_OPEN, str(self.combine(problem.names, query)), BOX_CLOSE]
             predicted = {len(words) - 2}
         return Trace(tuple(words), tuple(i in predicted for i in range(len(words))))
+
+    def _propose(self, names: Sequence[str], rng: random.Random) -> str:
+        return rng.choices(names, cum_weights=self._cumulative)[0]
 
     def _judge(self, problem: JointProblem, words: list[str], revised: int) -> tuple[list[Step], str | None]:
         named: list[Step] = []
