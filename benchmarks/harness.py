@@ -58,6 +58,7 @@ class Measurement:
     tflops: float
     percent_of_floor: float
     extra_mib: float
+    rescored: float | None = None  # of our CPU oracle: rows a token that screening left to be scored exactly
 
 
 @dataclass

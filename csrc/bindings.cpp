@@ -209,6 +209,7 @@ PYBIND11_MODULE(LR_MODULE, m) {
   });
 #else
   m.def("isa", [] { return lr_cpu_isa(); });
+  m.def("rescored", [] { return lr_cpu_rescored(); });
 #endif
   py::dict dtypes;
   dtypes["float32"] = int(LR_FLOAT32), dtypes["bfloat16"] = int(LR_BFLOAT16), dtypes["float16"] = int(LR_FLOAT16);

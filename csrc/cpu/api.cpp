@@ -153,10 +153,11 @@ void find_vertices(int threads, const Panels &x, int64_t padded, const Matrix &t
   }
 }
 
-// The same by certified screening: ids and values identical to those of find_vertices, bit for bit. False where the
-// bounds do not help (too many rows left, inputs that cannot be bounded); nothing is written then.
-bool screen_vertices(int threads, const Combination &c, int64_t first, int64_t rows, const Matrix &table, int64_t vocab,
-                     const uint8_t *allowed, int64_t *ids, float *values) {
+// The same by certified screening: ids and values identical to those of find_vertices, bit for bit. The number of rows
+// scored exactly, or -1 where the bounds do not help (too many rows left, inputs that cannot be bounded); nothing is
+// written then.
+int64_t screen_vertices(int threads, const Combination &c, int64_t first, int64_t rows, const Matrix &table, int64_t vocab,
+                        const uint8_t *allowed, int64_t *ids, float *values) {
   struct Hit {
     int32_t token, id;
     float lower;
@@ -174,7 +175,7 @@ bool screen_vertices(int threads, const Combination &c, int64_t first, int64_t r
   parallel_ranges(threads, padded / width, [&](int64_t begin, int64_t end) {
     if (!active().screen_pack(c, x, first, begin, end)) fine = false;
   });
-  if (!fine) return false;
+  if (!fine) return -1;
   const int64_t parts = threads == 1 ? 1 : 4 * threads;
   std::vector<float> upper(parts * padded, kInf);
   std::vector<Hits> hits(parts);
@@ -190,13 +191,15 @@ bool screen_vertices(int threads, const Combination &c, int64_t first, int64_t r
                           upper.data() + part * padded, emit, &hits[part]}))
       fine = false;
   });
-  if (!fine) return false;
+  if (!fine) return -1;
   for (int64_t t = 0; t < rows; ++t)
     for (int64_t part = 1; part < parts; ++part) upper[t] = std::min(upper[t], upper[part * padded + t]);
   std::vector<std::vector<int32_t>> left(rows);  // by rising id
   for (const Hits &part : hits)
     for (const Hit &hit : part.list)
       if (hit.lower <= upper[hit.token]) left[hit.token].push_back(hit.id);
+  int64_t count = 0;
+  for (const auto &ids_left : left) count += static_cast<int64_t>(ids_left.size());
   parallel_ranges(threads, rows, [&](int64_t begin, int64_t end) {
     std::vector<float> scores;
     for (int64_t t = begin; t < end; ++t) {
@@ -207,7 +210,14 @@ bool screen_vertices(int threads, const Combination &c, int64_t first, int64_t r
       if (values) values[t] = best == scores.end() ? kInf : *best;
     }
   });
-  return true;
+  return count;
+}
+
+thread_local int64_t rescored = -1;  // what lr_cpu_rescored() answers
+
+bool screened(int64_t left) {
+  rescored = left < 0 || rescored < 0 ? -1 : rescored + left;
+  return left >= 0;
 }
 
 // Worth it where products outweigh the quantisation of the table, and only where scores are float32 chains.
@@ -254,10 +264,10 @@ double softplus(double x) { return std::max(x, 0.) + std::log1p(std::exp(-std::f
 // Tasks of the softmax operations: token blocks of `panels` panels times parts of the vocabulary, from shapes alone.
 struct SoftmaxPlan {
   SoftmaxPlan(int64_t panels, int64_t width, int64_t mean_stride, int64_t vocab)
-      : width(width), block(std::max<int64_t>(1, 128 / width)), blocks((panels + block - 1) / block) {
-    parts = std::clamp<int64_t>(16 / blocks, 1, 16);
-    if (mean_stride) parts = std::clamp<int64_t>(kMeanFloats / (panels * width * mean_stride), 1, parts);
-    parts = std::min(parts, (vocab + 255) / 256);
+      : width(width), block(8), blocks((panels + block - 1) / block), parts(16) {
+    // Halved, not divided: an even number of equal parts keeps two, four or eight threads equally busy.
+    while (parts > 1 && (parts * blocks > 16 || parts * panels * width * mean_stride > kMeanFloats || parts * 256 > vocab))
+      parts /= 2;
   }
   int64_t width, block, blocks, parts;
 };
@@ -321,7 +331,11 @@ void store_element(void *data, int32_t dtype, int64_t i, float x) {
       std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-int64_t mean_stride_of(int64_t dim) { return (dim + 15) / 16 * 16 + 16; }  // rows on different cache sets
+// Whole slices, and rows on different cache sets.
+int64_t mean_stride_of(int64_t dim) {
+  const int64_t slice = active().slice, stride = (dim + slice - 1) / slice * slice;
+  return stride % 64 == 0 ? stride + 16 : stride;
+}
 
 void logprob_rows(const lr_logprob_args &a, const Packed &packed, int64_t first, int64_t rows) {
   const Matrix table{a.table, a.table_stride, a.table_dtype};
@@ -494,19 +508,22 @@ int lr_cpu_vertex_oracle(const lr_oracle_args *a) {
       return;
     }
     if (a->rows == 0) return;
+    rescored = 0;
     const Packed packed(a->rows, a->dim + a->dim2,
                         a->dim2 == 0 && native_pairs(a->queries_dtype, a->table_dtype, a->dim));
     for (int64_t first = 0; first < a->rows; first += packed.chunk) {
       const int64_t rows = std::min(packed.chunk, a->rows - first);
       const Combination queries = plain(a->queries, a->queries_stride, a->queries_dtype, a->dim);
-      if (a->dim2 == 0 && worth_screening(rows, a->vocab, packed.pairs) &&
-          screen_vertices(a->threads, queries, first, rows, {a->table, a->table_stride, a->table_dtype}, a->vocab,
-                          a->allowed, a->ids + first, a->values + first))
+      const bool worth = a->dim2 == 0 && worth_screening(rows, a->vocab, packed.pairs);
+      const Matrix table{a->table, a->table_stride, a->table_dtype};
+      if (screened(worth ? screen_vertices(a->threads, queries, first, rows, table, a->vocab, a->allowed, a->ids + first,
+                                           a->values + first)
+                         : -1))
         continue;
       packed.fill(a->threads, queries, first, rows, 0);
       if (a->dim2)
         packed.fill(a->threads, plain(a->queries2, a->queries2_stride, a->queries2_dtype, a->dim2), first, rows, a->dim);
-      find_vertices(a->threads, packed.panels(rows), packed.padded(rows), {a->table, a->table_stride, a->table_dtype},
+      find_vertices(a->threads, packed.panels(rows), packed.padded(rows), table,
                     {a->table2, a->table2_stride, a->table2_dtype}, a->dim, a->dim2, a->vocab, a->allowed,
                     a->ids + first, a->values + first);
     }
@@ -582,15 +599,16 @@ int lr_cpu_hull_step(const lr_hull_args *a) {
       parallel_ranges(a->threads, a->rows, [a](int64_t begin, int64_t end) { active().hull_candidates(*a, begin, end); });
     } else {
       const Packed packed(a->rows, a->dim);
+      const Matrix table{a->table, a->table_stride, a->table_dtype};
+      rescored = 0;
       for (int64_t first = 0; first < a->rows; first += packed.chunk) {
         const int64_t rows = std::min(packed.chunk, a->rows - first);
-        if (worth_screening(rows, a->vocab, false) &&
-            screen_vertices(a->threads, c, first, rows, {a->table, a->table_stride, a->table_dtype}, a->vocab, a->allowed,
-                            a->vertex + first, nullptr))
+        if (screened(worth_screening(rows, a->vocab, false)
+                         ? screen_vertices(a->threads, c, first, rows, table, a->vocab, a->allowed, a->vertex + first, nullptr)
+                         : -1))
           continue;
         packed.fill(a->threads, c, first, rows, 0);
-        find_vertices(a->threads, packed.panels(rows), packed.padded(rows), {a->table, a->table_stride, a->table_dtype},
-                      {}, a->dim, 0, a->vocab, a->allowed, a->vertex + first, nullptr);
+        find_vertices(a->threads, packed.panels(rows), packed.padded(rows), table, {}, a->dim, 0, a->vocab, a->allowed, a->vertex + first, nullptr);
       }
     }
     parallel_ranges(a->threads, a->rows, [a](int64_t begin, int64_t end) { active().hull_rows(*a, begin, end); });
@@ -616,6 +634,8 @@ int lr_cpu_entropic_step(const lr_entropic_args *a) {
     });
   });
 }
+
+int64_t lr_cpu_rescored(void) { return rescored; }
 
 const char *lr_cpu_isa(void) { return active().name; }
 

@@ -81,7 +81,7 @@ struct SoftmaxTask {
   float *max, *sum;        // of exp(z - max)
   float *moment;           // sum of exp(z - max) * (z - max), or null
   float *target_logit, *target_slope;
-  float *mean;             // [tokens, mean_stride] sum of exp(z - max) * slope * table row, or null
+  float *mean;             // [tokens, mean_stride] sum of exp(z - max) * slope * table row, in whole slices; or null
   int64_t mean_stride;
   // tokens at or above the floor, as far as the sums so far can tell (a superset); null: none are listed
   void (*emit)(void *context, int64_t token, int64_t v, float z);
@@ -92,7 +92,8 @@ struct SoftmaxTask {
 
 struct Isa {
   const char *name;
-  int lanes;       // float32 lanes of a register
+  int lanes;        // float32 lanes of a register
+  int64_t slice;    // columns of a table that are worked on together: the sums in `mean` are whole slices
   bool bf16_pairs;  // scores of bfloat16 queries against a bfloat16 table by native products
   // Rows [begin, end) of the op; ids are checked before.
   void (*mixture_embed)(const lr_mixture_args &, int64_t begin, int64_t end);

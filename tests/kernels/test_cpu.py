@@ -112,6 +112,18 @@ def test_screening_changes_no_bit(kind, dtype):
         assert torch.equal(values.view(torch.int32), torch.cat([part[1] for part in parts]).view(torch.int32))
 
 
+def test_what_screening_leaves_is_reported():
+    """Few rows a token on random data; -1 for a full pass: few tokens, or no 8-bit products."""
+    module = native.load("cpu")
+    g = torch.Generator().manual_seed(0)
+    G, E = torch.randn(70, 128, generator=g), torch.randn(8192, 128, generator=g)
+    vertex_oracle(G, E, backend="cpu")
+    left = module.rescored()
+    assert 70 <= left < 70 * 20 if module.isa() in ("avx512vnni", "avx512bf16") else left == -1
+    vertex_oracle(G[:5], E, backend="cpu")
+    assert module.rescored() == -1
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"])
 def test_every_instruction_set(isa):
     """In a process of its own, since the choice is made once: the contract tests of the vocabulary-sized ops."""

@@ -247,25 +247,41 @@ constexpr int kRows2 = 6, kRows1 = 12, kTokens = 4, kColumns = 3;
 constexpr int kRows2 = 4, kRows1 = 8, kTokens = 4, kColumns = 2;
 #endif
 
-// scores[r][lane] (+)= sum_k rows[r][k] * x[k][lane]. The rows are read where they are: three of them hang off one
-// pointer, which is what x86 addressing can scale, so no packing of the table is needed.
+constexpr int64_t kSlice = kColumns * kLanes;      // columns of a table that lie together in a staged block
+constexpr int64_t kDepth = 144 / kSlice * kSlice;  // columns a pass over a block: what it rereads stays in L1
+constexpr int64_t kPanels = 8;                     // panels a block is scored for before the scores are used
+template <int N>
+constexpr int64_t kBlock = 128 / (N == 2 ? kRows2 : kRows1) * (N == 2 ? kRows2 : kRows1);  // rows a block
+
+// Table rows as the micro-kernels read them: element (r, k) is rows[r * stride + k / kSlice * jump + k % kSlice].
+struct View {
+  const float *rows;
+  int64_t stride, jump;
+  View at(int64_t r, int64_t k) const { return {rows + r * stride + k / kSlice * jump, stride, jump}; }  // k: slices
+};
+
+// scores[r][lane] (+)= sum_k rows[r][k] * x[k][lane], in the order of k. Three rows hang off one pointer, which is what
+// x86 addressing can scale.
 template <int M, int N, bool kFirst>
-void score_rows(const float *rows, int64_t stride, const float *x, int64_t depth, float *scores) {
+void score_rows(const View &table, const float *x, int64_t depth, float *scores) {
   constexpr int kBases = (M + 2) / 3;
   vfloat acc[M][N];
   LR_UNROLL for (int r = 0; r < M; ++r)
     LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] = kFirst ? vfloat{} : load(scores + (r * N + u) * kLanes);
-  const float *base[kBases];
-  LR_UNROLL for (int i = 0; i < kBases; ++i) base[i] = rows + 3 * i * stride;
-  for (int64_t k = 0; k < depth; ++k) {
-    vfloat xv[N];
-    LR_UNROLL for (int u = 0; u < N; ++u) xv[u] = load(x + u * kLanes);
-    x += N * kLanes;
-    LR_UNROLL for (int r = 0; r < M; ++r) {
-      const float w = base[r / 3][(r % 3) * stride];
-      LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] += w * xv[u];
+  for (const float *rows = table.rows; depth > 0; depth -= kSlice, rows += table.jump) {
+    const float *base[kBases];
+    LR_UNROLL for (int i = 0; i < kBases; ++i) base[i] = rows + 3 * i * table.stride;
+    const int64_t count = depth < kSlice ? depth : kSlice;
+    for (int64_t k = 0; k < count; ++k) {
+      vfloat xv[N];
+      LR_UNROLL for (int u = 0; u < N; ++u) xv[u] = load(x + u * kLanes);
+      x += N * kLanes;
+      LR_UNROLL for (int r = 0; r < M; ++r) {
+        const float w = base[r / 3][(r % 3) * table.stride];
+        LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] += w * xv[u];
+      }
+      LR_UNROLL for (int i = 0; i < kBases; ++i) ++base[i];
     }
-    LR_UNROLL for (int i = 0; i < kBases; ++i) ++base[i];
   }
   LR_UNROLL for (int r = 0; r < M; ++r)
     LR_UNROLL for (int u = 0; u < N; ++u) store(scores + (r * N + u) * kLanes, acc[r][u]);
@@ -309,113 +325,136 @@ template <int N>
 void score_pairs(const Matrix &, int64_t, int64_t, const float *, int64_t, float *) {}  // Isa::bf16_pairs is false
 #endif
 
-template <int N, bool kFirst>
-void score_block(const float *rows, int64_t stride, int64_t count, const float *x, int64_t depth, float *scores) {
-  constexpr int M = N == 2 ? kRows2 : kRows1;
-  int64_t r = 0;
-  for (; r + M <= count; r += M) score_rows<M, N, kFirst>(rows + r * stride, stride, x, depth, scores + r * N * kLanes);
-  for (; r + 4 <= count; r += 4) score_rows<4, N, kFirst>(rows + r * stride, stride, x, depth, scores + r * N * kLanes);
-  for (; r < count; ++r) score_rows<1, N, kFirst>(rows + r * stride, stride, x, depth, scores + r * N * kLanes);
+// M rows for each panel; a panel of tokens is `panel` floats long, one of scores kBlock<N> rows.
+template <int M, int N>
+void score_panels(const View &rows, const float *x, int64_t panel, int64_t panels, int64_t depth, bool first,
+                  float *scores) {
+  constexpr int64_t next = kBlock<N> * N * kLanes;
+  for (int64_t p = 0; p < panels; ++p)
+    first ? score_rows<M, N, true>(rows, x + p * panel, depth, scores + p * next)
+          : score_rows<M, N, false>(rows, x + p * panel, depth, scores + p * next);
 }
 
-// mean[i][j] += sum_v p[v][i] * rows[v][j] for M tokens and N registers of columns.
-template <int M, int N>
+// scores[panel][r][lane] = (or, with `add`, +=) <row r, token>. kDepth columns at a time, so that the tokens' part stays
+// in L2 over all rows, and the rows' part in L1 over all panels; a score is one chain all the same.
+template <int N>
+void score_block(const View &block, int64_t count, const float *x, int64_t panel, int64_t panels, int64_t depth, bool add,
+                 float *scores) {
+  constexpr int M = N == 2 ? kRows2 : kRows1, width = N * kLanes;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t n = depth - k < kDepth ? depth - k : kDepth;
+    const bool first = k == 0 && !add;
+    const float *xk = x + k * width;
+    int64_t r = 0;
+    for (; r + M <= count; r += M) score_panels<M, N>(block.at(r, k), xk, panel, panels, n, first, scores + r * width);
+    for (; r + 4 <= count; r += 4) score_panels<4, N>(block.at(r, k), xk, panel, panels, n, first, scores + r * width);
+    for (; r < count; ++r) score_panels<1, N>(block.at(r, k), xk, panel, panels, n, first, scores + r * width);
+  }
+}
+
+// mean[i][j] += sum_v p[v][i] * rows[v][j] for M tokens and one slice of columns.
+template <int M>
 void add_rows(const float *rows, int64_t stride, int64_t count, const float *p, int64_t width, float *mean,
               int64_t mean_stride) {
-  vfloat acc[M][N];
-  LR_UNROLL for (int i = 0; i < M; ++i)
-    LR_UNROLL for (int u = 0; u < N; ++u) acc[i][u] = load(mean + i * mean_stride + u * kLanes);
+  vfloat acc[M][kColumns] = {};
+  LR_UNROLL for (int i = 0; i < M; ++i)  // needed at the end, and seldom in a near cache
+    LR_UNROLL for (int u = 0; u < kColumns; ++u) __builtin_prefetch(mean + i * mean_stride + u * kLanes, 1);
   for (int64_t v = 0; v < count; ++v) {
-    vfloat w[N];
-    LR_UNROLL for (int u = 0; u < N; ++u) w[u] = load(rows + u * kLanes);
+    vfloat w[kColumns];
+    LR_UNROLL for (int u = 0; u < kColumns; ++u) w[u] = load(rows + u * kLanes);
     LR_UNROLL for (int i = 0; i < M; ++i)
-      LR_UNROLL for (int u = 0; u < N; ++u) acc[i][u] += p[i] * w[u];
+      LR_UNROLL for (int u = 0; u < kColumns; ++u) acc[i][u] += p[i] * w[u];
     rows += stride;
     p += width;
   }
   LR_UNROLL for (int i = 0; i < M; ++i)
-    LR_UNROLL for (int u = 0; u < N; ++u) store(mean + i * mean_stride + u * kLanes, acc[i][u]);
-}
-
-template <int N>
-void add_columns(const float *rows, int64_t stride, int64_t count, const float *p, int64_t width, int64_t tokens,
-                 float *mean, int64_t mean_stride) {
-  int64_t i = 0;
-  for (; i + kTokens <= tokens; i += kTokens)
-    add_rows<kTokens, N>(rows, stride, count, p + i, width, mean + i * mean_stride, mean_stride);
-  for (; i < tokens; ++i) add_rows<1, N>(rows, stride, count, p + i, width, mean + i * mean_stride, mean_stride);
-}
-
-void add_block(const float *rows, int64_t stride, int64_t count, int64_t dim, const float *p, int64_t width,
-               int64_t tokens, float *mean, int64_t mean_stride) {
-  int64_t j = 0;
-  for (; j + kColumns * kLanes <= dim; j += kColumns * kLanes)
-    add_columns<kColumns>(rows + j, stride, count, p, width, tokens, mean + j, mean_stride);
-  for (; j + kLanes <= dim; j += kLanes) add_columns<1>(rows + j, stride, count, p, width, tokens, mean + j, mean_stride);
-  if (j == dim) return;
-  for (int64_t i = 0; i < tokens; ++i)
-    for (int64_t v = 0; v < count; ++v)
-      for (int64_t c = j; c < dim; ++c) mean[i * mean_stride + c] += p[v * width + i] * rows[v * stride + c];
-}
-
-// A block of table rows as float32: in place, or widened into `stage` with a stride that spreads rows over cache sets.
-struct Block {
-  Block(const Matrix &m, int64_t dim, int64_t most_rows, int64_t panels)
-      : table(m), dim(dim), padded((dim + 15) / 16 * 16 + 16),
-        staged(m.dtype != LR_FLOAT32 || (panels >= 4 && m.stride % 512 == 0)), stage(staged ? most_rows * padded : 0) {}
-  void read(int64_t v, int64_t count) {
-    stride = staged ? padded : table.stride;
-    if (!staged) {
-      rows = static_cast<const float *>(table.data) + v * table.stride;
-      return;
+    LR_UNROLL for (int u = 0; u < kColumns; ++u) {
+      float *to = mean + i * mean_stride + u * kLanes;
+      store(to, load(to) + acc[i][u]);
     }
-    for (int64_t r = 0; r < count; ++r) read_row(table, v + r, dim, stage.data + r * padded);
-    rows = stage.data;
+}
+
+// The same for all tokens and whole slices of a staged block: `mean` has room for them.
+template <int N>
+void add_block(const View &block, int64_t count, int64_t dim, const float *p, int64_t tokens, float *mean,
+               int64_t mean_stride) {
+  constexpr int64_t width = N * kLanes;
+  for (int64_t j = 0; j < dim; j += kSlice) {
+    const float *rows = block.at(0, j).rows;
+    for (int64_t first = 0; first < tokens; first += width) {
+      const int64_t n = tokens - first < width ? tokens - first : width;
+      const float *at = p + first * kBlock<N>;
+      float *to = mean + first * mean_stride + j;
+      int64_t i = 0;
+      for (; i + kTokens <= n; i += kTokens)
+        add_rows<kTokens>(rows, block.stride, count, at + i, width, to + i * mean_stride, mean_stride);
+      for (; i < n; ++i) add_rows<1>(rows, block.stride, count, at + i, width, to + i * mean_stride, mean_stride);
+    }
+  }
+}
+
+// A block of table rows as float32: where they are, or staged as slices of kSlice columns, each row after row, the last
+// slice filled up with zeros. A staged block has no two rows a power of two apart and few pages.
+template <int N>
+struct Block {
+  Block(const Matrix &m, int64_t dim, bool staged)
+      : table(m), dim(dim), staged(staged || m.dtype != LR_FLOAT32),
+        stage(this->staged ? kBlock<N> * ((dim + kSlice - 1) / kSlice * kSlice) : 0) {}
+  View read(int64_t v, int64_t count) {
+    if (!staged) return {static_cast<const float *>(table.data) + v * table.stride, table.stride, kSlice};
+    table.dtype == LR_FLOAT32 ? fill(static_cast<const float *>(table.data) + v * table.stride, count)
+                              : fill(static_cast<const bf16 *>(table.data) + v * table.stride, count);
+    return {stage.data, kSlice, kBlock<N> * kSlice};
+  }
+  template <typename Scalar>
+  void fill(const Scalar *rows, int64_t count) {
+    for (int64_t r = 0; r < count; ++r, rows += table.stride) {
+      float *to = stage.data + r * kSlice;
+      int64_t k = 0;
+      for (; k + kSlice <= dim; k += kSlice, to += kBlock<N> * kSlice)
+        LR_UNROLL for (int u = 0; u < kColumns; ++u) store(to + u * kLanes, load(rows + k + u * kLanes));
+      if (k == dim) continue;
+      copy_row(rows + k, dim - k, to);
+      for (int64_t c = dim - k; c < kSlice; ++c) to[c] = 0;
+    }
   }
   const Matrix &table;
-  int64_t dim, padded;
+  int64_t dim;
   bool staged;
   Scratch stage;
-  const float *rows = nullptr;
-  int64_t stride = 0;
 };
-
-// Table rows a block holds: about `bytes` of float32, a multiple of the micro-kernel's rows.
-inline int64_t block_rows(int64_t depth, int m, int64_t bytes) {
-  const int64_t groups = bytes / 4 / depth / m;
-  return m * (groups < 1 ? 1 : groups > 16 ? 16 : groups);
-}
 
 // ---------------------------------------------------------------------------------------------------- vertex oracle
 
 template <int N>
 void oracle_blocks(const OracleTask &a) {
-  constexpr int64_t width = N * kLanes;
+  constexpr int64_t width = N * kLanes, next = kBlock<N> * width;
   const int64_t panels = (a.x.rows + width - 1) / width;
-  const int64_t most = block_rows(a.x.depth, N == 2 ? kRows2 : kRows1, 256 << 10);
-  Block first(a.tables[0], a.dims[0], most, panels), second(a.tables[1], a.dims[1], most, panels);
-  Scratch scores(most * width);
-  for (int64_t v = a.begin; v < a.end; v += most) {
-    const int64_t count = a.end - v < most ? a.end - v : most;
-    if (!a.x.pairs) first.read(v, count);
-    if (a.dims[1]) second.read(v, count);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const float *x = a.x.packed + panel * (a.x.pairs ? a.x.depth / 2 : a.x.depth) * width;
+  const int64_t panel = (a.x.pairs ? a.x.depth / 2 : a.x.depth) * width, group = panels < kPanels ? panels : kPanels;
+  Block<N> first(a.tables[0], a.dims[0], panels > 1), second(a.tables[1], a.dims[1], panels > 1);
+  Scratch scores(group * next);
+  for (int64_t v = a.begin; v < a.end; v += kBlock<N>) {
+    const int64_t count = a.end - v < kBlock<N> ? a.end - v : kBlock<N>;
+    const View rows = a.x.pairs ? View{} : first.read(v, count), others = a.dims[1] ? second.read(v, count) : View{};
+    for (int64_t from = 0; from < panels; from += group) {
+      const int64_t here = panels - from < group ? panels - from : group;
+      const float *x = a.x.packed + from * panel;
       if (a.x.pairs)
-        score_pairs<N>(a.tables[0], v, count, x, a.dims[0], scores.data);
+        for (int64_t p = 0; p < here; ++p)
+          score_pairs<N>(a.tables[0], v, count, x + p * panel, a.dims[0], scores.data + p * next);
       else
-        score_block<N, true>(first.rows, first.stride, count, x, a.dims[0], scores.data);
-      if (a.dims[1])
-        score_block<N, false>(second.rows, second.stride, count, x + a.dims[0] * width, a.dims[1], scores.data);
-      for (int u = 0; u < N; ++u) {
-        float *values = a.values + panel * width + u * kLanes;
-        int32_t *ids = a.ids + panel * width + u * kLanes;
+        score_block<N>(rows, count, x, panel, here, a.dims[0], false, scores.data);
+      if (a.dims[1]) score_block<N>(others, count, x + a.dims[0] * width, panel, here, a.dims[1], true, scores.data);
+      for (int64_t vector = 0; vector < here * N; ++vector) {
+        const float *at = scores.data + vector / N * next + vector % N * kLanes;
+        float *values = a.values + (from * N + vector) * kLanes;
+        int32_t *ids = a.ids + (from * N + vector) * kLanes;
         vfloat best = load(values);
         vint id;
         __builtin_memcpy(&id, ids, sizeof id);
         for (int64_t r = 0; r < count; ++r) {
           if (a.allowed && !a.allowed[v + r]) continue;
-          const vfloat score = load(scores.data + r * width + u * kLanes);
+          const vfloat score = load(at + r * width);
           // below the best, or NaN over a number; or the first one at all, which may be +inf
           const vint better = (~(score >= best) & (best == best)) | (id < 0);
           best = better ? score : best;
@@ -440,7 +479,7 @@ inline float multiply_add(float x, float y, float sum) {
 }
 
 void exact_scores(const float *query, const Matrix &table, int64_t dim, const int32_t *ids, int64_t count, float *scores) {
-  constexpr int kChains = 8;  // in flight together; each is one chain, as in score_rows
+  constexpr int kChains = 8;  // in flight together; each is one chain, as in score_block
   const bool wide = table.dtype == LR_FLOAT32;
   for (int64_t i = 0; i < count; i += kChains) {
     const float *rows[kChains];
@@ -688,25 +727,24 @@ void read_theta(const SoftmaxTask &a, int64_t panel, int64_t v, int64_t count, f
 template <int N>
 void softmax_blocks(const SoftmaxTask &a) {
   constexpr int64_t width = N * kLanes;
-  const int64_t panels = a.panel_end - a.panel_begin;
-  const int64_t most = block_rows(a.dim, N == 2 ? kRows2 : kRows1, 256 << 10);
+  const int64_t panels = a.panel_end - a.panel_begin, panel = (a.x.pairs ? a.x.depth / 2 : a.x.depth) * width;
+  const int64_t all = a.x.rows - a.panel_begin * width;
   const float inf = __builtin_inff();
-  const bool dense = a.theta.data != nullptr;
-  Block block(a.table, a.dim, most, panels);
-  Scratch scores(most * width), slopes(a.softcap > 0 ? most * width : 0);
-  for (int64_t v = a.begin; v < a.end; v += most) {
-    const int64_t count = a.end - v < most ? a.end - v : most;
-    if ((!dense && !a.x.pairs) || a.mean) block.read(v, count);
-    for (int64_t panel = a.panel_begin; panel < a.panel_end; ++panel) {
-      float *z = scores.data;
-      const int64_t token = panel * width, local = (panel - a.panel_begin) * width;
-      const int64_t tokens = a.x.rows - token < width ? a.x.rows - token : width;
+  const bool dense = a.theta.data != nullptr, scored = !dense && !a.x.pairs;
+  Block<N> block(a.table, a.dim, a.mean || panels > 1);
+  Scratch scores(panels * kBlock<N> * width), slopes(a.softcap > 0 ? kBlock<N> * width : 0);
+  for (int64_t v = a.begin; v < a.end; v += kBlock<N>) {
+    const int64_t count = a.end - v < kBlock<N> ? a.end - v : kBlock<N>;
+    const View rows = scored || a.mean ? block.read(v, count) : View{};
+    if (scored) score_block<N>(rows, count, a.x.packed + a.panel_begin * panel, panel, panels, a.dim, false, scores.data);
+    for (int64_t p = 0; p < panels; ++p) {
+      float *z = scores.data + p * kBlock<N> * width;
+      const int64_t local = p * width, token = a.panel_begin * width + local;
+      const int64_t tokens = all - local < width ? all - local : width;
       if (dense)
-        read_theta<N>(a, panel, v, count, z);
+        read_theta<N>(a, a.panel_begin + p, v, count, z);
       else if (a.x.pairs)
-        score_pairs<N>(a.table, v, count, a.x.packed + panel * (a.x.depth / 2) * width, a.dim, z);
-      else
-        score_block<N, true>(block.rows, block.stride, count, a.x.packed + panel * a.x.depth * width, a.dim, z);
+        score_pairs<N>(a.table, v, count, a.x.packed + (a.panel_begin + p) * panel, a.dim, z);
 
       const float slope = a.scale * a.inverse_temperature;
       if (a.softcap > 0) {
@@ -784,10 +822,9 @@ void softmax_blocks(const SoftmaxTask &a) {
           }
         }
       }
-      if (a.mean)
-        add_block(block.rows, block.stride, count, a.dim, z, width, tokens, a.mean + local * a.mean_stride,
-                  a.mean_stride);
     }
+    if (a.mean)
+      add_block<N>(rows, count, a.dim, scores.data, all < panels * width ? all : panels * width, a.mean, a.mean_stride);
   }
 }
 
@@ -796,17 +833,20 @@ void softmax(const SoftmaxTask &a) { a.x.vectors == 2 ? softmax_blocks<2>(a) : s
 template <int N>
 void softmax_backward_blocks(const lr_softmax_args &a, const Panels &x, int64_t first, int64_t begin, int64_t end) {
   constexpr int64_t width = N * kLanes;
-  const int64_t panels = (x.rows + width - 1) / width;
-  const int64_t most = block_rows(a.dim, N == 2 ? kRows2 : kRows1, 256 << 10);
+  constexpr int64_t next = kBlock<N> * width;
+  const int64_t panels = (x.rows + width - 1) / width, group = panels < kPanels ? panels : kPanels;
   const Matrix table{a.table, a.table_stride, a.table_dtype};
   const float inverse_tau = static_cast<float>(1 / a.tau);
-  Block block(table, a.dim, most, panels);
-  Scratch scores(most * width), row(most + kLanes), theta(most + kLanes);
-  for (int64_t v = begin; v < end; v += most) {
-    const int64_t count = end - v < most ? end - v : most;
-    block.read(v, count);
+  Block<N> block(table, a.dim, panels > 1);
+  Scratch scores(group * next), row(kBlock<N> + kLanes), theta(kBlock<N> + kLanes);
+  for (int64_t v = begin; v < end; v += kBlock<N>) {
+    const int64_t count = end - v < kBlock<N> ? end - v : kBlock<N>;
+    const View rows = block.read(v, count);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      score_block<N, true>(block.rows, block.stride, count, x.packed + panel * x.depth * width, a.dim, scores.data);
+      const float *z = scores.data + panel % group * next;
+      if (panel % group == 0)
+        score_block<N>(rows, count, x.packed + panel * x.depth * width, x.depth * width,
+                       panels - panel < group ? panels - panel : group, a.dim, false, scores.data);
       for (int64_t lane = 0; lane < width && panel * width + lane < x.rows; ++lane) {
         const int64_t t = first + panel * width + lane;
         const bool wide = a.theta_dtype == LR_FLOAT32;
@@ -814,7 +854,7 @@ void softmax_backward_blocks(const lr_softmax_args &a, const Panels &x, int64_t 
           copy_row(static_cast<const float *>(a.theta) + t * a.theta_stride + v, count, theta.data);
         else
           copy_row(static_cast<const bf16 *>(a.theta) + t * a.theta_stride + v, count, theta.data);
-        for (int64_t r = 0; r < count; ++r) row.data[r] = scores.data[r * width + lane] - a.dots[t];
+        for (int64_t r = 0; r < count; ++r) row.data[r] = z[r * width + lane] - a.dots[t];
         for (int64_t r = 0; r < count; r += kLanes) {
           const vfloat x = load(theta.data + r) * inverse_tau - a.lse[t];
           const vfloat p = exp_nonpositive(x > 0 ? vfloat{} : x);
@@ -951,6 +991,7 @@ void entropic_rows(const lr_entropic_args &a, const float *rel, const float *spa
 #define LR_TABLE(x) LR_TABLE_(x)
 extern const Isa LR_TABLE(LR_ISA) = {LR_STRING(LR_ISA),
                                      kLanes,
+                                     kSlice,
                                      kPairs,
                                      mixture_embed,
                                      mixture_embed_backward,

@@ -157,6 +157,9 @@ int lr_cpu_hull_step(const lr_hull_args *args);
 int lr_cpu_entropic_step(const lr_entropic_args *args);
 int lr_cpu_mixture_embed(const lr_mixture_args *args);
 int lr_cpu_mixture_embed_backward(const lr_mixture_args *args);
+/* Rows that screening left to be scored exactly in this thread's last oracle or hull_step, all tokens together; -1 if
+ * any of its tokens had the full pass. */
+int64_t lr_cpu_rescored(void);
 const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512": what this machine (or LATENTREVISE_ISA) selects */
 
 /* CUDA library; `stream` is a cudaStream_t */
