@@ -47,6 +47,7 @@ class Work:
     vocab: int
     dtype: torch.dtype
     device: torch.device
+    attention: str = "sdpa"
     batch: int = 8
     prompt: int = 64
     prefix: int = 64
@@ -59,7 +60,8 @@ class Work:
         config = Qwen2Config(**settings, vocab_size=self.vocab, tie_word_embeddings=True, max_position_embeddings=4096)
         torch.manual_seed(0)
         with torch.device(self.device):
-            return Qwen2ForCausalLM._from_config(config, dtype=self.dtype).eval().requires_grad_(False)
+            model = Qwen2ForCausalLM._from_config(config, dtype=self.dtype, attn_implementation=self.attention)
+        return model.eval().requires_grad_(False)
 
     def rollouts(self) -> list[FailedRollout]:
         g = torch.Generator().manual_seed(1)
@@ -306,7 +308,8 @@ def main(options: argparse.Namespace) -> dict:
         report.floor[str(dtype).removeprefix("torch.")] = harness.matmul_rate(device, dtype) / 1e12
         for shape in options.shapes or (["0.5B", "1.5B", "7B"] if gpu else ["0.5B"]):
             layers = options.layers or SHAPES[shape]["num_hidden_layers"]
-            work = Work(shape, layers, options.vocab, dtype, device, prompt=options.prompt, batch=options.batch)
+            sizes = {"prompt": options.prompt, "batch": options.batch}
+            work = Work(shape, layers, options.vocab, dtype, device, options.attention, **sizes)
             if not options.ours_only:
                 for prefix in options.T or [work.prefix]:
                     sized = replace(work, prompt=prefix, prefix=prefix)
@@ -325,6 +328,7 @@ def main(options: argparse.Namespace) -> dict:
 def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="none: 0.5B, on a GPU all")
     group.add_argument("--layers", type=int, help="fewer layers than the shape has; the result says so")
+    group.add_argument("--attention", default="sdpa", help="of the model, for all sides: sdpa, eager, flex_attention")
     group.add_argument("--batch", type=int, default=8, help="prefixes in the comparison and over K")
     group.add_argument("--prompt", type=int, default=64, help="prompt tokens where --T does not say so")
     group.add_argument("--prefixes", type=int, nargs="+", help="also time our step over these numbers of prefixes")

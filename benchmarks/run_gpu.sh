@@ -98,6 +98,11 @@ revise() {
     step "revise-$shape" 180 python3 -m benchmarks revise --shapes "$shape" --dtype bfloat16 --rounds 3 \
       --json "$out/revise-$shape.json"
   done
+  local attention
+  for attention in sdpa flex_attention; do
+    step "revise-$attention" 100 python3 -m benchmarks revise --shapes 1.5B --dtype bfloat16 --rounds 3 --no-loop --T 1024 \
+      --attention "$attention" --json "$out/revise-$attention.json"
+  done
 }
 
 engines() {

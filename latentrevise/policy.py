@@ -423,6 +423,11 @@ class Policy:
                 " model with attn_implementation='sdpa' (or call model.set_attn_implementation('sdpa')), 'eager'"
                 " where the architecture has no sdpa, or 'flex_attention' on a GPU"
             )
+        if kind == "flex_attention" and self.device.type == "cpu":
+            raise ModelError(
+                "FlexAttention has no backward pass on a CPU, which a revision needs; load the model with"
+                " attn_implementation='sdpa', or put it on a GPU"
+            )
         types = set(getattr(self.config, "layer_types", None) or _LAYER_TYPES)
         strange = sorted(types - set(_LAYER_TYPES))
         if strange:

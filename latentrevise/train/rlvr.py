@@ -122,6 +122,11 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether the weights are spread over the processes by FSDP2."""
+        return any(isinstance(module, FSDPModule) for module in self._base.modules())
+
     # The generation batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,9 +223,8 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         """The repairs of all groups, each made by one process and told to all."""
         repairer = self._ready()
         # A pass through sharded weights takes all processes, so there each does all the work.
-        sharded = any(isinstance(module, FSDPModule) for module in self._base.modules())
-        count = 1 if sharded else self.accelerator.num_processes
-        own = range(0 if sharded else self.accelerator.process_index, len(work), count)
+        count = 1 if self._sharded else self.accelerator.num_processes
+        own = range(0 if self._sharded else self.accelerator.process_index, len(work), count)
         found, seconds = repairer.repair([(*work[i], row_seed(seed, i)) for i in own])
         repairer.engine.sleep()
         told = list(zip(own, found, strict=True))
@@ -231,6 +235,11 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     def _ready(self) -> Repairer:
         """The repairer, made when the first group needs one: the model is wrapped and placed by then."""
         if self._repairer is None:
+            if self._sharded:
+                # FSDP2 takes the first module that runs for the root; a repair runs parts of the model.
+                model = self.accelerator.unwrap_model(self.model)
+                with torch.no_grad():
+                    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device))
             engine = self._engine or HFEngine(self._base, self._tokenizer)
             self._repairer = Repairer(
                 Policy(self._base, self._tokenizer),
