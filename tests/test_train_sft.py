@@ -146,6 +146,20 @@ def test_lora_trains_the_adapter_alone(tmp_path):
         assert torch.equal(own[name], base[plain]), name
 
 
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "max_length": 64}])
+def test_only_the_completion_is_learned(tmp_path, packing):
+    data, model = rows(), tiny_model()
+    total = count = 0.0
+    for row in data:
+        ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"])[1:]
+        logprobs = model(ids[None]).logits[0, :-1].detach().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        total, count = total - float((logprobs * mask).sum()), count + int(mask.sum())
+    one_batch = {"max_steps": 1, "per_device_train_batch_size": len(data), "gradient_accumulation_steps": 1}
+    settings = SFTSettings(trainer=ARGUMENTS | one_batch | packing)
+    trainer = train_sft(model, TOKENIZER, data, tmp_path, settings)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
 def test_interrupted_training_resumes_to_the_same_losses(tmp_path):
     settings = SFTSettings(mix=0.0, trainer=ARGUMENTS | {"save_strategy": "steps", "save_steps": 2})
     whole = train_sft(tiny_model(), TOKENIZER, rows(), tmp_path / "whole", settings)

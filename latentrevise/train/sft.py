@@ -172,7 +172,8 @@ def train_sft(
 
     The trained model, or its adapter, is left in ``out/model``.
     """
-    arguments = trl_arguments(SFTConfig, out, settings.trainer, seed=settings.seed)
+    # Without being told, TRL looks at the mask only beside text columns, and would train on the prompts too.
+    arguments = trl_arguments(SFTConfig, out, settings.trainer, completion_only_loss=True, seed=settings.seed)
     if len(rows) <= settings.holdout:
         raise ConfigError(f"holdout = {settings.holdout} leaves none of {len(rows)} rows to train on; lower it")
     if arguments.eval_strategy != "no" and not settings.holdout:
