@@ -32,13 +32,14 @@ from typing import Any
 
 import torch
 
-from latentrevise.audit import wilson
+from latentrevise.audit import GUARDS, guard_trade_off, wilson
 from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.run import demo_config
 from latentrevise.demo.train import model_for
 from latentrevise.models import load_model
 from latentrevise.pipeline import Recovery
-from latentrevise.records import atomic_write, write_json
+from latentrevise.records import Verdict, atomic_write, read_records, write_json
+from latentrevise.rundir import RunDirectory
 from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.explain import ExplainConfig
@@ -157,6 +158,41 @@ def _row(arms: Sequence[tuple[Unit, dict[str, Any], dict[str, Any]]], zero_hit: 
     }
 
 
+def guards(units: Sequence[Unit], out: Path) -> list[dict[str, Any]]:
+    """The guards' trade-off, chosen on the first set of prompts and measured on the others; empty with a single set.
+
+    Of each point: the thresholds, and on the other sets ``kept`` (of the valid samples) and ``contamination`` (invalid
+    among the admitted), both with the interval as if samples were independent.
+    """
+    first = min(unit.seed for unit in units)
+    chosen_on = [s for unit in units if unit.seed == first for s in _judged(out / unit.name)]
+    others = [s for unit in units if unit.seed != first for s in _judged(out / unit.name)]
+    points = []
+    for point in guard_trade_off(chosen_on) if others else ():
+        limits = [(GUARDS[code], threshold) for code, threshold in point["thresholds"].items()]
+        admitted = [
+            valid
+            for found, valid in others
+            if not any(g.signal in found and g.rejects(found[g.signal], threshold) for g, threshold in limits)
+        ]
+        points.append(
+            {
+                "thresholds": point["thresholds"],
+                "kept": wilson(sum(admitted), sum(valid for _, valid in others)),
+                "contamination": wilson(len(admitted) - sum(admitted), len(admitted)),
+            }
+        )
+    return points
+
+
+def _judged(run_directory: Path) -> list[tuple[dict[str, float], bool]]:
+    """Signals and validity of every sample of a strategy that has the right answer."""
+    directory = RunDirectory(run_directory)
+    arms = [path.name for path in sorted((run_directory / "verdicts").iterdir()) if "@" not in path.name]
+    verdicts = [v for arm in arms for part in directory.parts("verdicts", arm) for v in read_records(part, Verdict)]
+    return [(v.signals or {}, bool(v.valid)) for v in verdicts if v.verdict == "correct"]
+
+
 def table(family: str, pooled: dict[str, Any]) -> str:
     """A Markdown table, best valid rate first."""
 
@@ -182,6 +218,35 @@ def table(family: str, pooled: dict[str, Any]) -> str:
             f" {row['passes']:.0f} | {row['admitted']} ({row['admitted_valid']}) |"
         )
     return "\n".join(lines)
+
+
+def guard_figure(study: dict[str, dict[str, Any]], path: Path) -> None:
+    """What the guards let through against what they keep, a line a family."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from latentrevise.report.figures import RC, styles_for
+
+    styles = styles_for(list(study))
+    with mpl.rc_context(RC):
+        drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = drawing.subplots()
+        axes.axhline(2, color="0.7", linewidth=1, linestyle=":")
+        axes.axvline(80, color="0.7", linewidth=1, linestyle=":")
+        for family, pooled in study.items():
+            points = sorted((100 * p["kept"][0], 100 * p["contamination"][0]) for p in pooled["guards"])
+            style = styles[family]
+            axes.plot(*zip(*points, strict=True), color=style.colour, marker=style.marker, markersize=4, label=family)
+        axes.set(
+            xlim=(0, 102),
+            ylim=(0, None),
+            xlabel="valid samples kept, %",
+            ylabel="invalid among the admitted, %",
+            title="Guards: chosen on one set of prompts, measured on the others",
+        )
+        axes.legend(frameon=False)
+        with atomic_write(path) as temporary:
+            drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
 def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
@@ -265,6 +330,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     order = {unit: i for i, unit in enumerate(units)}
     study = {
         family: pool(sorted(own, key=lambda item: order[item[0]]), strategies)
+        | {"guards": guards([unit for unit, _ in own], out)}
         for family, own in found.items()
         if sum(m["zero_hit"] for _, m in own)
     }
@@ -282,10 +348,14 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     }
     print(tables)
     figure(study, out / "recovery.png")
+    if len(seeds) > 1:
+        guard_figure(study, out / "guards.png")
     write_json(out / "recovery.json", document)
     if options.publish:
         root = Path(__file__).parent.parent
         figure(study, root / "docs/figures/recovery.png")
+        if len(seeds) > 1:
+            guard_figure(study, root / "docs/figures/guards.png")
         write_json(root / "benchmarks/results/recovery.json", document)
         publish(tables, root / "docs/recovery.md")
     return document

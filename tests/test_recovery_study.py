@@ -7,6 +7,8 @@ import pytest
 from benchmarks import recovery
 from benchmarks.__main__ import main
 from latentrevise.audit import wilson
+from latentrevise.records import Verdict, write_records
+from latentrevise.rundir import RunDirectory
 
 
 def arm(*, recovered, valid, wrong, passes, control, wanted=8):
@@ -44,6 +46,28 @@ def test_runs_are_pooled_by_their_zero_hit_prompts():
     assert row["selectivity"] == pytest.approx(0.6 / ((30 * 0.2 + 10 * 0.4) / 40))
     assert [point["passes"] for point in pooled["resampling"]] == [10.0, 20.0]
     assert "| `pivot` | 40.0 [26, 55] | 50 / 10 |" in recovery.table("rule", pooled)
+
+
+def test_guards_are_chosen_on_one_set_of_prompts_and_measured_on_the_others(tmp_path):
+    """On the first set a threshold separates all; on the second a valid sample lies below it, an invalid one above."""
+    rows = {
+        0: [(-0.1 * i, True) for i in range(8)] + [(-2.0 - i, False) for i in range(8)],
+        1: [(-0.1, True), (-0.2, True), (-0.3, True), (-5.0, True), (-0.1, False), (-9.0, False)],
+    }
+    units = [recovery.Unit("rule", 0, seed, 8) for seed in rows]
+    for unit in units:
+        found = [
+            Verdict(f"{i}", "start", "p", "1", "correct", True, False, valid, [], None, None, {"plain": plain})
+            for i, (plain, valid) in enumerate(rows[unit.seed])
+        ]
+        wrong = Verdict("x", "start", "p", "2", "wrong", False, False, False, [], None, None, {"plain": 0.0})
+        write_records(RunDirectory(tmp_path / unit.name).part("verdicts", 0, "pivot"), [*found, wrong])
+        write_records(RunDirectory(tmp_path / unit.name).part("verdicts", 0, "pivot@wrong"), [wrong])
+    (point,) = recovery.guards(units, tmp_path)
+    assert point["thresholds"] == {"implausible": pytest.approx(-0.7)}
+    assert point["kept"] == wilson(3, 4)
+    assert point["contamination"] == wilson(1, 4)
+    assert recovery.guards(units[:1], tmp_path) == []
 
 
 def test_a_document_without_the_markers_is_refused(tmp_path):

@@ -17,14 +17,13 @@ from latentrevise.errors import ConfigError
 from latentrevise.evaluate import EvalConfig
 from latentrevise.hull import Mixture
 from latentrevise.models import load_model
-from latentrevise.records import Prompt
+from latentrevise.records import Prompt, Rollout
 from latentrevise.strategies import Proposal
-from latentrevise.train.repair import RepairSettings
+from latentrevise.train.repair import Repair, RepairSettings, Rescue, replaced
 from latentrevise.train.rlvr import (
     RecoveringGRPOTrainer,
     RLVRSettings,
     VerifiedReward,
-    _dispensable,
     _Groups,
     train_rlvr,
 )
@@ -231,7 +230,10 @@ def test_a_group_with_an_undecided_row_is_left_alone():
 
 
 def test_duplicates_go_first_then_the_longest():
-    assert _dispensable([(1, 2), (1, 2, 3), (1, 2), (4,), (1, 2)]) == [2, 4, 1, 0, 3]
+    rows = [(1, 2), (1, 2, 3), (1, 2), (4,), (1, 2)]
+    failed = [Rollout("p", f"p/{i}", ids, "", None, "wrong", "stop", ()) for i, ids in enumerate(rows)]
+    rescues = [Rescue((i,), (1,), "", 0.0, 0.0) for i in range(4)]
+    assert list(replaced(failed, Repair(rescues)).items()) == list(zip([2, 4, 1, 0], rescues, strict=True))
 
 
 def test_a_prefix_that_was_not_fed_as_tokens_is_not_trained(tmp_path, verifier, told, monkeypatch):

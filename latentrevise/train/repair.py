@@ -5,8 +5,9 @@ What the pipeline does over a run directory, for the groups of one generation ba
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.pipeline import chosen_cuts, request_of, tokens_with
 from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, original_prefix, row_seed
+from latentrevise.records import Prompt, Rollout, VerdictName, original_prefix, row_seed
 from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build
 from latentrevise.verify import Verifier
 
@@ -222,3 +223,67 @@ class Repairer:
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def judged_rollouts(
+    prompt: Prompt, rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, verifier: Verifier
+) -> list[Rollout]:
+    """The rows of a group (ids without their end-of-sequence token) with their verdicts."""
+    texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in rows]
+    judged = verifier.verify([(prompt.answer, text) for text in texts])
+    return [
+        Rollout(prompt.id, f"{prompt.id}/{i}", tuple(ids), text, j.extracted, j.verdict, "stop", ())
+        for i, (ids, text, j) in enumerate(zip(rows, texts, judged, strict=True))
+    ]
+
+
+def zero_hit(verdicts: Iterable[VerdictName]) -> bool:
+    """Whether every row of a group is verified wrong: an undecided one could have been right."""
+    return set(verdicts) == {"wrong"}
+
+
+def replaced(failed: Sequence[Rollout], repair: Repair) -> dict[int, Rescue]:
+    """What takes the place of which row of the group: duplicates of other rows go first, then the longest."""
+    rows = [r.completion_ids for r in failed]
+    duplicate = [ids in rows[:i] for i, ids in enumerate(rows)]
+    order = sorted(range(len(rows)), key=lambda i: (not duplicate[i], -len(rows[i]), i))
+    return dict(zip(order, repair.rescues, strict=False))
+
+
+def repair_metrics(
+    verdicts: Sequence[Sequence[VerdictName]],
+    failed: Mapping[int, Sequence[Rollout]],
+    repairs: Mapping[int, Repair],
+    seconds: float,
+) -> dict[str, float]:
+    """What is logged of one generation batch; NaN where there was nothing to measure.
+
+    verdicts: of each group. failed, repairs: of the groups that were taken on, by their place in ``verdicts``.
+    """
+    rescues = {g: list(replaced(failed[g], repair).values()) for g, repair in repairs.items() if repair.rescues}
+    flat = [rescue for own in rescues.values() for rescue in own]
+    rows = [v for group in verdicts for v in group]
+    dead = sum(map(zero_hit, verdicts))
+    return {
+        "zero_hit/frac_groups": _share(dead, len(verdicts)),
+        "zero_hit/rescued_frac": _share(len(rescues), dead),
+        "recovered/frac_rows": _share(len(flat), len(rows)),
+        "recovered/len_ratio": _share(
+            _mean(len(r.ids) for r in flat), _mean(len(r.completion_ids) for g in rescues for r in failed[g])
+        ),
+        "recovered/reliance": _mean(r.reliance for r in flat),
+        "recovered/answer_leak_frac": _share(
+            sum(r.leaked for r in repairs.values()), sum(r.correct for r in repairs.values())
+        ),
+        "verifier/unknown_frac": _share(rows.count("unknown"), len(rows)),
+        "time/revise_s": seconds,
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return fmean(found) if found else math.nan
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

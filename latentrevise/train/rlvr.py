@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,16 @@ from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Rollout, VerdictName, row_seed
 from latentrevise.train import losses
 from latentrevise.train.logprob import add_linear_logprob
-from latentrevise.train.repair import Repair, Repairer, RepairSettings, Rescue
+from latentrevise.train.repair import (
+    Repair,
+    Repairer,
+    RepairSettings,
+    Rescue,
+    judged_rollouts,
+    repair_metrics,
+    replaced,
+    zero_hit,
+)
 from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
 from latentrevise.verify import Verifier
 
@@ -211,13 +219,15 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         work = [self._failed(groups, group, rows) for group in chosen]
         seed = row_seed(settings.seed, "repair", self.state.global_step)
         found, seconds = self._share(work, seed) if work else ([], 0.0)
-        rescues: dict[int, Rescue] = {}
-        for group, repair, (_, failed) in zip(chosen, found, work, strict=True):
-            order = _dispensable([r.completion_ids for r in failed])
-            places = [group * groups.size + i for i in order]
-            rescues.update(zip(places, repair.rescues, strict=False))
-        self._log_repairs(groups, wanted, found, rescues, rows, seconds)
-        return rescues
+        failed = {group: rollouts for group, (_, rollouts) in zip(chosen, work, strict=True)}
+        repairs = dict(zip(chosen, found, strict=True))
+        for name, value in repair_metrics(groups.each(), failed, repairs, seconds).items():
+            self._metrics["train"][name].append(value)  # TRL leaves NaN out of the mean over a logging interval
+        return {
+            group * groups.size + i: rescue
+            for group, repair in repairs.items()
+            for i, rescue in replaced(failed[group], repair).items()
+        }
 
     def _share(self, work: list[tuple[Prompt, list[Rollout]]], seed: int) -> tuple[list[Repair], float]:
         """The repairs of all groups, each made by one process and told to all."""
@@ -263,43 +273,10 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         name = str(row.get("prompt_id", group))
         text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         prompt = Prompt(name, text, prompt_ids, str(row["answer"]))
-        failed = []
-        for sample, i in enumerate(places):
-            ids = rows[i][1]
-            completion = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-            extracted = self.verifier.verify([(prompt.answer, completion)])[0].extracted
-            failed.append(Rollout(name, f"{name}/{sample}", ids, completion, extracted, "wrong", "stop", ()))
-        return prompt, failed
+        return prompt, judged_rollouts(prompt, [rows[i][1] for i in places], self._tokenizer, self.verifier)
 
     def _without_end(self, ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(ids[:-1]) if ids and ids[-1] in self.eos_token_ids else tuple(ids)
-
-    def _log_repairs(
-        self,
-        groups: _Groups,
-        wanted: Sequence[int],
-        found: Sequence[Repair],
-        rescues: Mapping[int, Rescue],
-        rows: Mapping[int, Any],
-        seconds: float,
-    ) -> None:
-        """NaN where there was nothing to measure: TRL leaves it out of the mean over a logging interval."""
-        rescued = {i // groups.size for i in rescues}
-        failed = [len(rows[i][1]) for i in rows if i // groups.size in rescued]
-        correct = sum(repair.correct for repair in found)
-        total = len(groups.verdicts)
-        metrics = {
-            "zero_hit/frac_groups": len(wanted) * groups.size / total,
-            "zero_hit/rescued_frac": _share_of(len(rescued), len(wanted)),
-            "recovered/frac_rows": len(rescues) / total,
-            "recovered/len_ratio": _share_of(_mean(len(r.ids) for r in rescues.values()), _mean(failed)),
-            "recovered/reliance": _mean(r.reliance for r in rescues.values()),
-            "recovered/answer_leak_frac": _share_of(sum(repair.leaked for repair in found), correct),
-            "verifier/unknown_frac": groups.verdicts.count("unknown") / total,
-            "time/revise_s": seconds,
-        }
-        for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
 
     # Advantages and losses
 
@@ -368,44 +345,24 @@ class _Groups:
     verdicts: list[VerdictName]
     size: int
 
+    def each(self) -> list[list[VerdictName]]:
+        return [self.verdicts[i : i + self.size] for i in range(0, len(self.verdicts), self.size)]
+
     def zero_hit(self) -> list[int]:
         """Groups of which every row is verified wrong."""
-        return [g for g in range(len(self.verdicts) // self.size) if set(self._of(g)) == {"wrong"}]
+        return [g for g, verdicts in enumerate(self.each()) if zero_hit(verdicts)]
 
     def rows_without_correct(self, rescues: Mapping[int, Any]) -> set[int]:
         """Rows of groups that have neither a correct row nor a rescued one."""
         rescued = {i // self.size for i in rescues}
-        dead = [g for g in range(len(self.verdicts) // self.size) if "correct" not in self._of(g) and g not in rescued]
+        dead = [g for g, verdicts in enumerate(self.each()) if "correct" not in verdicts and g not in rescued]
         return {g * self.size + i for g in dead for i in range(self.size)}
-
-    def _of(self, group: int) -> list[VerdictName]:
-        return self.verdicts[group * self.size : (group + 1) * self.size]
 
 
 def verdicts_of(verifier: Verifier, answers: Sequence[str], completions: Sequence[Any]) -> list[VerdictName]:
     """Of completions as TRL hands them on: texts, or lists of messages."""
     texts = [c if isinstance(c, str) else str(c[-1].get("content") or "") for c in completions]
     return [j.verdict for j in verifier.verify(list(zip(map(str, answers), texts, strict=True)))]
-
-
-def _dispensable(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Places of a group in the order in which its rows are given up: duplicates of others, then the longest."""
-    count = Counter(tuple(row) for row in rows)
-    seen: set[tuple[int, ...]] = set()
-    duplicate = []
-    for row in map(tuple, rows):
-        duplicate.append(count[row] > 1 and row in seen)
-        seen.add(row)
-    return sorted(range(len(rows)), key=lambda i: (not duplicate[i], -len(rows[i]), i))
-
-
-def _mean(values: Any) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
-
-
-def _share_of(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def train_rlvr(
