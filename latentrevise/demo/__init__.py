@@ -32,7 +32,7 @@ __all__ = [
     "split_of",
 ]
 
-BUNDLED = ("rule", "chain")
+BUNDLED = ("rule", "chain", "pair")
 
 _FAMILIES: tuple[Family, ...] = (
     RuleFamily(),
