@@ -119,10 +119,16 @@ class Repairer:
             self.settings.token_budget,
         )
         proposals = self._strategy.propose(tools, [work[i] for i in able], self.settings.samples) if able else []
-        flat = [(i, p) for i, own in zip(able, proposals, strict=True) for p in own if self._room(p) > 0]
-        samples = self._sampled([(work[i], p) for i, p in flat])
+        # Seeds by a proposal's place in its own group: which groups are repaired together changes nothing.
+        flat = [
+            (i, p, row_seed(work[i].seed, k))
+            for i, own in zip(able, proposals, strict=True)
+            for k, p in enumerate(own)
+            if self._room(p) > 0
+        ]
+        samples = self._sampled([(work[i], p, seed) for i, p, seed in flat])
         found = [Repair() for _ in groups]
-        for (i, proposal), completions in zip(flat, samples, strict=True):
+        for (i, proposal, _), completions in zip(flat, samples, strict=True):
             found[i] = self._judged(work[i], proposal, completions, found[i])
         for i, repair in enumerate(found):
             best = sorted(repair.rescues, key=lambda r: -r.plain)[: self.settings.replace]
@@ -150,15 +156,15 @@ class Repairer:
             text = original_prefix(proposal.original_ids, text)
         return text, rendering != "continuation"
 
-    def _sampled(self, starts: Sequence[tuple[Work, Proposal]]) -> list[list[Completion]]:
+    def _sampled(self, starts: Sequence[tuple[Work, Proposal, int]]) -> list[list[Completion]]:
         found: list[list[Completion]] = [[] for _ in starts]
         waiting, number = list(range(len(starts))), 0
         while waiting:
             requests, params = [], []
             for i in waiting:
-                item, proposal = starts[i]
+                item, proposal, seed = starts[i]
                 requests.append(
-                    request_of(self.policy, item.prompt.ids, proposal, proposal.mixture, row_seed(item.seed, i, number))
+                    request_of(self.policy, item.prompt.ids, proposal, proposal.mixture, row_seed(seed, number))
                 )
                 temperature = 0.0 if proposal.greedy else self.sampling.temperature
                 params.append(
@@ -168,7 +174,7 @@ class Repairer:
                 found[i] += completions
             number += 1
             waiting = [
-                i for i in waiting if number < starts[i][1].rounds and not self._any_correct(*starts[i], found[i])
+                i for i in waiting if number < starts[i][1].rounds and not self._any_correct(*starts[i][:2], found[i])
             ]
         return found
 
