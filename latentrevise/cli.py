@@ -145,7 +145,7 @@ def audit(
 @app.command()
 def export(
     run: Annotated[Path, typer.Option(help="A finished run directory.")],
-    to: Annotated[str, typer.Option(help="Format: trl-sft, trl-pref, messages, verl-sft or verl-rl.")],
+    to: Annotated[str, typer.Option(help="Format: trl-sft, trl-pref, messages, verl-sft, verl-rl or rl.")],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl or .parquet.")],
     strategy: Annotated[str | None, typer.Option(help="Only the trajectories of this strategy.")] = None,
     valid_only: Annotated[bool, typer.Option("--valid-only", help="Only those with a derivation found valid.")] = False,

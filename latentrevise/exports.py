@@ -5,6 +5,9 @@
     messages   messages                                         chat fine-tuning, most tools
     verl-sft   messages                                         verl's SFT data set, parquet
     verl-rl    data_source, prompt, ability, reward_model, extra_info      verl's RL data set, parquet, one row a prompt
+    rl         prompt, answer, label, metadata                  TRL GRPOTrainer, slime, OpenRLHF; one row a prompt
+
+prime-rl, slime and OpenRLHF fine-tune on ``messages``; OpenRLHF's DPO reads the columns of ``trl-pref``.
 
 What is trained follows the trajectory's rendering: with ``argmax`` and ``original`` the prefix is in the completion;
 with ``continuation`` it belongs to the prompt, which no trainer puts into its loss. Every row names its trajectory.
@@ -127,9 +130,6 @@ def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
 
     ``data_source`` is ``latentrevise``: verl picks the reward function by it, so give it a custom one.
     """
-    first: dict[str, Trajectory] = {}
-    for t in trajectories:
-        first.setdefault(t.prompt_id, t)
     return [
         {
             "data_source": "latentrevise",
@@ -143,11 +143,28 @@ def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
                 **_origin(t),
             },
         }
-        for index, t in enumerate(first.values())
+        for index, t in enumerate(_one_a_prompt(trajectories))
     ]
 
 
-FORMATS = ("trl-sft", "trl-pref", "messages", "verl-sft", "verl-rl")
+def rl_rows(trajectories: Iterable[Trajectory]) -> list[Row]:
+    """The recovered prompts for RL, one row each, the prompt as messages.
+
+    The gold stands twice: TRL hands ``answer`` to reward functions; slime and OpenRLHF are told the name of a column
+    (``--label-key label``, ``--data.label_key label``). slime keeps ``metadata`` on its samples.
+    """
+    return [
+        {
+            "prompt": [{"role": "user", "content": t.prompt}],
+            "answer": t.answer,
+            "label": t.answer,
+            "metadata": _origin(t),
+        }
+        for t in _one_a_prompt(trajectories)
+    ]
+
+
+FORMATS = ("trl-sft", "trl-pref", "messages", "verl-sft", "verl-rl", "rl")
 
 
 def export_run(
@@ -188,6 +205,7 @@ def export_run(
         "messages": lambda: message_rows(chosen, tokenizer),
         "verl-sft": lambda: message_rows(chosen, tokenizer),
         "verl-rl": lambda: verl_rl_rows(chosen, tokenizer),
+        "rl": lambda: rl_rows(chosen),
     }
     rows = makers[to]()
     if out.suffix == ".jsonl":
@@ -196,6 +214,14 @@ def export_run(
         with atomic_write(out) as temporary:
             pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
     return len(rows)
+
+
+def _one_a_prompt(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """The first trajectory of each prompt."""
+    first: dict[str, Trajectory] = {}
+    for t in trajectories:
+        first.setdefault(t.prompt_id, t)
+    return list(first.values())
 
 
 def _in_stop(text: str, stop: Sequence[str]) -> bool:

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentrevise.errors import ConfigError, InputError, ModelError, RunError
-from latentrevise.exports import FORMATS, export_run, message_rows, preference_rows, sft_rows, verl_rl_rows
+from latentrevise.exports import FORMATS, export_run, message_rows, preference_rows, rl_rows, sft_rows, verl_rl_rows
 from latentrevise.records import Rollout, Trajectory, write_json, write_records
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
@@ -140,6 +140,13 @@ def test_verl_rl_has_one_row_a_prompt():
     assert rows[0]["prompt"] == [{"role": "user", "content": "2 * 3 = ?"}]
 
 
+def test_rl_has_one_row_a_prompt_with_the_gold_under_both_names():
+    rows = rl_rows([trajectory(), trajectory(sample_id="p0/latent/1"), trajectory(1)])
+    assert [r["metadata"]["sample_id"] for r in rows] == ["p0/latent/0", "p1/latent/0"]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "2 * 3 = ?"}]
+    assert rows[0]["answer"] == rows[0]["label"] == "6"
+
+
 # A run
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -168,7 +175,10 @@ def test_every_format_has_its_columns(run, tmp_path):
         out = tmp_path / f"{name}.parquet"
         assert export_run(run, name, out) == 3
         columns = set(pq.read_schema(out).names)
-        if name == "verl-rl":
+        if name == "rl":
+            assert columns == {"prompt", "answer", "label", "metadata"}
+            assert set(pq.read_table(out).to_pylist()[0]["metadata"]) == ORIGIN
+        elif name == "verl-rl":
             assert columns == {"data_source", "prompt", "ability", "reward_model", "extra_info"}
             assert set(pq.read_table(out).to_pylist()[0]["extra_info"]) == {"split", "index", "target", *ORIGIN}
         else:
