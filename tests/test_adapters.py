@@ -408,15 +408,13 @@ class SingleTurnAgentExecutor:
 
 @pytest.fixture
 def executor(install, recovery):
-    """As OpenRLHF makes it: from the file, under another name."""
+    """As ``_load_agent_executor`` makes it: from the file, under another name, unknown to ``sys.modules``."""
     install("openrlhf", openrlhf__utils__agent={"SingleTurnAgentExecutor": SingleTurnAgentExecutor})
     place = importlib.util.find_spec("latentrevise.adapters.openrlhf").origin
     spec = importlib.util.spec_from_file_location("agent_module", place)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["agent_module"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    yield module.AgentExecutor()
-    del sys.modules["agent_module"]
+    return module.AgentExecutor()
 
 
 async def generate_responses(executor, rows, label="7", sampling_params=True, max_length=64):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from typing import Any
 
 from openrlhf.utils.agent import SingleTurnAgentExecutor
@@ -23,15 +22,17 @@ from latentrevise.adapters import core
 from latentrevise.errors import ConfigError
 
 
-@dataclass(eq=False)
 class _Group:
-    """The samples of one prompt: how many were asked for, those that are there, and whether all are done with."""
+    """The samples of one prompt: how many were asked for, those that are there, and whether all are done with.
 
-    size: int = 0
-    begun: bool = False
-    responses: list[dict[str, Any]] = field(default_factory=list)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    error: BaseException | None = None
+    No dataclass: OpenRLHF does not enter the module it loads into ``sys.modules``, where one would look itself up.
+    """
+
+    def __init__(self) -> None:
+        self.size, self.begun = 0, False
+        self.responses: list[dict[str, Any]] = []
+        self.done = asyncio.Event()
+        self.error: BaseException | None = None
 
 
 class AgentExecutor(SingleTurnAgentExecutor):
