@@ -48,7 +48,7 @@ struct OracleTask {
 // Certified screening: scores by 8-bit products, each with a rigorous bound on how far the float32 score can be from it.
 // A token or row x is q * scale with |q| <= 127 and the rest x - q * scale, whose norm is known. By Cauchy-Schwarz
 //   |<g, e> - <g', e'>| <= |g - g'| |e| + |g'| |e - e'|, and float32 rounding adds at most slack * |g| |e|.
-// Rows whose lower bound is above the least upper bound of any row cannot be the minimum.
+// Rows whose lower bound is above the float32 score of any row cannot be the minimum.
 struct ScreenPanels {
   int32_t *words;     // panels of 4 signed bytes a word
   float *rows_data;   // [rows, dim] the tokens themselves, for the exact scores of what is left
@@ -62,7 +62,7 @@ struct ScreenTask {
   Matrix table;
   const uint8_t *allowed;
   int64_t begin, end;  // vocabulary
-  float *upper;        // in and out: least upper bound of each token, padded to whole panels
+  float *upper;        // in and out: what some row's score is at most, of each token, padded to whole panels
   bool (*emit)(void *context, int64_t token, int64_t v, float lower);  // false: too many, give up
   void *context;
 };

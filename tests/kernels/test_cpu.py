@@ -112,14 +112,15 @@ def test_screening_changes_no_bit(kind, dtype):
         assert torch.equal(values.view(torch.int32), torch.cat([part[1] for part in parts]).view(torch.int32))
 
 
-def test_what_screening_leaves_is_reported():
+@pytest.mark.parametrize(("d", "most"), [(128, 8), (2048, 20)])
+def test_what_screening_leaves_is_reported(d, most):
     """Few rows a token on random data; -1 for a full pass: few tokens, or no 8-bit products."""
     module = native.load("cpu")
     g = torch.Generator().manual_seed(0)
-    G, E = torch.randn(70, 128, generator=g), torch.randn(8192, 128, generator=g)
+    G, E = torch.randn(70, d, generator=g), torch.randn(8192, d, generator=g)
     vertex_oracle(G, E, backend="cpu")
     left = module.rescored()
-    assert 70 <= left < 70 * 20 if module.isa() in ("avx512vnni", "avx512bf16") else left == -1
+    assert 70 <= left < 70 * most if module.isa() in ("avx512vnni", "avx512bf16") else left == -1
     vertex_oracle(G[:5], E, backend="cpu")
     assert module.rescored() == -1
 

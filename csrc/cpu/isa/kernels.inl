@@ -325,30 +325,29 @@ template <int N>
 void score_pairs(const Matrix &, int64_t, int64_t, const float *, int64_t, float *) {}  // Isa::bf16_pairs is false
 #endif
 
-// M rows for each panel; a panel of tokens is `panel` floats long, one of scores kBlock<N> rows.
-template <int M, int N>
-void score_panels(const View &rows, const float *x, int64_t panel, int64_t panels, int64_t depth, bool first,
+// scores[panel][r][lane] = (or, with `add`, +=) <row r, token>. kDepth columns at a time: a panel's part stays in L1 over all
+// rows, the rows' part in L2 over all panels; a score is one chain all the same. A panel of tokens is `panel` floats long,
+// one of scores kBlock<N> rows.
+template <int N, bool kFirst>
+void score_slices(const View &block, int64_t k, int64_t count, const float *x, int64_t panel, int64_t panels, int64_t depth,
                   float *scores) {
-  constexpr int64_t next = kBlock<N> * N * kLanes;
-  for (int64_t p = 0; p < panels; ++p)
-    first ? score_rows<M, N, true>(rows, x + p * panel, depth, scores + p * next)
-          : score_rows<M, N, false>(rows, x + p * panel, depth, scores + p * next);
+  constexpr int M = N == 2 ? kRows2 : kRows1, width = N * kLanes;
+  for (int64_t p = 0; p < panels; ++p, x += panel, scores += kBlock<N> * width) {
+    int64_t r = 0;
+    for (; r + M <= count; r += M) score_rows<M, N, kFirst>(block.at(r, k), x, depth, scores + r * width);
+    for (; r + 4 <= count; r += 4) score_rows<4, N, kFirst>(block.at(r, k), x, depth, scores + r * width);
+    for (; r < count; ++r) score_rows<1, N, kFirst>(block.at(r, k), x, depth, scores + r * width);
+  }
 }
 
-// scores[panel][r][lane] = (or, with `add`, +=) <row r, token>. kDepth columns at a time, so that the tokens' part stays
-// in L2 over all rows, and the rows' part in L1 over all panels; a score is one chain all the same.
 template <int N>
 void score_block(const View &block, int64_t count, const float *x, int64_t panel, int64_t panels, int64_t depth, bool add,
                  float *scores) {
-  constexpr int M = N == 2 ? kRows2 : kRows1, width = N * kLanes;
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t n = depth - k < kDepth ? depth - k : kDepth;
-    const bool first = k == 0 && !add;
-    const float *xk = x + k * width;
-    int64_t r = 0;
-    for (; r + M <= count; r += M) score_panels<M, N>(block.at(r, k), xk, panel, panels, n, first, scores + r * width);
-    for (; r + 4 <= count; r += 4) score_panels<4, N>(block.at(r, k), xk, panel, panels, n, first, scores + r * width);
-    for (; r < count; ++r) score_panels<1, N>(block.at(r, k), xk, panel, panels, n, first, scores + r * width);
+    const float *xk = x + k * N * kLanes;
+    k == 0 && !add ? score_slices<N, true>(block, k, count, xk, panel, panels, n, scores)
+                   : score_slices<N, false>(block, k, count, xk, panel, panels, n, scores);
   }
 }
 
@@ -593,21 +592,33 @@ void screen_rows(const int32_t *rows, int64_t stride, const int32_t *x, int64_t 
     LR_UNROLL for (int u = 0; u < N; ++u) _mm512_storeu_si512(scores + (r * N + u) * kLanes, acc[r][u]);
 }
 
+inline float dot(const float *a, const float *b, int64_t dim) {
+  vfloat chains[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= dim; k += 4 * kLanes)
+    LR_UNROLL for (int c = 0; c < 4; ++c) chains[c] += load(a + k + c * kLanes) * load(b + k + c * kLanes);
+  float rest = 0;
+  for (; k < dim; ++k) rest += a[k] * b[k];
+  return sum((chains[0] + chains[1]) + (chains[2] + chains[3])) + rest;
+}
+
 bool screen(const ScreenTask &a) {
   constexpr int64_t width = 2 * kLanes;
+  // Twice: the sum here and the chain of the full pass may err to either side.
+  const float slack = 2 * static_cast<float>(a.x.dim + 16) * 2.4e-7f;
   const int64_t panels = (a.x.rows + width - 1) / width, most = 8 * kRows2, stride = a.x.depth + 16;
   Scratch bytes(most * stride), row(a.x.dim), lower(most * width);
   int32_t *words = reinterpret_cast<int32_t *>(bytes.data), *scores = reinterpret_cast<int32_t *>(lower.data);
   Quantised q[most];
+  const auto values_of = [&](int64_t v) -> const float * {
+    if (a.table.dtype == LR_FLOAT32) return static_cast<const float *>(a.table.data) + v * a.table.stride;
+    read_row(a.table, v, a.x.dim, row.data);
+    return row.data;
+  };
   for (int64_t v = a.begin; v < a.end; v += most) {
     const int64_t count = a.end - v < most ? a.end - v : most;
     for (int64_t r = 0; r < count; ++r) {
-      const float *values = row.data;
-      if (a.table.dtype == LR_FLOAT32)
-        values = static_cast<const float *>(a.table.data) + (v + r) * a.table.stride;
-      else
-        read_row(a.table, v + r, a.x.dim, row.data);
-      if (!quantise(values, a.x.dim, a.x.depth, 128, reinterpret_cast<uint8_t *>(words + r * stride), q[r])) return false;
+      if (!quantise(values_of(v + r), a.x.dim, a.x.depth, 128, reinterpret_cast<uint8_t *>(words + r * stride), q[r])) return false;
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int32_t *x = a.x.words + panel * a.x.depth * width;
@@ -619,16 +630,28 @@ bool screen(const ScreenTask &a) {
         const vfloat scale = load(a.x.scale + at), bound = load(a.x.bound + at), norm = load(a.x.norm + at);
         vint sums;
         __builtin_memcpy(&sums, a.x.sums + at, sizeof sums);
-        vfloat upper = load(a.upper + at);
+        vfloat upper = load(a.upper + at), best = vfloat{} + __builtin_inff();
+        vint which = {};
         for (r = 0; r < count; ++r) {
           if (a.allowed && !a.allowed[v + r]) continue;
-          vint dot;
-          __builtin_memcpy(&dot, scores + r * width + u * kLanes, sizeof dot);
-          const vfloat score = (vfloat)_mm512_cvtepi32_ps((__m512i)(dot - sums)) * (q[r].scale * scale);
+          vint product;
+          __builtin_memcpy(&product, scores + r * width + u * kLanes, sizeof product);
+          const vfloat score = (vfloat)_mm512_cvtepi32_ps((__m512i)(product - sums)) * (q[r].scale * scale);
           const vfloat room = (q[r].whole * bound + q[r].rest * norm) * 1.0001f;  // and the rounding of this line
-          const vfloat most_it_is = score + room;
-          upper = most_it_is < upper ? most_it_is : upper;
           store(lower.data + r * width + u * kLanes, score - room);
+          const vint better = score < best;
+          best = better ? score : best;
+          which = better ? vint{} + static_cast<int32_t>(r) : which;
+        }
+        // What looks best is scored in float32, a few times a token in all: a bound without the 8 bits' room.
+        unsigned nearer = _mm512_cmp_ps_mask((__m512)best, (__m512)upper, _CMP_LT_OQ);
+        for (; nearer; nearer &= nearer - 1) {
+          const int lane = __builtin_ctz(nearer);
+          const int64_t t = at + lane;
+          if (t >= a.x.rows) break;
+          const float reach = dot(a.x.rows_data + t * a.x.dim, values_of(v + which[lane]), a.x.dim) +
+                              slack * (a.x.norm[t] + a.x.bound[t]) * q[which[lane]].whole;
+          upper[lane] = reach < upper[lane] ? reach : upper[lane];
         }
         store(a.upper + at, upper);
         for (r = 0; r < count; ++r) {
