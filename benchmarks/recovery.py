@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 from latentrevise.audit import GUARDS, guard_trade_off, wilson
-from latentrevise.demo import get_family, make_prompts
+from latentrevise.demo import Family, get_family, make_prompts
+from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.run import demo_config
 from latentrevise.demo.train import model_for
 from latentrevise.models import load_model
@@ -43,6 +44,7 @@ from latentrevise.rundir import RunDirectory
 from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.explain import ExplainConfig
+from latentrevise.strategies.pair import PairConfig
 
 FAMILIES = ("rule", "chain", "pair")
 
@@ -82,6 +84,7 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
         # The models read words of their task alone, so they are asked for an explanation by a worked example's form.
         explain=ExplainConfig(template="{prompt} = {answer} ; {prompt}"),
         dart=DartConfig(cap=48),
+        pair=_pairs(family),
     )
     model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype="float32", device="cpu")
     prompts = [
@@ -90,6 +93,15 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
     ]
     recovered = Recovery(model, tokenizer, config, out / unit.name, progress=False).recover(prompts)
     return unit, recovered.metrics, time.perf_counter() - began
+
+
+def _pairs(family: Family) -> PairConfig:
+    """As many decisions, and values of each, as the task has."""
+    default = PairConfig()
+    if not isinstance(family, JointFamily):
+        return default
+    values = max(default.max_values, *map(len, family.names))
+    return replace(default, decisions=len(family.names), max_values=values)
 
 
 def pool(found: Sequence[tuple[Unit, dict[str, Any]]], strategies: Sequence[str]) -> dict[str, Any]:
@@ -220,6 +232,26 @@ def table(family: str, pooled: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(study: dict[str, dict[str, Any]]) -> str:
+    """A short Markdown table: of each family the best three that read no reference solution, the method, resampling."""
+    lines = [
+        "| family (zero-hit) | strategy | valid derivation | valid, equal compute | right answer | wrong target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family, pooled in study.items():
+        rows = pooled["strategies"]
+        ranked = sorted((name for name in rows if name != "hint"), key=lambda name: -rows[name]["valid"][0])
+        for name in dict.fromkeys([*ranked[:3], *(n for n in ("latent", "resample") if n in rows)]):
+            row = rows[name]
+            low, high = (f"{100 * v:.0f}" for v in row["valid"][1:])
+            wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.0f}"
+            lines.append(
+                f"| {family} ({pooled['zero_hit']}) | `{name}` | {100 * row['valid'][0]:.0f} [{low}, {high}] |"
+                f" {100 * row['equal_compute']['valid'][0]:.0f} | {100 * row['answer'][0]:.0f} | {wrong} |"
+            )
+    return "\n".join(lines)
+
+
 def guard_figure(study: dict[str, dict[str, Any]], path: Path) -> None:
     """What the guards let through against what they keep, a line a family."""
     import matplotlib as mpl
@@ -292,9 +324,9 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
             drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
-def publish(text: str, document: Path) -> None:
+def publish(text: str, document: Path, study: str = "recovery") -> None:
     """Replace what stands between the study's markers in a document."""
-    begin, end = "<!-- recovery study: begin -->", "<!-- recovery study: end -->"
+    begin, end = f"<!-- {study} study: begin -->", f"<!-- {study} study: end -->"
     page = document.read_text(encoding="utf-8")
     if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError(f"{document} needs the lines {begin!r} and {end!r} once each, around the study's table")
@@ -358,4 +390,5 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
             guard_figure(study, root / "docs/figures/guards.png")
         write_json(root / "benchmarks/results/recovery.json", document)
         publish(tables, root / "docs/recovery.md")
+        publish(summary(study), root / "README.md")
     return document

@@ -7,8 +7,10 @@ import pytest
 from benchmarks import recovery
 from benchmarks.__main__ import main
 from latentrevise.audit import wilson
+from latentrevise.demo import get_family
 from latentrevise.records import Verdict, write_records
 from latentrevise.rundir import RunDirectory
+from latentrevise.strategies.pair import PairConfig
 
 
 def arm(*, recovered, valid, wrong, passes, control, wanted=8):
@@ -68,6 +70,25 @@ def test_guards_are_chosen_on_one_set_of_prompts_and_measured_on_the_others(tmp_
     assert point["kept"] == wilson(3, 4)
     assert point["contamination"] == wilson(1, 4)
     assert recovery.guards(units[:1], tmp_path) == []
+
+
+def test_the_short_table_has_the_best_and_the_baselines():
+    names = ("hint", "pivot", "latent", "gcg", "dart", "resample", "explain")
+    arms = {
+        name: arm(recovered=9 - i, valid=9 - i, wrong=[0.2, 0, 1], passes=100.0, control=0.1)
+        for i, name in enumerate(names)
+    }
+    unit = (recovery.Unit("rule", 0, 0, 40), metrics(10, recovered=0, valid=0, wrong=None, passes=1.0, control=0.1))
+    unit[1]["arms"] = arms
+    lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
+    assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "gcg", "resample"]
+    assert lines[0] == "| rule (10) | `pivot` | 80 [49, 94] | 10 | 80 | 20 |"
+
+
+def test_a_family_is_searched_for_as_many_decisions_as_it_has():
+    found = {name: recovery._pairs(get_family(name)) for name in ("rule", "pair", "triple", "pair64")}
+    assert found["rule"] == found["pair"] == PairConfig()
+    assert (found["triple"].decisions, found["pair64"].max_values) == (3, 64)
 
 
 def test_a_document_without_the_markers_is_refused(tmp_path):
