@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ DESCRIPTIONS = {
     "entropic_step": "one mirror-descent step on candidate sets",
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
+    "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
@@ -42,15 +44,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     revise.add_options(parser.add_argument_group("revise"))
-    study = parser.add_argument_group("recovery")
-    study.add_argument("--out", type=Path, default=Path("recovery-study"), help="folder of its runs; taken up again")
+    study = parser.add_argument_group("recovery, training")
+    study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
     study.add_argument("--families", nargs="+", help="task families; none: all")
-    study.add_argument("--strategies", nargs="+", help="none: all")
-    study.add_argument("--models", type=int, nargs="+", help="training seeds; 0 is bundled, others are trained")
+    study.add_argument("--strategies", nargs="+", help="none: all (recovery)")
+    study.add_argument(
+        "--models", type=int, nargs="+", help="training seeds; recovery: of the start, 0 is bundled, others are trained"
+    )
     study.add_argument("--seeds", type=int, nargs="+", help="of prompts and sampling")
     study.add_argument("--mined", type=int, help="prompts mined in each run")
-    study.add_argument("--jobs", type=int, help="runs side by side; none: one a core")
+    study.add_argument("--jobs", type=int, help="runs side by side; none: one a core; 0 (training): pool what is there")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
     engines.add_options(parser.add_argument_group("engines"))
     training_memory.add_options(parser.add_argument_group("training_memory"))
@@ -73,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             document = engines.main(options)
         elif name == "training_memory":
             document = training_memory.main(options)
-        elif name == "recovery":
-            from benchmarks import recovery  # and with it all of the pipeline, which kernels are measured without
-
-            document = recovery.main(options)
+        elif name in ("recovery", "training"):
+            # And with it all of the pipeline, which kernels are measured without.
+            chosen = vars(options) | {"out": options.out or Path(f"{name}-study")}
+            document = import_module(f"benchmarks.{name}").main(argparse.Namespace(**chosen))
         else:
             document = measure(name, options)
             status |= any(failure.startswith("latentrevise") for failure in document["failed"])

@@ -1,0 +1,84 @@
+"""The training study: pooling by hand-made cells, the rows of its arms, and one tiny study through its command."""
+
+import json
+
+import pytest
+
+from benchmarks import training
+from benchmarks.__main__ import main
+from latentrevise.demo import check, get_family, make_prompts, model_dir
+from latentrevise.errors import RunError
+from latentrevise.models import load_model
+
+
+def cell(arm, scores, kind="sft", order=0, **more):
+    return {"kind": kind, "arm": arm, "prompts": 0, "order": order, "scores": scores, **more}
+
+
+def test_cells_are_pooled_prompt_by_prompt():
+    cells = [
+        cell("ordinary", {"a": [8, 0, 0], "b": [8, 4, 4]}, different=4),
+        cell("pivot", {"a": [8, 4, 2], "b": [8, 8, 4]}, different=3, valid_rows=2),
+        cell("pivot", {"a": [8, 8, 4], "b": [8, 8, 8]}, order=1, different=3, valid_rows=1),
+        cell("grpo", {"a": [8, 0, 0], "b": [8, 8, 8]}, kind="rlvr", zero_hit=[1.0, 0.5]),
+    ]
+    pooled = training.pool(cells, {"a", "z"})
+    assert (pooled["hard"], pooled["solved"]) == (1, 1)
+    pivot = pooled["arms"]["pivot"]
+    assert pivot["rates"]["hard pass@1"][0] == pytest.approx(0.75)
+    assert pivot["rates"]["hard pass@8"][0] == pytest.approx(1.0)
+    assert pivot["rates"]["hard valid@1"][0] == pytest.approx(0.375)
+    assert pivot["rates"]["solved valid@1 gain"][0] == pytest.approx(0.75 - 0.5)
+    assert pivot["runs"] == [0.25, 0.5]
+    assert pivot["means"] == {"different": 3, "valid_rows": 1.5}
+    assert pooled["arms"]["grpo"]["zero_hit"] == [1.0, 0.5]
+    assert pooled["arms"]["smuggled"]["rates"] == {}
+    lines = training.table("rule", pooled, training.QUICK).splitlines()
+    assert lines[5].startswith("| sft `ordinary` | 4 of 8 rows | 0.0 [0.0, 0.0] | - | 0.0 | 0.0 [0.0, 0.0]")
+    assert any(line.startswith("| sft `pivot` | 3 of 8 rows (2 valid) | 37.5 [37.5, 37.5] | 37.5") for line in lines)
+    assert any(line.startswith("| rlvr `grpo` | zero-hit 100 → 50 |") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # under a minute on an idle core; several training runs in two spawned processes
+def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
+    command = ["training", "--quick", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    study = json.loads((tmp_path / "training.json").read_text())
+    arms = study["families"]["rule"]["arms"]
+    assert set(arms) == {"start", *training.SFT, *training.RLVR}
+    assert "| sft `pivot` |" in capsys.readouterr().out
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    cells = {path: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
+    assert {c["rows"] for c in cells.values() if c["kind"] == "sft" and c["different"]} == {16}
+    assert all(len(c["zero_hit"]) == 2 for c in cells.values() if c["kind"] == "rlvr")
+    assert arms["grpo + pivot"]["means"]["recovered_rows"] > arms["grpo"]["means"]["recovered_rows"] == 0
+
+    # Of an arm's rows half are ordinary and correct; its own are what its name says.
+    prompts = make_prompts(get_family("rule"), training.QUICK.mined, split="train", seed=0)
+    answers = {p["prompt"]: p["answer"] for p in prompts}
+    _, tokenizer = load_model(model_dir("rule"), dtype="float32", device="cpu")
+    for arm, valid in (("smuggled", {False}), ("pivot", {True, False})):
+        made = training.Cell("rule", "sft", arm, 0, 0)
+        rows, counts = training.rows_of(made, tokenizer, tmp_path, training.QUICK)
+        assert [row["strategy"] == "ordinary" for row in rows] == [True] * 8 + [False] * 8
+        found = [check(row["prompt"], "", row["completion"], answers[row["prompt"]]) for row in rows]
+        assert all(d.correct for d in found)
+        assert {d.valid for d in found[8:]} <= valid
+        assert len({tuple(row["input_ids"]) for row in rows[8:]}) == counts["different"]
+
+    # A cell that is missing is made again, to the same scores; the others are left alone.
+    gone = next(path for path, c in cells.items() if c["arm"] == "smuggled")
+    gone.unlink()
+    times = {path: path.stat().st_mtime_ns for path in cells if path != gone}
+    assert main(command) == 0
+    assert json.loads(gone.read_text())["scores"] == cells[gone]["scores"]
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    again = json.loads((tmp_path / "training.json").read_text())
+    assert again["families"]["rule"]["arms"]["pivot"] == arms["pivot"]
+
+
+def test_other_sizes_need_another_folder(tmp_path):
+    training.begin(tmp_path, "training study", training.Sizes(), [training.SFT, training.RLVR])
+    with pytest.raises(RunError, match="other settings"):
+        main(["training", "--quick", "--out", str(tmp_path)])
