@@ -113,5 +113,7 @@ def run_training(trainer: Trainer, out: str | os.PathLike[str]) -> None:
 
     last = get_last_checkpoint(str(out)) if Path(out).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
+    if trainer.is_fsdp_enabled:  # or else nothing would be saved: checkpoints are in shards, a model directory is not
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(Path(out) / "model"))
     trainer.save_state()

@@ -1,0 +1,194 @@
+"""Trains under ``accelerate launch`` for test_train_distributed.py: ``distributed_worker.py MODE OUT``.
+
+MODE is ``one``, ``ddp`` or ``fsdp2``. Each check trains a few steps; the first process leaves what it saw in
+``OUT/CHECK.pt``: the trainer's log, the rows of each generation batch, the trained weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from trl import GRPOConfig, SFTConfig
+
+from latentrevise import strategies
+from latentrevise.engines import Request, SamplingParams
+from latentrevise.train.repair import RepairSettings
+from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_rlvr
+from latentrevise.train.settings import begin, trl_arguments
+from latentrevise.train.sft import LinearSFTTrainer
+from latentrevise.verify import Judgement
+from tests.test_train_rlvr import ARGUMENTS, PROMPTS, TOKENIZER, UNGUARDED, Told, rows
+from tests.test_train_sft import rows as sft_rows
+from tests.tiny import tiny_model
+
+strategies._STRATEGIES["told"] = lambda settings: Told()
+REPAIR = RepairSettings(strategy="told", samples=2, guards=UNGUARDED)
+ROWS = ("recovered", "advantages", "outcome", "correct")
+COMMON = {
+    "max_steps": 3,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "optim": "sgd",  # Adam turns rounding in tiny gradients into whole steps
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def shard_on_cpu() -> None:
+    """accelerate (1.15, state.py) turns FSDP on for accelerators only, and ignores it where it finds CPUs; everything
+    below that switch works on CPUs. So the processes are given out as another kind's while it looks."""
+    plain = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        if not AcceleratorState._shared_state:
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        plain(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = init
+
+
+class Contains:
+    """A verifier without worker processes: correct is what contains the answer."""
+
+    def verify(self, pairs: Any) -> list[Judgement]:
+        return [Judgement("correct" if answer in text else "wrong", None) for answer, text in pairs]
+
+
+class Seeded(RecoveringGRPOTrainer):
+    """Its rollouts depend on their place in the generation batch, not on the process that trains on them.
+
+    TRL seeds each process by its rank, so that its own samples cannot be compared across numbers of processes.
+    """
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """Kept as it was made: TRL shuffles the rows before it trains on them."""
+        made = super()._generate_and_score_completions(inputs)
+        rows = {name: self.accelerator.gather(made[name]).tolist() for name in ROWS}
+        kept = zip(made["completion_ids"], made["completion_mask"].bool(), strict=True)
+        rows["completion_ids"] = gather_object([ids[mask].tolist() for ids, mask in kept])
+        self.batches = [*getattr(self, "batches", []), rows]
+        return made
+
+    def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
+        every = gather_object(list(prompt_ids))
+        step = self.state.global_step
+        requests = [Request(ids, seed=1000 * step + i) for i, ids in enumerate(every)]
+        found = self._ready().engine.generate(requests, SamplingParams(max_new_tokens=self.max_completion_length))
+        first = self.accelerator.process_index * len(prompt_ids)
+        own = [list(c.ids) for (c,) in found][first : first + len(prompt_ids)]
+        return [ids + [TOKENIZER.eos_token_id] * (len(ids) < self.max_completion_length) for ids in own], None
+
+
+def sft(out: Path, processes: int) -> Any:
+    trainer = LinearSFTTrainer(
+        model=tiny_model(),
+        args=trl_arguments(SFTConfig, out, COMMON | {"per_device_train_batch_size": 4 // processes}),
+        train_dataset=Dataset.from_list(sft_rows(12)),
+        processing_class=TOKENIZER,
+    )
+    trainer.train()
+    return trainer
+
+
+def rlvr(settings: RLVRSettings, **changes: Any) -> Callable[[Path, int], Any]:
+    """12 rows a generation batch: 3 groups of 4, the second of which lies on both processes."""
+
+    def check(out: Path, processes: int) -> Any:
+        own = {
+            "per_device_train_batch_size": 4 // processes,
+            "gradient_accumulation_steps": 3,
+            "max_completion_length": 16,  # most groups fail
+        }
+        trainer = Seeded(
+            model=tiny_model(),
+            args=trl_arguments(GRPOConfig, out, ARGUMENTS | COMMON | own | changes),
+            train_dataset=rows(),
+            processing_class=TOKENIZER,
+            verifier=Contains(),
+            settings=settings,
+        )
+        trainer.train()
+        return trainer
+
+    return check
+
+
+def whole(out: Path, processes: int, seed: int = 0, name: str = "whole") -> Any:
+    """``train_rlvr`` as the command calls it: TRL's own generation (greedy: see Seeded), the real verifier, a
+    checkpoint, and the model saved."""
+    settings = RLVRSettings(
+        repair=REPAIR,
+        trainer=ARGUMENTS
+        | COMMON
+        | {
+            "per_device_train_batch_size": 4 // processes,
+            "gradient_accumulation_steps": 3,
+            "generation_kwargs": {"do_sample": False},
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+    )
+    begin(out / name, "rlvr", settings, [p.id for p in PROMPTS])
+    return train_rlvr(tiny_model(seed=seed), TOKENIZER, PROMPTS, out / name, settings)
+
+
+def resumed(out: Path, processes: int) -> Any:
+    """The same from its checkpoint after two steps, with other weights to begin with."""
+    if PartialState().is_main_process:
+        shutil.copytree(out / "whole" / "checkpoint-2", out / "resumed" / "checkpoint-2")
+    PartialState().wait_for_everyone()
+    return whole(out, processes, seed=9, name="resumed")
+
+
+CHECKS = {
+    "sft": sft,
+    "rlvr": rlvr(RLVRSettings(repair=REPAIR)),
+    "rlvr-registry": rlvr(
+        RLVRSettings(repair=REPAIR, advantages="onpolicy_baseline", loss="oreal", drop_unrescued=True), beta=0.0
+    ),
+    "whole": whole,
+    "resumed": resumed,
+}
+
+
+def seen(trainer: Any, sharded: bool) -> dict[str, Any]:
+    """What a check leaves, the same on every process."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert any(isinstance(m, FSDPModule) for m in model.modules()) == sharded
+    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    return {
+        "log": [e for e in trainer.state.log_history if "loss" in e],
+        "weights": {n: p.detach().clone() for n, p in weights.items()},
+        "batches": getattr(trainer, "batches", []),
+    }
+
+
+def main(mode: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    if mode == "fsdp2":
+        shard_on_cpu()
+    processes = 1 if mode == "one" else 2
+    for name, check in CHECKS.items():
+        trainer = check(out, processes)
+        assert trainer.accelerator.num_processes == processes
+        found = seen(trainer, mode == "fsdp2")
+        if trainer.accelerator.is_main_process:
+            torch.save(found, out / f"{name}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
