@@ -332,10 +332,14 @@ class Policy:
         def mask(window: int | None) -> Tensor | BlockMask:
             if self.config._attn_implementation == "flex_attention":
                 return blocks(window)
-            queries = (x.unsqueeze(2) for x in (segment, position))
-            keys = (x.unsqueeze(1) for x in (key_segment, key_position))
-            end = None if reach is None else reach.unsqueeze(2)
-            seen = visible(*queries, *keys, window, end).unsqueeze(1)
+            seen = visible(
+                segment.unsqueeze(2),
+                position.unsqueeze(2),
+                key_segment.unsqueeze(1),
+                key_position.unsqueeze(1),
+                window,
+                None if reach is None else reach.unsqueeze(2),
+            ).unsqueeze(1)
             # Additive and finite: a padded query then attends to everything evenly instead of producing NaN.
             lowest = torch.finfo(self.dtype).min
             return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill(~seen, lowest)
