@@ -18,8 +18,8 @@ from latentrevise.audit import pass_at_k
 from latentrevise.data import Chat, load_prompts
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.pipeline import load_checker
 from latentrevise.records import Prompt, Rollout, RowError, row_seed, write_json, write_jsonl, write_records
+from latentrevise.verdicts import load_checker
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:

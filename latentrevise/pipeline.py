@@ -20,18 +20,19 @@ import os
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from latentrevise import __version__
-from latentrevise.audit import Candidate, GuardConfig, guard, signals
+from latentrevise.audit import GuardConfig
+from latentrevise.cases import Case, chosen_cuts, decoded, request_of, tokens_with
 from latentrevise.config import config_hash, to_dict
 from latentrevise.data import load_prompts
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
@@ -61,23 +62,14 @@ from latentrevise.records import (
 from latentrevise.revision import Compute
 from latentrevise.rundir import RunDirectory
 from latentrevise.selection import Select, select
-from latentrevise.strategies import Cut, Proposal, Strategy, StrategySettings, Tools, Work, build
+from latentrevise.strategies import Proposal, Strategy, StrategySettings, Tools, Work, build
+from latentrevise.verdicts import Judge, load_checker
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-
-class Derivation(Protocol):
-    """What a checker returns: whether the derivation holds, and its steps, each with ``text`` and ``ok``."""
-
-    valid: bool
-    steps: Sequence[Any]
-
-
-Checker = Callable[[str, str, str, str], Derivation]  # (prompt, prefix, continuation, answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +158,21 @@ class RecoverConfig(StrategySettings):
         if not 0.0 <= self.prefix_fraction < 1.0:
             raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
 
+    def sampling(self, n: int, greedy: bool = False) -> SamplingParams:
+        """How ``n`` continuations are drawn."""
+        return SamplingParams(
+            n=n,
+            temperature=0.0 if greedy else self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            logprobs=True,
+        )
+
+    def rendered(self, start: Start) -> tuple[int, ...]:
+        """A start's prefix as its rows show it."""
+        return original_prefix(start.prefix_ids, start.plain_ids) if self.rendering == "original" else start.plain_ids
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -213,7 +220,7 @@ class Recovery:
         self.template_ids = tuple(tokenizer.encode(config.answer_template, add_special_tokens=False))
         self.resumed = self.run.begin(_header(model, config, self.engine))
         self._prompts: list[Prompt] | None = None
-        self._work: list[_Case] | None = None
+        self._work: list[Case] | None = None
         self._recovered: dict[str, set[str]] = {}
         boundary = config.prefix_boundary
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
@@ -330,7 +337,7 @@ class Recovery:
                 found[rollout.prompt_id].append(rollout)
         return found
 
-    def cases(self) -> list[_Case]:
+    def cases(self) -> list[Case]:
         """The zero-hit prompts: every rollout verified wrong, at least one of them long enough to be cut.
 
         A prompt with an undecided rollout is left out: it may have been solved.
@@ -409,8 +416,12 @@ class Recovery:
 
     def _mined(self, prompts: Sequence[Prompt], bar: tqdm) -> list[Rollout]:
         requests = [Request(p.ids, seed=row_seed(self.config.seed, "mine", p.id)) for p in prompts]
-        found = self._generate(requests, [self._sampling(self.config.rollouts)] * len(requests), bar)
-        flat = [(p, j, c, self._text(c.ids)) for p, own in zip(prompts, found, strict=True) for j, c in enumerate(own)]
+        found = self._generate(requests, [self.config.sampling(self.config.rollouts)] * len(requests), bar)
+        flat = [
+            (p, j, c, decoded(self.tokenizer, c.ids))
+            for p, own in zip(prompts, found, strict=True)
+            for j, c in enumerate(own)
+        ]
         judged = self.verifier.verify([(prompt.answer, text) for prompt, _, _, text in flat])
         return [
             Rollout(
@@ -464,7 +475,7 @@ class Recovery:
                     prompt_id=start.prompt_id,
                     sample_id=f"{start.start_id}/{j}",
                     completion_ids=completion.ids,
-                    completion=self._text(completion.ids),
+                    completion=decoded(self.tokenizer, completion.ids),
                     finish_reason=completion.finish_reason,
                     sampling_logprobs=completion.logprobs or (),
                     seconds=seconds,
@@ -483,12 +494,14 @@ class Recovery:
         while waiting:
             own = [starts[i] for i in waiting]
             requests = [self._request(prompts[s.prompt_id], s, mixtures.get(s.start_id), number) for s in own]
-            drawn = self._generate(requests, [self._sampling(s.n, s.greedy) for s in own], bar)
+            drawn = self._generate(requests, [self.config.sampling(s.n, s.greedy) for s in own], bar)
             for i, completions in zip(waiting, drawn, strict=True):
                 found[i] += completions
             number += 1
             going = [(i, new) for i, new in zip(waiting, drawn, strict=True) if number < starts[i].rounds]
-            pairs = [(prompts[starts[i].prompt_id].answer, self._text(c.ids)) for i, new in going for c in new]
+            pairs = [
+                (prompts[starts[i].prompt_id].answer, decoded(self.tokenizer, c.ids)) for i, new in going for c in new
+            ]
             judged = iter(self.verifier.verify(pairs))
             correct = [[next(judged).verdict == "correct" for _ in new] for _, new in going]
             waiting = [i for (i, _), hits in zip(going, correct, strict=True) if not any(hits)]
@@ -496,42 +509,13 @@ class Recovery:
 
     def _judge(self, arm: _Arm, bar: tqdm) -> None:
         cases = {case.prompt.id: case for case in self.cases()}
+        judge = Judge(self.policy, self.tokenizer, self.verifier, self.checker, self.config, self._boundary)
         for index, _ in self._todo("verdicts", arm, bar):
             starts, mixtures = self._starts(arm, index)
-            by_start = {s.start_id: s for s in starts}
             samples = read_records(self.run.part("samples", index, arm.name), Sample)
-            gold = self.verifier.verify([(cases[s.prompt_id].prompt.answer, s.completion) for s in samples])
-            wrong_targets = [(cases[s.prompt_id].wrong, s.completion) for s in samples]
-            wrong = self.verifier.verify([(w, text) for w, text in wrong_targets if w is not None])
-            wrong_verdicts = iter(wrong)
-            hits_wrong = [w is not None and next(wrong_verdicts).verdict == "correct" for w, _ in wrong_targets]
-            correct = [i for i, j in enumerate(gold) if j.verdict == "correct" and not arm.wrong]
-            judged = [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
-            plain_of = dict(zip(correct, self._plain_logprobs(judged), strict=True))
-            agreement_of = dict(zip(correct, self._agreement(judged, bar), strict=True))
-            rows = []
-            for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
-                case, start = cases[sample.prompt_id], by_start[sample.start_id]
-                derivation = self._check(case.prompt, start, sample) if judgement.verdict == "correct" else None
-                found = None
-                if i in plain_of:
-                    found = self._signals(arm, case, start, sample, mixtures, plain_of[i], agreement_of[i])
-                rows.append(
-                    Verdict(
-                        sample_id=sample.sample_id,
-                        start_id=sample.start_id,
-                        prompt_id=sample.prompt_id,
-                        extracted=judgement.extracted,
-                        verdict=judgement.verdict,
-                        hits_target=hits_wrong[i] if arm.wrong else judgement.verdict == "correct",
-                        hits_wrong=hits_wrong[i],
-                        valid=None if derivation is None else derivation.valid,
-                        steps=[] if derivation is None else _steps(derivation),
-                        guard=None if found is None else ",".join(guard(found, self.config.guards)) or None,
-                        plain_logprobs=plain_of.get(i),
-                        signals=found,
-                    )
-                )
+            rows = judge.verdicts(
+                arm.strategy, arm.wrong, cases, starts, mixtures, samples, partial(self._generate, bar=bar)
+            )
             write_records(self.run.part("verdicts", index, arm.name), rows, Verdict)
 
     # Details
@@ -572,10 +556,10 @@ class Recovery:
         limit = self.engine.limit
         return None if limit is None else limit - self.config.max_new_tokens
 
-    def _case(self, prompt: Prompt, failed: list[Rollout]) -> _Case:
+    def _case(self, prompt: Prompt, failed: list[Rollout]) -> Case:
         seed = row_seed(self.config.seed, "case", prompt.id)
         config = self.config
-        return _Case(
+        return Case(
             prompt=prompt,
             failed=tuple(failed),
             cuts=chosen_cuts(failed, config.revised_rollouts, config.prefix_fraction, self._boundary, seed),
@@ -592,7 +576,7 @@ class Recovery:
             )
         return ids
 
-    def _aim_wrong(self, cases: list[_Case]) -> None:
+    def _aim_wrong(self, cases: list[Case]) -> None:
         """Give every case a wrong target: another prompt's answer, drawn by the case's seed and verified to differ."""
         answers = sorted({p.answer for p in self.prompts})
         waiting = [(case, _shuffled(answers, case.seed)) for case in cases]
@@ -604,7 +588,7 @@ class Recovery:
                     case.wrong, case.wrong_ids = answer, self._answer_ids(answer)
             waiting = [(case, rest) for case, rest in waiting if rest and case.wrong is None]
 
-    def _cases_of(self, arm: _Arm) -> list[_Case]:
+    def _cases_of(self, arm: _Arm) -> list[Case]:
         """The prompts an arm is given; a wrong-target arm gets those of its strategy that have a wrong target."""
         done: set[str] = set()
         if self.config.stop_at_success and arm.name != POOL:
@@ -621,7 +605,7 @@ class Recovery:
             self._recovered[name] = {v.prompt_id for _, _, v in self._results(arm) if _admitted(v)}
         return self._recovered[name]
 
-    def _todo(self, stage: str, arm: _Arm, bar: tqdm) -> Iterator[tuple[int, list[_Case]]]:
+    def _todo(self, stage: str, arm: _Arm, bar: tqdm) -> Iterator[tuple[int, list[Case]]]:
         """The parts of an arm's stage that are not there yet; the bar advances over all of them."""
         for index, chunk in enumerate(_chunks(self._cases_of(arm), self.config.chunk)):
             if not self.run.part(stage, index, arm.name).exists():
@@ -668,98 +652,11 @@ class Recovery:
             self.policy,
             self.engine,
             self.tokenizer,
-            self._sampling(1),
+            self.config.sampling(1),
             frozenset(self._boundary),
             self.config.token_budget,
             self.config.prefix_boundary,
         )
-
-    def _sampling(self, n: int, greedy: bool = False) -> SamplingParams:
-        config = self.config
-        return SamplingParams(
-            n=n,
-            temperature=0.0 if greedy else config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            stop=config.stop,
-            logprobs=True,
-        )
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _rendered(self, start: Start) -> tuple[int, ...]:
-        original = self.config.rendering == "original"
-        return original_prefix(start.prefix_ids, start.plain_ids) if original else start.plain_ids
-
-    def _plain_logprobs(self, rows: Sequence[tuple[Prompt, Start, Sample]]) -> list[tuple[float, ...]]:
-        contexts = [(*prompt.ids, *self._rendered(start)) for prompt, start, _ in rows]
-        completions = [sample.completion_ids for _, _, sample in rows]
-        return [tuple(x.tolist()) for x in self.policy.logprobs(contexts, completions, self.config.token_budget)]
-
-    def _check(self, prompt: Prompt, start: Start, sample: Sample) -> Derivation | None:
-        if self.checker is None:
-            return None
-        return self.checker(prompt.text, self._text(start.plain_ids), sample.completion, prompt.answer)
-
-    def _signals(
-        self,
-        arm: _Arm,
-        case: _Case,
-        start: Start,
-        sample: Sample,
-        mixtures: Mapping[str, Mixture],
-        plain: Sequence[float],
-        agreement: float | None,
-    ) -> dict[str, float]:
-        return signals(
-            Candidate(
-                prompt_ids=case.prompt.ids,
-                original_ids=start.prefix_ids,
-                plain_ids=start.plain_ids,
-                mixture=mixtures.get(start.start_id),
-                answer_ids=case.answer_ids,
-                completion_ids=sample.completion_ids,
-                completion=sample.completion,
-                before_answer=self._before_answer(sample),
-                plain_logprobs=plain,
-                aimed=arm.strategy.uses_answer,
-                told=bool(start.context_ids),
-                agreement=agreement,
-            )
-        )
-
-    def _before_answer(self, sample: Sample) -> int:
-        """Tokens of a continuation in front of its final answer."""
-        before = sample.completion.rfind("\\boxed")
-        head = sample.completion[:before] if before >= 0 else sample.completion
-        return min(len(self.tokenizer.encode(head, add_special_tokens=False)), len(sample.completion_ids))
-
-    def _agreement(self, rows: Sequence[tuple[Prompt, Start, Sample]], bar: tqdm) -> list[float | None]:
-        """The share of new continuations, behind the plain prefix and the first steps of each sample, that come to its
-        answer; None where no guard asks for it."""
-        guards = self.config.guards
-        if guards.min_agreement is None:
-            return [None] * len(rows)
-        requests, params = [], []
-        for prompt, start, sample in rows:
-            ids = sample.completion_ids
-            cut = int(guards.agreement_cut * self._before_answer(sample))
-            cut = max((i + 1 for i in range(cut) if ids[i] in self._boundary), default=cut)
-            context = (*prompt.ids, *self._rendered(start), *ids[:cut])
-            requests.append(Request(context))
-            params.append(self._sampling(1, greedy=True))
-            if guards.agreement_samples > 1:
-                requests.append(Request(context, seed=row_seed(self.config.seed, "agreement", sample.sample_id)))
-                params.append(self._sampling(guards.agreement_samples - 1))
-        found = iter(self._generate(requests, params, bar))
-        texts = [
-            [self._text(c.ids) for _ in range(1 + (guards.agreement_samples > 1)) for c in next(found)] for _ in rows
-        ]
-        judged = iter(
-            self.verifier.verify([(row[0].answer, text) for row, own in zip(rows, texts, strict=True) for text in own])
-        )
-        return [sum(next(judged).verdict == "correct" for _ in own) / len(own) for own in texts]
 
     def _results(self, arm: _Arm) -> list[tuple[Start, Sample, Verdict]]:
         count = math.ceil(len(self._cases_of(arm)) / self.config.chunk)
@@ -811,7 +708,7 @@ class Recovery:
                         prompt=prompt.text,
                         prompt_ids=prompt.ids,
                         prefix_ids=start.prefix_ids,
-                        plain_prefix_ids=self._rendered(start),
+                        plain_prefix_ids=config.rendered(start),
                         prefix_rendering=config.rendering,
                         completion_ids=sample.completion_ids,
                         completion=sample.completion,
@@ -839,26 +736,6 @@ class Recovery:
                     if trajectory.start_id in mixtures:
                         kept_mixtures[trajectory.start_id] = mixtures[trajectory.start_id]
         return rows, kept_mixtures
-
-
-@dataclass
-class _Case:
-    """A zero-hit prompt with all that its arms share. ``wrong``: the audit's target; None where no other answer
-    exists."""
-
-    prompt: Prompt
-    failed: tuple[Rollout, ...]
-    cuts: tuple[Cut, ...]
-    seed: int
-    template_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    wrong: str | None = None
-    wrong_ids: tuple[int, ...] = ()
-
-    def work(self, wrong: bool) -> Work:
-        target, ids = (self.wrong, self.wrong_ids) if wrong else (self.prompt.answer, self.answer_ids)
-        assert target is not None  # arms with a wrong target are given only the cases that have one
-        return Work(self.prompt, target, self.failed, self.cuts, ids, self.template_ids, self.seed)
 
 
 def recover(
@@ -923,10 +800,6 @@ def _admitted(verdict: Verdict) -> bool:
     return verdict.verdict == "correct" and verdict.guard is None
 
 
-def _steps(derivation: Derivation) -> list[dict[str, Any]]:
-    return [{"text": step.text, "ok": step.ok} for step in derivation.steps]
-
-
 def _decoded(ids: Sequence[int], finish_reason: str) -> int:
     """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
     return len(ids) + (finish_reason == "stop")
@@ -943,67 +816,6 @@ def _chunks(items: Sequence[Any], size: int) -> list[Any]:
 def _shuffled(items: Sequence[str], seed: int) -> list[str]:
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
     return [items[i] for i in order.tolist()]
-
-
-def chosen_cuts(
-    failed: Sequence[Rollout], count: int, fraction: float, boundary: Collection[int], seed: int
-) -> tuple[Cut, ...]:
-    """``count`` of the failed rollouts, drawn by the seed, each cut near ``fraction`` of its length.
-
-    The cut lies behind the nearest of the ``boundary`` tokens where there is one; both sides keep a token.
-    """
-    order = torch.randperm(len(failed), generator=torch.Generator().manual_seed(seed)).tolist()
-    # A rollout that came to an (incorrect) answer is the better anchor; the rest serves when there is none.
-    ranked = sorted(order, key=lambda i: failed[i].extracted is None)
-    cuts = []
-    for rollout in (failed[i] for i in ranked[:count]):
-        ids = rollout.completion_ids
-        at = min(max(1, round(len(ids) * fraction)), len(ids) - 1)
-        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token in boundary]
-        at = min(ends, key=lambda end: (abs(end - at), end), default=at)
-        cuts.append(Cut(rollout.sample_id, ids[:at], ids[at:]))
-    return tuple(cuts)
-
-
-def request_of(
-    policy: Policy, prompt_ids: Sequence[int], start: Start | Proposal, mixture: Mixture | None, seed: int
-) -> Request:
-    """What is fed to the engine for a start: tokens, or the prompt's embeddings and the mixture's behind them."""
-    if not start.latent:
-        return Request((*(start.context_ids or prompt_ids), *start.plain_ids), seed=seed)
-    assert mixture is not None  # a latent start comes with its atoms
-    device = policy.device
-    with torch.no_grad():
-        fixed = policy.embedding(torch.tensor(prompt_ids, device=device))
-        revised = Mixture(mixture.ids.to(device), mixture.weights.to(device)).embed(policy.table)
-    return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
-
-
-def tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> set[int]:
-    """Tokens whose own text contains ``text``."""
-    found = {i for i in range(min(len(tokenizer), rows)) if text in tokenizer.decode([i])}
-    if not found:
-        raise ConfigError(
-            f"prefix_boundary = {text!r}: no token of this tokenizer contains it; choose another boundary"
-        )
-    return found
-
-
-def load_checker(name: str | None) -> Checker | None:
-    if name is None:
-        return None
-    module, colon, attribute = name.partition(":")
-    try:
-        if not colon:
-            raise AttributeError("no colon in it")
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"checker = {name!r} can't be imported ({error}); write it as package.module:function"
-        ) from error
-    return found
 
 
 def _header(model: PreTrainedModel, config: RecoverConfig, engine: Engine) -> dict[str, Any]:

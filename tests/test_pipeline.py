@@ -12,12 +12,13 @@ import pytest
 
 from latentrevise import RecoverConfig, recover
 from latentrevise.audit import wilson
+from latentrevise.cases import chosen_cuts
 from latentrevise.config import to_dict
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.models import load_model
-from latentrevise.pipeline import Recovery, chosen_cuts
+from latentrevise.pipeline import Recovery
 from latentrevise.records import (
     Prompt,
     Rollout,

@@ -13,9 +13,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from latentrevise.audit import Candidate, GuardConfig, guard, signals
+from latentrevise.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.pipeline import chosen_cuts, request_of, tokens_with
 from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Rollout, VerdictName, original_prefix, row_seed
 from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build

@@ -1,0 +1,176 @@
+"""From samples to verdicts: right or wrong, whether the derivation holds, and what the guards say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from latentrevise.audit import Candidate, guard, signals
+from latentrevise.cases import Case, decoded
+from latentrevise.engines import Completion, Request, SamplingParams
+from latentrevise.errors import ConfigError
+from latentrevise.hull import Mixture
+from latentrevise.policy import Policy
+from latentrevise.records import Prompt, Sample, Start, Verdict, row_seed
+from latentrevise.strategies import Strategy
+from latentrevise.verify import Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from latentrevise.pipeline import RecoverConfig
+
+Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Completion]]]
+
+
+class Derivation(Protocol):
+    """What a checker returns: whether the derivation holds, and its steps, each with ``text`` and ``ok``."""
+
+    valid: bool
+    steps: Sequence[Any]
+
+
+Checker = Callable[[str, str, str, str], Derivation]  # (prompt, prefix, continuation, answer)
+
+
+class Judge:
+    """Judges the samples of any arm of a run.
+
+    checker: reads derivations; None: the task cannot check them. boundary: tokens that end a step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        verifier: Verifier,
+        checker: Checker | None,
+        config: RecoverConfig,
+        boundary: Collection[int],
+    ) -> None:
+        self.policy, self.tokenizer, self.verifier, self.checker = policy, tokenizer, verifier, checker
+        self.config, self.boundary = config, boundary
+
+    def verdicts(
+        self,
+        strategy: Strategy,
+        wrong: bool,
+        cases: Mapping[str, Case],
+        starts: Sequence[Start],
+        mixtures: Mapping[str, Mixture],
+        samples: Sequence[Sample],
+        generate: Generate,
+    ) -> list[Verdict]:
+        """One verdict a sample. wrong: the arm was aimed at a wrong answer, so nothing of it can become a label.
+
+        cases, mixtures: by prompt and by start. generate: where the guard ``unstable`` samples anew.
+        """
+        by_start = {s.start_id: s for s in starts}
+        gold = self.verifier.verify([(cases[s.prompt_id].prompt.answer, s.completion) for s in samples])
+        targets = [(cases[s.prompt_id].wrong, s.completion) for s in samples]
+        reached = iter(self.verifier.verify([(target, text) for target, text in targets if target is not None]))
+        hits_wrong = [target is not None and next(reached).verdict == "correct" for target, _ in targets]
+        correct = [i for i, judgement in enumerate(gold) if judgement.verdict == "correct" and not wrong]
+        judged = [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
+        plain_of = dict(zip(correct, self._plain_logprobs(judged), strict=True))
+        agreement_of = dict(zip(correct, self._agreement(judged, generate), strict=True))
+        rows = []
+        for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
+            case, start = cases[sample.prompt_id], by_start[sample.start_id]
+            derivation = self._check(case.prompt, start, sample) if judgement.verdict == "correct" else None
+            found = None
+            if i in plain_of:
+                candidate = Candidate(
+                    prompt_ids=case.prompt.ids,
+                    original_ids=start.prefix_ids,
+                    plain_ids=start.plain_ids,
+                    mixture=mixtures.get(start.start_id),
+                    answer_ids=case.answer_ids,
+                    completion_ids=sample.completion_ids,
+                    completion=sample.completion,
+                    before_answer=self._before_answer(sample),
+                    plain_logprobs=plain_of[i],
+                    aimed=strategy.uses_answer,
+                    told=bool(start.context_ids),
+                    agreement=agreement_of[i],
+                )
+                found = signals(candidate)
+            rows.append(
+                Verdict(
+                    sample_id=sample.sample_id,
+                    start_id=sample.start_id,
+                    prompt_id=sample.prompt_id,
+                    extracted=judgement.extracted,
+                    verdict=judgement.verdict,
+                    hits_target=hits_wrong[i] if wrong else judgement.verdict == "correct",
+                    hits_wrong=hits_wrong[i],
+                    valid=None if derivation is None else derivation.valid,
+                    steps=[] if derivation is None else _steps(derivation),
+                    guard=None if found is None else ",".join(guard(found, self.config.guards)) or None,
+                    plain_logprobs=plain_of.get(i),
+                    signals=found,
+                )
+            )
+        return rows
+
+    def _plain_logprobs(self, rows: Sequence[tuple[Prompt, Start, Sample]]) -> list[tuple[float, ...]]:
+        contexts = [(*prompt.ids, *self.config.rendered(start)) for prompt, start, _ in rows]
+        completions = [sample.completion_ids for _, _, sample in rows]
+        return [tuple(x.tolist()) for x in self.policy.logprobs(contexts, completions, self.config.token_budget)]
+
+    def _check(self, prompt: Prompt, start: Start, sample: Sample) -> Derivation | None:
+        if self.checker is None:
+            return None
+        return self.checker(prompt.text, decoded(self.tokenizer, start.plain_ids), sample.completion, prompt.answer)
+
+    def _before_answer(self, sample: Sample) -> int:
+        """Tokens of a continuation in front of its final answer."""
+        before = sample.completion.rfind("\\boxed")
+        head = sample.completion[:before] if before >= 0 else sample.completion
+        return min(len(self.tokenizer.encode(head, add_special_tokens=False)), len(sample.completion_ids))
+
+    def _agreement(self, rows: Sequence[tuple[Prompt, Start, Sample]], generate: Generate) -> list[float | None]:
+        """The share of new continuations, behind the plain prefix and the first steps of each sample, that come to its
+        answer; None where no guard asks for it."""
+        guards = self.config.guards
+        if guards.min_agreement is None:
+            return [None] * len(rows)
+        requests, params = [], []
+        for prompt, start, sample in rows:
+            ids = sample.completion_ids
+            cut = int(guards.agreement_cut * self._before_answer(sample))
+            cut = max((i + 1 for i in range(cut) if ids[i] in self.boundary), default=cut)
+            context = (*prompt.ids, *self.config.rendered(start), *ids[:cut])
+            requests.append(Request(context))
+            params.append(self.config.sampling(1, greedy=True))
+            if guards.agreement_samples > 1:
+                requests.append(Request(context, seed=row_seed(self.config.seed, "agreement", sample.sample_id)))
+                params.append(self.config.sampling(guards.agreement_samples - 1))
+        found = iter(generate(requests, params))
+        rounds = 1 + (guards.agreement_samples > 1)
+        texts = [[decoded(self.tokenizer, c.ids) for _ in range(rounds) for c in next(found)] for _ in rows]
+        pairs = [(row[0].answer, text) for row, own in zip(rows, texts, strict=True) for text in own]
+        judged = iter(self.verifier.verify(pairs))
+        return [sum(next(judged).verdict == "correct" for _ in own) / len(own) for own in texts]
+
+
+def _steps(derivation: Derivation) -> list[dict[str, Any]]:
+    return [{"text": step.text, "ok": step.ok} for step in derivation.steps]
+
+
+def load_checker(name: str | None) -> Checker | None:
+    if name is None:
+        return None
+    module, colon, attribute = name.partition(":")
+    try:
+        if not colon:
+            raise AttributeError("no colon in it")
+        found: Any = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"checker = {name!r} can't be imported ({error}); write it as package.module:function"
+        ) from error
+    return found
