@@ -302,10 +302,10 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
         return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in found)) if found else "-"
 
     def had(row: dict[str, Any]) -> str:
-        means, shares = row["means"], row["zero_hit"]
-        if shares:
-            part = len(shares) // 4 or 1
-            return f"zero-hit {100 * fmean(shares[:part]):.0f} → {100 * fmean(shares[-part:]):.0f}"
+        means = row["means"]
+        if row["zero_hit"]:
+            shares = quarters(row["zero_hit"])
+            return f"zero-hit {shares[0]:.0f} → {shares[-1]:.0f}"
         if "different" not in means:
             return "-"
         valid = f" ({means['valid_rows']:.0f} valid)" if "valid_rows" in means else ""
@@ -325,12 +325,18 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
     return "\n".join(lines)
 
 
+def quarters(shares: Sequence[float]) -> list[float]:
+    """Of the steps: the mean of each quarter, per cent. One step has few groups."""
+    return [100 * float(part.mean()) for part in np.array_split(np.array(shares), min(4, len(shares)))]
+
+
 def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
     """A row a family: rates on hard and on solved prompts with intervals, and the zero-hit groups over training."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    from latentrevise.report.figures import CYCLE, INK, MUTED, RC, RIGHT, WRONG
+    from latentrevise.report.figures import CYCLE, INK, MARKERS, MUTED, RC, RIGHT, WRONG
 
     with mpl.rc_context(RC):
         drawing = Figure(figsize=(15, 4.6 * len(study)), layout="constrained")
@@ -346,15 +352,17 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
                     axes.plot(p, y, "o", color=colour, markersize=5, label=metric)
                 for place in (0.5, 0.5 + len(SFT)):
                     axes.axhline(place, color=MUTED, linewidth=0.6)
-                axes.set_yticks(range(len(arms)), [f"{row['kind']} {arm}" for arm, row in arms.items()])
+                labels = [arm if row["kind"] == "start" else f"{row['kind']} {arm}" for arm, row in arms.items()]
+                axes.set_yticks(range(len(arms)), labels)
                 axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel="%", title=f"{family}: {pooled[part]} {part} prompts")
-                axes.legend()
-            for arm, colour in zip(RLVR, (INK, *CYCLE), strict=False):
-                shares = arms[arm]["zero_hit"]
-                near = [100 * fmean(shares[max(i - 2, 0) : i + 3]) for i in range(len(shares))]
-                trained.plot(range(1, len(near) + 1), near, color=colour, label=arm)
-            trained.set(xlabel="step", ylabel="%", title=f"{family}: zero-hit groups, mean of 5 steps")
-            trained.legend()
+            for arm, colour, marker in zip(RLVR, (INK, *CYCLE), MARKERS, strict=False):
+                if shares := arms[arm]["zero_hit"]:
+                    means = quarters(shares)
+                    trained.plot(range(1, len(means) + 1), means, color=colour, marker=marker, label=arm)
+            trained.set(xlabel="quarter of the steps", ylabel="%", title=f"{family}: zero-hit groups while training")
+            trained.xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        drawing.legend(*panels[0, 2].get_legend_handles_labels(), loc="outside upper right", ncols=6)
         with atomic_write(path) as temporary:
             drawing.savefig(temporary, format="png", dpi=130, facecolor="white", metadata={"Software": None})
 
