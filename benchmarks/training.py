@@ -308,8 +308,8 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
             return f"zero-hit {shares[0]:.0f} → {shares[-1]:.0f}"
         if "different" not in means:
             return "-"
-        valid = f" ({means['valid_rows']:.0f} valid)" if "valid_rows" in means else ""
-        return f"{means['different']:.0f} of {sizes.rows} rows{valid}"
+        valid = f" ({means['valid_rows']:g} valid)" if "valid_rows" in means else ""
+        return f"{means['different']:g} of {sizes.rows} rows{valid}"
 
     keys = [f"{part} {metric}" for part in ("hard", "solved") for metric in METRICS]
     lines = [

@@ -35,7 +35,7 @@ def test_cells_are_pooled_prompt_by_prompt():
     assert pooled["arms"]["smuggled"]["rates"] == {}
     lines = training.table("rule", pooled, training.QUICK).splitlines()
     assert lines[5].startswith("| sft `ordinary` | 4 of 8 rows | 0.0 [0.0, 0.0] | - | 0.0 | 0.0 [0.0, 0.0]")
-    assert any(line.startswith("| sft `pivot` | 3 of 8 rows (2 valid) | 37.5 [37.5, 37.5] | 37.5") for line in lines)
+    assert any(line.startswith("| sft `pivot` | 3 of 8 rows (1.5 valid) | 37.5 [37.5, 37.5] | 37.5") for line in lines)
     assert any(line.startswith("| rlvr `grpo` | zero-hit 100 → 50 |") for line in lines)
 
 
