@@ -23,8 +23,8 @@ from latentrevise.errors import RunError
 from latentrevise.records import write_json
 
 FORMAT = 1
-# What may differ between a run and its resumption: it changes no row.
-_VOLATILE = ("created", "versions")
+# What may differ between a run and its resumption: it changes no row. A model is known by its weights, not its place.
+_VOLATILE = ("created", "versions", "model.path")
 
 
 class RunDirectory:
@@ -132,7 +132,7 @@ class RunDirectory:
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
     for key in old.keys() | new.keys():
         name = f"{path}{key}"
-        if not path and key in _VOLATILE:
+        if name in _VOLATILE:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):

@@ -30,6 +30,7 @@ from latentrevise.records import (
     read_records,
     write_jsonl,
 )
+from latentrevise.rundir import RunDirectory
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -380,3 +381,11 @@ def test_the_cut_is_behind_a_boundary_and_leaves_both_sides():
     )
     both = cut([word, word])
     assert (len(both.prefix_ids), len(both.continuation_ids)) == (1, 1)
+
+
+def test_a_model_that_was_moved_is_the_same_model(tmp_path):
+    header = {"config": {"seed": 0}, "model": {"path": "here", "fingerprint": "a"}, "versions": {}, "created": "today"}
+    assert not RunDirectory(tmp_path).begin(header)
+    assert RunDirectory(tmp_path).begin(header | {"model": {"path": "there", "fingerprint": "a"}, "created": "later"})
+    with pytest.raises(RunError, match=r"model\.fingerprint: 'a' there, 'b' now"):
+        RunDirectory(tmp_path).begin(header | {"model": {"path": "here", "fingerprint": "b"}})
