@@ -233,7 +233,10 @@ def table(family: str, pooled: dict[str, Any]) -> str:
 
 
 def summary(study: dict[str, dict[str, Any]]) -> str:
-    """A short Markdown table: of each family the best three that read no reference solution, the method, resampling."""
+    """A short Markdown table: of each family the best three that read no reference solution, the method, resampling.
+
+    Strategies that came out alike (with one decision to change, those that change several) are listed once.
+    """
     lines = [
         "| family (zero-hit) | strategy | valid derivation | valid, equal compute | right answer | wrong target |",
         "|---|---|---|---|---|---|",
@@ -241,7 +244,9 @@ def summary(study: dict[str, dict[str, Any]]) -> str:
     for family, pooled in study.items():
         rows = pooled["strategies"]
         ranked = sorted((name for name in rows if name != "hint"), key=lambda name: -rows[name]["valid"][0])
-        for name in dict.fromkeys([*ranked[:3], *(n for n in ("latent", "resample") if n in rows)]):
+        outcomes = {(*rows[n]["valid"], *rows[n]["answer"], *(rows[n]["wrong_target"] or ())): n for n in ranked[::-1]}
+        best = [name for name in ranked if name in outcomes.values()][:3]
+        for name in dict.fromkeys([*best, *(n for n in ("latent", "resample") if n in rows)]):
             row = rows[name]
             low, high = (f"{100 * v:.0f}" for v in row["valid"][1:])
             wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.0f}"

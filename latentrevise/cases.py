@@ -81,8 +81,3 @@ def tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> set
             f"prefix_boundary = {text!r}: no token of this tokenizer contains it; choose another boundary"
         )
     return found
-
-
-def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of ids, without special tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

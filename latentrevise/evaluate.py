@@ -18,7 +18,7 @@ from latentrevise.audit import pass_at_k
 from latentrevise.data import Chat, load_prompts
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.records import Prompt, Rollout, RowError, row_seed, write_json, write_jsonl, write_records
+from latentrevise.records import Prompt, Rollout, RowError, decoded, row_seed, write_json, write_jsonl, write_records
 from latentrevise.verdicts import load_checker
 from latentrevise.verify import Verifier
 
@@ -92,7 +92,7 @@ def evaluate(
     )
     requests = [Request(p.ids, seed=row_seed(config.seed, "eval", p.id)) for p in prompts]
     found = (engine or HFEngine(model, tokenizer)).generate(requests, params)
-    texts = [[str(tokenizer.decode(list(c.ids), skip_special_tokens=True)) for c in own] for own in found]
+    texts = [[decoded(tokenizer, c.ids) for c in own] for own in found]
     judged = iter(verifier.verify([(p.answer, t) for p, own in zip(prompts, texts, strict=True) for t in own]))
     scores, rollouts = [], []
     for prompt, completions, own in zip(prompts, found, texts, strict=True):

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentrevise.errors import ConfigError, InputError, ModelError
-from latentrevise.records import Rollout, Trajectory, atomic_write, read_records, write_jsonl
+from latentrevise.records import Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def sft_row(
     end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token_id is not None else []
     return {
         "prompt": _prompt_text(context, tokenizer),
-        "completion": _text(completion, tokenizer),
+        "completion": decoded(tokenizer, completion),
         "input_ids": [*context, *completion, *end],
         "completion_mask": [0] * len(context) + [1] * (len(completion) + len(end)),
     }
@@ -101,8 +101,8 @@ def preference_rows(
         rows.append(
             {
                 "prompt": _prompt_text(context, tokenizer),
-                "chosen": _text(completion, tokenizer),
-                "rejected": _text(worse.completion_ids[skipped:], tokenizer),
+                "chosen": decoded(tokenizer, completion),
+                "rejected": decoded(tokenizer, worse.completion_ids[skipped:]),
                 **_origin(t),
                 "rejected_sample_id": worse.sample_id,
             }
@@ -119,7 +119,7 @@ def message_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
                 f"trajectory {t.sample_id}: its prefix must stay out of the loss, which messages cannot say; export"
                 " trl-sft, or recover with rendering=argmax"
             )
-        reply = _text((*t.plain_prefix_ids, *t.completion_ids), tokenizer)
+        reply = decoded(tokenizer, (*t.plain_prefix_ids, *t.completion_ids))
         messages = [{"role": "user", "content": t.prompt}, {"role": "assistant", "content": reply}]
         rows.append({"messages": messages, **_origin(t)})
     return rows
@@ -139,7 +139,7 @@ def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
             "extra_info": {
                 "split": "train",
                 "index": index,
-                "target": _text((*t.plain_prefix_ids, *t.completion_ids), tokenizer),
+                "target": decoded(tokenizer, (*t.plain_prefix_ids, *t.completion_ids)),
                 **_origin(t),
             },
         }
@@ -242,10 +242,6 @@ def _origin(t: Trajectory) -> Row:
         "strategy": t.strategy,
         "prefix_rendering": t.prefix_rendering,
     }
-
-
-def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _prompt_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

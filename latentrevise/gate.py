@@ -18,7 +18,7 @@ import torch
 from latentrevise.audit import auc, bootstrap_mean
 from latentrevise.engines import Request
 from latentrevise.errors import ConfigError
-from latentrevise.records import row_seed
+from latentrevise.records import decoded, row_seed
 from latentrevise.revision import Compute
 from latentrevise.strategies.base import Tools, Work
 from latentrevise.strategies.candidates import Fork, ForkConfig, Forks, Reader, chosen, find_forks, score
@@ -69,7 +69,7 @@ def implicit_value(
     pairs = [(item, fork) for item, own in zip(work, scored, strict=True) for fork in own.forks]
     requests = [Request((*item.prompt.ids, *fork.prefix_ids, fork.token)) for item, fork in pairs]
     completions = [own[0] for own in tools.engine.generate(requests, replace(tools.sampling, temperature=0.0))]
-    texts = [str(tools.tokenizer.decode(list(c.ids), skip_special_tokens=True)) for c in completions]
+    texts = [decoded(tools.tokenizer, c.ids) for c in completions]
     labels = succeeds([(item.prompt.answer, text) for (item, _), text in zip(pairs, texts, strict=True)])
     by_prompt: dict[str, list[tuple[Fork, bool]]] = {}
     for (item, fork), label in zip(pairs, labels, strict=True):

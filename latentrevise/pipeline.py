@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from latentrevise import __version__
 from latentrevise.audit import GuardConfig
-from latentrevise.cases import Case, chosen_cuts, decoded, request_of, tokens_with
+from latentrevise.cases import Case, chosen_cuts, request_of, tokens_with
 from latentrevise.config import config_hash, to_dict
 from latentrevise.data import load_prompts
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
@@ -49,6 +49,7 @@ from latentrevise.records import (
     Start,
     Trajectory,
     Verdict,
+    decoded,
     original_prefix,
     read_atoms,
     read_offsets,

@@ -25,6 +25,7 @@ from latentrevise.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 VerdictName = Literal["correct", "wrong", "unknown"]
 FinishReason = Literal["stop", "length"]
@@ -194,6 +195,11 @@ def original_prefix(prefix_ids: Sequence[int], plain_ids: Sequence[int]) -> tupl
     """The ``original`` rendering of a prefix: the failed tokens where a revision replaced them one by one; a prefix
     that was extended or written anew has no other text than its own."""
     return tuple(prefix_ids if len(prefix_ids) == len(plain_ids) else plain_ids)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def stable_hash(value: Any, length: int = 16) -> str:

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from latentrevise.audit import Candidate, guard, signals
-from latentrevise.cases import Case, decoded
+from latentrevise.cases import Case
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.hull import Mixture
 from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Sample, Start, Verdict, row_seed
+from latentrevise.records import Prompt, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.strategies import Strategy
 from latentrevise.verify import Verifier
 

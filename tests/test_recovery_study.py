@@ -83,6 +83,9 @@ def test_the_short_table_has_the_best_and_the_baselines():
     lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "gcg", "resample"]
     assert lines[0] == "| rule (10) | `pivot` | 80 [49, 94] | 10 | 80 | 20 |"
+    arms["gcg"] = arms["pivot"]
+    lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
+    assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "dart", "resample"]
 
 
 def test_a_family_is_searched_for_as_many_decisions_as_it_has():

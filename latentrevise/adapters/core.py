@@ -23,7 +23,7 @@ from latentrevise.engines.base import stop_ids
 from latentrevise.errors import ConfigError
 from latentrevise.models import load_model
 from latentrevise.policy import Policy
-from latentrevise.records import Prompt, VerdictName, row_seed
+from latentrevise.records import Prompt, VerdictName, decoded, row_seed
 from latentrevise.train.repair import Repairer, RepairSettings, judged_rollouts, repair_metrics, replaced, zero_hit
 from latentrevise.verify import Verifier
 
@@ -141,7 +141,7 @@ class Recovery:
         repairer, settings = self.repairer, self.settings
         work = []
         for group in groups:
-            text = str(repairer.tokenizer.decode(list(group.prompt_ids), skip_special_tokens=True))
+            text = decoded(repairer.tokenizer, group.prompt_ids)
             prompt = Prompt(group.id, text, tuple(group.prompt_ids), group.answer)
             rows = [self._without_end(row) for row in group.rows]
             work.append((prompt, judged_rollouts(prompt, rows, repairer.tokenizer, repairer.verifier)))

@@ -17,7 +17,7 @@ from latentrevise.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, VerdictName, original_prefix, row_seed
+from latentrevise.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
 from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build
 from latentrevise.verify import Verifier
 
@@ -179,12 +179,12 @@ class Repairer:
         return found
 
     def _any_correct(self, item: Work, proposal: Proposal, completions: Sequence[Completion]) -> bool:
-        pairs = [(item.target, self._text((*self._prefix(proposal)[0], *c.ids))) for c in completions]
+        pairs = [(item.target, decoded(self.tokenizer, (*self._prefix(proposal)[0], *c.ids))) for c in completions]
         return any(j.verdict == "correct" for j in self.verifier.verify(pairs))
 
     def _judged(self, item: Work, proposal: Proposal, completions: Sequence[Completion], known: Repair) -> Repair:
         prefix, trained = self._prefix(proposal)
-        texts = [self._text((*prefix, *c.ids)) for c in completions]
+        texts = [decoded(self.tokenizer, (*prefix, *c.ids)) for c in completions]
         judged = self.verifier.verify([(item.target, text) for text in texts])
         right = [i for i, j in enumerate(judged) if j.verdict == "correct" and completions[i].ids]
         contexts = [(*item.prompt.ids, *prefix)] * len(right)
@@ -192,7 +192,7 @@ class Repairer:
         rescues, leaked = [], 0
         for i, logprobs in zip(right, plain, strict=True):
             completion = completions[i]
-            text = self._text(completion.ids)
+            text = decoded(self.tokenizer, completion.ids)
             head = text[: text.rfind("\\boxed")] if "\\boxed" in text else text
             before = len(self.tokenizer.encode(head, add_special_tokens=False))
             found = signals(
@@ -227,15 +227,12 @@ class Repairer:
             )
         return Repair(known.rescues + rescues, known.correct + len(right), known.leaked + leaked)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
 
 def judged_rollouts(
     prompt: Prompt, rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, verifier: Verifier
 ) -> list[Rollout]:
     """The rows of a group (ids without their end-of-sequence token) with their verdicts."""
-    texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in rows]
+    texts = [decoded(tokenizer, ids) for ids in rows]
     judged = verifier.verify([(prompt.answer, text) for text in texts])
     return [
         Rollout(prompt.id, f"{prompt.id}/{i}", tuple(ids), text, j.extracted, j.verdict, "stop", ())
