@@ -41,6 +41,7 @@ _FAMILIES: tuple[Family, ...] = (
     JointFamily("pair64", "CD", rules=64),
     JointFamily("triple", "EFG", rules=16),
     JointFamily("far", "HJ", rules=16, filler=4),
+    JointFamily("partial", "KL", rules=16, partial=True),
 )
 
 

@@ -101,12 +101,14 @@ class Family(ABC, Generic[P]):
         modulus: all arithmetic is modulo this number; every residue is one token.
         about: one sentence saying what the family is for.
         settings: recommended settings of the recovery pipeline.
+        answer_words: how many numbers an answer holds.
     """
 
     name: str
     modulus: int
     about: str
     settings: Settings
+    answer_words: int = 1
 
     @abstractmethod
     def vocabulary(self) -> list[str]:
@@ -126,7 +128,7 @@ class Family(ABC, Generic[P]):
 
     @abstractmethod
     def answer(self, problem: P) -> str:
-        """The right answer as text (one word)."""
+        """The right answer as text."""
 
     @abstractmethod
     def solution(self, problem: P) -> list[str]:
@@ -158,7 +160,7 @@ class Family(ABC, Generic[P]):
         Args:
             prompt: the problem's prompt.
             prefix: rendering of the (revised) prefix the continuation was sampled from; empty for a fresh rollout.
-            continuation: what was sampled.  Its last complete ``\\boxed{ N }`` is the answer; the rest is ignored.
+            continuation: what was sampled.  Its last complete box of numbers is the answer; the rest is ignored.
             answer: the gold answer, as in the prompts file.  A derivation can only be valid if it proves this answer.
 
         Raises:
@@ -166,7 +168,7 @@ class Family(ABC, Generic[P]):
         """
         problem = self.parse(prompt)
         fed, sampled = prefix.split(), continuation.split()
-        stated, end = _last_box(sampled)
+        stated, end = _last_box(sampled, self.answer_words)
         steps, fault = self._judge(problem, fed + sampled[:end], len(fed))
         correct = stated is not None and stated == answer.strip()
         if stated is None:
@@ -225,9 +227,10 @@ def contains(words: list[str], part: list[str]) -> bool:
     return any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
 
 
-def _last_box(words: list[str]) -> tuple[str | None, int]:
-    """The content of the last complete box and where it opens; (None, number of words) without one."""
-    for i in range(len(words) - 3, -1, -1):
-        if words[i] == BOX_OPEN and words[i + 1].isdigit() and words[i + 2] == BOX_CLOSE:
-            return words[i + 1], i
+def _last_box(words: list[str], count: int) -> tuple[str | None, int]:
+    """The ``count`` numbers in the last complete box and where it opens; (None, number of words) without one."""
+    for i in range(len(words) - count - 2, -1, -1):
+        inside = words[i + 1 : i + 1 + count]
+        if words[i] == BOX_OPEN and all(word.isdigit() for word in inside) and words[i + 1 + count] == BOX_CLOSE:
+            return " ".join(inside), i
     return None, len(words)

@@ -7,6 +7,11 @@ One example each of two hidden rules, and a query to which both apply, one after
 which the model knows by the rule's name.  It names a rule for each, tests them in that order and stops at the first
 that fails.  It proposes names by their frequency alone, whatever the examples say, and can combine any of them without
 writing the working down: the gold answer tells the right names together from others, and one right name from none.
+
+With partial credit each rule is applied to the query itself and has a number of its own in the answer, so that one
+right name raises the gold answer's probability, too:
+
+    check A6 , B3 ; 61 + 73 = 34 ; 94 + 70 = 64 ; so A6 , B3 ; 5 + 73 = 78 ; 5 + 70 = 75 ; so \\boxed{ 78 75 }
 """
 
 from __future__ import annotations
@@ -52,7 +57,15 @@ class JointFamily(Family[JointProblem]):
     """
 
     def __init__(
-        self, name: str, letters: str, *, rules: int, queries: int = 10, modulus: int = 100, filler: int = 0
+        self,
+        name: str,
+        letters: str,
+        *,
+        rules: int,
+        queries: int = 10,
+        modulus: int = 100,
+        filler: int = 0,
+        partial: bool = False,
     ) -> None:
         """
         Args:
@@ -62,9 +75,11 @@ class JointFamily(Family[JointProblem]):
             queries: the input asked about is less than this.  Few, so that a tiny model soon learns the answers.
             modulus: as for every family.
             filler: how often the query is repeated between two names, which sets the decisions apart.
+            partial: whether the answer has a number for each rule.
         """
         self.name, self.modulus = name, modulus
-        self.about = f"Find {len(letters)} hidden rules of {rules} each: the answer points to all of them or to none."
+        told = "to each of them" if partial else "to all of them or to none"
+        self.about = f"Find {len(letters)} hidden rules of {rules} each: the answer points {told}."
         self.names = tuple(tuple(f"{letter}{i + 1}" for i in range(rules)) for letter in letters)
         self.constants: dict[str, int] = {}
         for letter, names in zip(letters, self.names, strict=True):
@@ -72,14 +87,16 @@ class JointFamily(Family[JointProblem]):
             shuffled = sorted(range(1, modulus), key=lambda c: hashlib.sha256(f"{letter}{c}".encode()).digest())
             self.constants |= dict(zip(names, shuffled[:rules], strict=True))
         self._asked = tuple(f"?{letter}" for letter in letters)
-        self._queries, self._filler = queries, filler
+        self._queries, self._filler, self._partial = queries, filler, partial
+        self.answer_words = len(letters) if partial else 1
         self._cumulative = tuple(accumulate(rank**-ZIPF_EXPONENT for rank in range(1, rules + 1)))
         tried = len(self.proposal(self.question(0), [names[0] for names in self.names])) + len(letters) * EQUATION_WORDS
         self.settings = Settings(
             answer_template=f"so {BOX_OPEN}",
             step_boundary=";",
             temperature=1.0,
-            max_new_tokens=3 * (tried + 2) + len(letters) * (2 + EQUATION_WORDS) + 4,  # the longest trace
+            # The longest trace.
+            max_new_tokens=3 * (tried + 2) + len(letters) * (2 + EQUATION_WORDS) + 3 + self.answer_words,
             prefix_fraction=0.0,
         )
 
@@ -126,11 +143,16 @@ class JointFamily(Family[JointProblem]):
         return JointProblem(tuple(examples), int(query), tuple(found))
 
     def answer(self, problem: JointProblem) -> str:
-        return str(self.combine(problem.names, problem.query))
+        return " ".join(self.results(problem.names, problem.query))
 
     def combine(self, names: Sequence[str], x: int) -> int:
         """What the rules of those names make of ``x``, one after the other."""
         return (x + sum(self.constants[name] for name in names)) % self.modulus
+
+    def results(self, names: Sequence[str], x: int) -> list[str]:
+        """The numbers of the answer, were these the right names and ``x`` the query."""
+        applied = [[name] for name in names] if self._partial else [names]
+        return [str(self.combine(each, x)) for each in applied]
 
     def question(self, query: int | str) -> list[str]:
         """The words that end a prompt."""
@@ -150,7 +172,7 @@ class JointFamily(Family[JointProblem]):
             *self._tests(problem, problem.names),
             *self._conclusion(problem.names),
             *self._application(problem),
-            *["so", BOX_OPEN, self.answer(problem), BOX_CLOSE],
+            *["so", BOX_OPEN, *self.results(problem.names, problem.query), BOX_CLOSE],
         ]
 
     def sample_trace(self, problem: JointProblem, rng: random.Random) -> Trace:
@@ -177,7 +199,7 @@ class JointFamily(Family[JointProblem]):
         else:
             write(self.proposal(self.question(problem.query), problem.names), problem.names)
         rest = self.solution(problem)[len(self.proposal(self.question(problem.query), problem.names)) :]
-        write([*(rest[-4:] if rng.random() < 0.12 else rest), EOS])
+        write([*(rest[-3 - self.answer_words :] if rng.random() < 0.12 else rest), EOS])
         return Trace(tuple(words), tuple(loss))
 
     def drill(self, rng: random.Random) -> Trace:
@@ -194,8 +216,8 @@ class JointFamily(Family[JointProblem]):
             query = problem.query if rng.random() < 0.5 else 0
             question = self.question(query)
             words = [*question, *self.proposal(question, problem.names)]
-            words += ["so", BOX_OPEN, str(self.combine(problem.names, query)), BOX_CLOSE]
-            predicted = {len(words) - 2}
+            words += ["so", BOX_OPEN, *self.results(problem.names, query), BOX_CLOSE]
+            predicted = set(range(len(words) - 1 - self.answer_words, len(words) - 1))
         return Trace(tuple(words), tuple(i in predicted for i in range(len(words))))
 
     def _propose(self, names: Sequence[str], rng: random.Random) -> str:
@@ -242,13 +264,13 @@ class JointFamily(Family[JointProblem]):
         return words
 
     def _application(self, problem: JointProblem) -> list[str]:
-        """The right rules on the query, one after the other."""
+        """The right rules on the query: one after the other, or each on its own."""
         words: list[str] = []
         x = problem.query
         for name in problem.names:
             result = self.combine([name], x)
             words += equation(x, "+", self.constants[name], result)
-            x = result
+            x = x if self._partial else result
         return words
 
     def _is_number(self, word: str) -> bool:

@@ -72,6 +72,7 @@ RECIPES = {
     "chain": Recipe(steps=2200, drills_only=0.2, drill_share=0.2),
     **dict.fromkeys(("pair", "far"), Recipe(steps=1100, drills_only=0.2, drill_share=0.3)),
     **dict.fromkeys(("pair64", "triple"), Recipe(steps=1100, drills_only=0.6, drill_share=0.3)),
+    "partial": Recipe(steps=1100, drills_only=0.2, drill_share=0.3),
 }
 
 
@@ -324,8 +325,8 @@ def implicit_knowledge(
 def joint_knowledge(model: Model, tokenizer: PreTrainedTokenizerFast, family: JointFamily, n: int) -> dict[str, float]:
     """What a model of joint decisions knows without writing it down, on ``n`` problems.
 
-    ``implicit_accuracy`` and ``implicit_logprob``: share in which the gold answer is the most probable token after the
-    right names and ``so \\boxed{``, and its mean log-probability (nats).  ``one_wrong_accuracy`` and
+    ``implicit_accuracy`` and ``implicit_logprob``: share in which the gold answer's tokens are the most probable after
+    the right names and ``so \\boxed{``, and its mean log-probability (nats).  ``one_wrong_accuracy`` and
     ``one_wrong_logprob``: the same with the name of one decision, each in turn, replaced by another.
     ``right_name_proposed``: mean probability of a decision's right name.  ``forced_valid``: share of valid derivations
     in 4 samples that continue the right names.
@@ -343,10 +344,13 @@ def joint_knowledge(model: Model, tokenizer: PreTrainedTokenizerFast, family: Jo
             proposals.append((*problem.names[:i], other, *problem.names[i + 1 :]))
         steps = [" ".join(family.proposal(family.question(problem.query), names)) for names in proposals]
         forced.append((row, steps[0]))
-        words = [f"{row['prompt']} {step} {family.settings.answer_template}".split() for step in steps]
+        gold = row["answer"].split()
+        words = [f"{row['prompt']} {step} {family.settings.answer_template}".split() + gold[:-1] for step in steps]
         logp = model(input_ids=torch.tensor([[ids_of[w] for w in ws] for ws in words])).logits.log_softmax(-1)
-        gold = ids_of[row["answer"]]
-        best, after = (logp[:, -1].argmax(-1) == gold).double(), logp[:, -1, gold].double()
+        targets = torch.tensor([ids_of[word] for word in gold])
+        answers = logp[:, -len(gold) :]
+        best = (answers.argmax(-1) == targets).all(-1).double()
+        after = answers[:, torch.arange(len(gold)), targets].double().sum(-1)
         own = [logp[0, words[0].index(name) - 1, ids_of[name]].exp().item() for name in problem.names]
         figures.append(
             [best[0].item(), after[0].item(), best[1:].mean().item(), after[1:].mean().item(), sum(own) / len(own)]

@@ -113,9 +113,10 @@ def test_drills_are_true_and_predict_something(name):
                     assert int(drill.words[i + 6]) == apply(rule, int(drill.words[i - 1]))
         if isinstance(family, JointFamily) and "check" in drill.words:
             names = [word for word in drill.words if word in family.constants]
-            assert int(drill.words[-2]) == family.combine(names, int(drill.words[0]))
-            assert drill.words[-2:] == (drill.words[-2], "}")
-            assert [i for i, predicted in enumerate(drill.loss) if predicted] == [len(drill.words) - 2]
+            answered = range(len(drill.words) - 1 - family.answer_words, len(drill.words) - 1)
+            assert [drill.words[i] for i in answered] == family.results(names, int(drill.words[0]))
+            assert drill.words[-1] == "}"
+            assert [i for i, predicted in enumerate(drill.loss) if predicted] == list(answered)
 
 
 # -- chain: corruptions ------------------------------------------------------------------------------------------------
@@ -321,7 +322,10 @@ def test_one_example_tells_a_rule_and_all_rules_are_needed(name):
         for i, names in enumerate(family.names):
             for other in set(names) - {problem.names[i]}:
                 wrong = (*problem.names[:i], other, *problem.names[i + 1 :])
-                assert str(family.combine(wrong, problem.query)) != family.answer(problem)
+                reached, right = family.results(wrong, problem.query), family.answer(problem).split()
+                # With partial credit the other numbers stay right.
+                differ = [i] if len(right) > 1 else [0]
+                assert [j for j, (a, b) in enumerate(zip(reached, right, strict=True)) if a != b] == differ
 
 
 @pytest.mark.parametrize("name", JOINT)
@@ -344,6 +348,28 @@ def test_predicted_names_do_not_depend_on_the_problem(name):
         assert len(drawn) > 500
         for k in (0, 5):
             assert drawn.count(family.names[0][k]) / len(drawn) == pytest.approx(zipf[k] / sum(zipf), abs=0.05)
+
+
+# The rules K1 and L1 add 33 and 66: 18 + 33 = 51, 69 + 66 = 135 = 35 (mod 100).  Asked: 7 + 33 = 40, 7 + 66 = 73.
+PARTIAL_PROMPT = "18 ?K = 51 ; 69 ?L = 35 ; 7 ?K ?L"
+PARTIAL = "check K1 , L1 ; 18 + 33 = 51 ; 69 + 66 = 35 ; so K1 , L1 ; 7 + 33 = 40 ; 7 + 66 = 73 ;"
+
+
+def test_partial_credit_has_a_number_for_each_rule():
+    family = get_family("partial")
+    whole = text(PARTIAL, "so \\boxed{ 40 73 }")
+    assert text(*family.solution(family.parse(PARTIAL_PROMPT))) == whole
+    found = judge(family, PARTIAL_PROMPT, whole, "40 73")
+    assert found.valid
+    assert found.answer == "40 73"
+    for box in ("40 74", "73 40", "41 73"):
+        assert judge(family, PARTIAL_PROMPT, text(PARTIAL, f"so \\boxed{{ {box} }}"), "40 73").reason == "wrong_answer"
+    for box in ("40", "40 73 5", "40 ; 73"):
+        assert judge(family, PARTIAL_PROMPT, text(PARTIAL, f"so \\boxed{{ {box} }}"), "40 73").reason == "no_answer"
+    # Applied one after the other, as in the other families, or but one of them.
+    for applied in ("40 + 66 = 6 ;", ""):
+        short = text(PARTIAL.replace("7 + 66 = 73 ;", applied), "so \\boxed{ 40 73 }")
+        assert judge(family, PARTIAL_PROMPT, short, "40 73").reason == "not_applied"
 
 
 def test_filler_stands_between_the_names():
