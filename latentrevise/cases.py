@@ -69,7 +69,7 @@ def request_of(
     device = policy.device
     with torch.no_grad():
         fixed = policy.embedding(torch.tensor(prompt_ids, device=device))
-        revised = Mixture(mixture.ids.to(device), mixture.weights.to(device)).embed(policy.table)
+        revised = mixture.to(device).embed(policy.table)
     return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
 
 

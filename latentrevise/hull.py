@@ -8,6 +8,7 @@ the sparse record is our own decision).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,15 @@ class Mixture:
 
     def __getitem__(self, rows: slice | Tensor) -> Mixture:
         return Mixture(self.ids[rows], self.weights[rows], None if self.offset is None else self.offset[rows])
+
+    def behind(self, token_ids: Sequence[int]) -> Mixture:
+        """The same points, and those tokens themselves in front."""
+        tokens = torch.tensor(list(token_ids), dtype=torch.long, device=self.ids.device)
+        front = Mixture.from_tokens(tokens, self.ids.shape[1])
+        offset = self.offset
+        if offset is not None:
+            offset = torch.cat([offset.new_zeros(len(tokens), offset.shape[1]), offset])
+        return Mixture(torch.cat([front.ids, self.ids]), torch.cat([front.weights, self.weights]), offset)
 
     def to(self, device: torch.device | str) -> Mixture:
         offset = None if self.offset is None else self.offset.to(device)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from latentrevise.errors import ConfigError
 from latentrevise.revision import ReviseConfig
 from latentrevise.strategies.base import Choice, Cut, Proposal, Strategy, Tools, Work
+from latentrevise.strategies.beam import Beam
 from latentrevise.strategies.branching import Branching
 from latentrevise.strategies.candidates import ForkConfig
 from latentrevise.strategies.dart import Dart, DartConfig
 from latentrevise.strategies.explain import Explain, ExplainConfig
 from latentrevise.strategies.gcg import GCG, GCGConfig
 from latentrevise.strategies.hint import Hint, HintConfig
-from latentrevise.strategies.latent import Latent
+from latentrevise.strategies.latent import Latent, Window
 from latentrevise.strategies.pair import Pair, PairConfig, PairRandom
 from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
@@ -49,10 +50,14 @@ def _posterior() -> PivotConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategySettings:
-    """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'."""
+    """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'.
+
+    window: what the latent strategies revise, see ``Latent``.
+    """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
     latent_plausible: ReviseConfig = field(default_factory=_plausible)
+    window: Window = "prefix"
     forks: ForkConfig = field(default_factory=ForkConfig)
     pivot: PivotConfig = field(default_factory=PivotConfig)
     pivot_trie: PivotConfig = field(default_factory=_posterior)
@@ -64,14 +69,19 @@ class StrategySettings:
     dart: DartConfig = field(default_factory=DartConfig)
 
 
+def _latent(name: str, settings: StrategySettings, config: ReviseConfig) -> Latent:
+    return Latent(name, config, window=settings.window, forks=settings.forks)
+
+
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
-    "latent": lambda s: Latent("latent", s.latent),
-    "latent-plausible": lambda s: Latent("latent-plausible", s.latent_plausible),
-    "latent-gold": lambda s: Latent("latent-gold", replace(s.latent, beta=0.0)),
-    "latent-away": lambda s: Latent("latent-away", replace(s.latent, alpha=0.0), uses_answer=False),
-    "latent-random": lambda s: Latent("latent-random", replace(s.latent, solver="random")),
-    "latent-free": lambda s: Latent("latent-free", replace(s.latent, solver="unconstrained")),
-    "latent-softmax": lambda s: Latent("latent-softmax", s.latent_softmax),
+    "latent": lambda s: _latent("latent", s, s.latent),
+    "latent-plausible": lambda s: _latent("latent-plausible", s, s.latent_plausible),
+    "latent-window": lambda s: replace(_latent("latent-window", s, s.latent_plausible), window="entropy"),
+    "latent-gold": lambda s: _latent("latent-gold", s, replace(s.latent, beta=0.0)),
+    "latent-away": lambda s: replace(_latent("latent-away", s, replace(s.latent, alpha=0.0)), uses_answer=False),
+    "latent-random": lambda s: _latent("latent-random", s, replace(s.latent, solver="random")),
+    "latent-free": lambda s: _latent("latent-free", s, replace(s.latent, solver="unconstrained")),
+    "latent-softmax": lambda s: _latent("latent-softmax", s, s.latent_softmax),
     "explain": lambda s: Explain(s.explain),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
@@ -83,6 +93,7 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
     "pivot-pair": lambda s: Pair("pivot-pair", s.forks, s.pair),
     "pivot-pair-linear": lambda s: Pair("pivot-pair-linear", s.forks, replace(s.pair, exhaustive=0)),
+    "pivot-beam": lambda s: Beam("pivot-beam", s.forks, s.pair),
     "pair-random": lambda s: PairRandom("pair-random", s.forks, s.pair),
     "resample-prefix": lambda s: ResamplePrefix(),
     "resample": lambda s: Resample(),

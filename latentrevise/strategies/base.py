@@ -67,9 +67,14 @@ class Work:
     template_ids: tuple[int, ...]
     seed: int
 
-    def rollout(self, cut: Cut) -> FailedRollout:
+    def rollout(self, cut: Cut, kept_ids: Sequence[int] = ()) -> FailedRollout:
+        """What the reviser is given; ``kept_ids``, of the rollout before the cut's prefix, go with the prompt."""
         return FailedRollout(
-            self.prompt.ids, cut.prefix_ids, cut.continuation_ids, self.answer_ids, template_ids=self.template_ids
+            (*self.prompt.ids, *kept_ids),
+            cut.prefix_ids,
+            cut.continuation_ids,
+            self.answer_ids,
+            template_ids=self.template_ids,
         )
 
 
@@ -97,8 +102,9 @@ class Proposal:
     """Sample ``n`` continuations of the prompt and this prefix.
 
     plain_ids: the prefix as tokens (empty: from the prompt itself). mixture: what it was before rounding; it is what
-    is fed when ``latent``. parent and original_ids: the rollout that was revised, and its own prefix. greedy: continue
-    with the most probable token, so ``n`` is 1. context_ids: fed in place of the prompt, for a sample that is to be
+    is fed when ``latent``. kept: of a mixture's positions, the first ones that are the rollout's own tokens. parent and
+    original_ids: the rollout that was revised, and its own prefix. greedy: continue with the most probable token, so
+    ``n`` is 1. context_ids: fed in place of the prompt, for a sample that is to be
     drawn with more knowledge than the policy will have; it is judged and trained behind the prompt all the same.
     rounds: sample ``n`` so many times over, until one of them is verified correct. compute: what finding the proposal
     took; sampling from it is charged by the pipeline.
@@ -108,6 +114,7 @@ class Proposal:
     plain_ids: tuple[int, ...] = ()
     mixture: Mixture | None = None
     latent: bool = False
+    kept: int = 0
     parent: str | None = None
     original_ids: tuple[int, ...] = ()
     greedy: bool = False
@@ -121,7 +128,7 @@ class Proposal:
         """Tokens that no cache holds: of the prefix, all from the first one that differs from the rollout's own; a
         context's, and whatever stands behind it."""
         if self.latent or self.context_ids:
-            return len(self.context_ids) + len(self.plain_ids)
+            return len(self.context_ids) + len(self.plain_ids) - self.kept
         same = 0
         for a, b in zip(self.plain_ids, self.original_ids, strict=False):
             if a != b:

@@ -45,6 +45,7 @@ class PairConfig:
     be; it takes the place of ``forks.p_min``, since a combination may hold two rare tokens.
     exhaustive: score all combinations if there are no more. Otherwise rows: combinations of all decisions but the last
     that are tried, the most probable first; rescored: combinations that are scored, the best by their row's gradient.
+    beam: see ``Beam``, which knows no ``exhaustive``, ``rows`` and ``rescored``.
     marker: what the model writes when it finds its own step wrong ("wait", as it stands behind a step). With it, each
     value of the first decision is tried with the rest of the rollout's step as it was and one more step is written;
     only the ``marker_keep`` values behind which the marker is least probable remain. It reads no answer.
@@ -57,13 +58,14 @@ class PairConfig:
     exhaustive: int = 256
     rows: int = 256
     rescored: int = 64
+    beam: int = 4
     marker: str | None = None
     marker_keep: int = 4
 
     def __post_init__(self) -> None:
         if not 0.0 < self.p_min < 1.0:
             raise ConfigError(f"PairConfig.p_min = {self.p_min!r}: it must be in (0, 1)")
-        for name in ("decisions", "steps", "max_values", "rows", "rescored", "marker_keep"):
+        for name in ("decisions", "steps", "max_values", "rows", "rescored", "beam", "marker_keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"PairConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
 
