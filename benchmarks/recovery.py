@@ -37,6 +37,7 @@ from latentrevise.demo import Family, get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.run import demo_config
 from latentrevise.demo.train import model_for
+from latentrevise.errors import ConfigError
 from latentrevise.models import load_model
 from latentrevise.pipeline import Recovery
 from latentrevise.records import Verdict, atomic_write, read_records, write_json
@@ -46,10 +47,29 @@ from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.explain import ExplainConfig
 from latentrevise.strategies.pair import PairConfig
 
-FAMILIES = ("rule", "chain", "pair")
 
-# Runs that cost minutes a prompt on a CPU and are controls of each other are left to --strategies.
-QUICK = ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")
+@dataclass(frozen=True)
+class Plan:
+    """What a study runs where the command line does not say. models: training seeds. mined: prompts of a unit."""
+
+    families: tuple[str, ...]
+    models: tuple[int, ...]
+    seeds: tuple[int, ...]
+    mined: int
+    strategies: tuple[str, ...]
+
+
+PLANS = {
+    "recovery": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(names())),
+    "variants": Plan(
+        ("far", "triple", "pair64"),
+        (0,),
+        (0, 1),
+        32,
+        ("hint", "pivot-pair", "pivot-pair-linear", "pair-random", "pivot", "latent-plausible", "dart", "resample"),
+    ),
+    "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
+}
 
 
 @dataclass(frozen=True)
@@ -343,13 +363,19 @@ def publish(text: str, document: Path, study: str = "recovery") -> None:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks recovery``: see ``--help`` for the options it reads."""
     began = time.perf_counter()
-    quick = options.quick
-    chosen = options.families or (["rule"] if quick else list(FAMILIES))
-    models = options.models or ([0] if quick else [0, 1])
-    seeds = options.seeds or ([0] if quick else [0, 1, 2])
-    strategies = tuple(options.strategies or (QUICK if quick else names()))
+    name = "quick" if options.quick else "variants" if options.variants else "recovery"
+    plan = PLANS[name]
+    changed = [key for key in ("quick", "families", "models", "seeds", "mined", "strategies") if getattr(options, key)]
+    if options.publish and changed:
+        raise ConfigError(f"--publish puts a whole study into the documents; leave out --{', --'.join(changed)}, or it")
+    chosen, models, seeds = (
+        options.families or plan.families,
+        options.models or plan.models,
+        options.seeds or plan.seeds,
+    )
+    strategies = tuple(options.strategies or plan.strategies)
     units = [
-        Unit(family, model, seed, options.mined or (16 if quick else 32))
+        Unit(family, model, seed, options.mined or plan.mined)
         for seed in seeds
         for family in chosen
         for model in models
@@ -373,7 +399,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     }
     tables = "\n\n".join(table(family, pooled) for family, pooled in study.items())
     document = {
-        "name": "recovery",
+        "name": name,
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
@@ -390,10 +416,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     write_json(out / "recovery.json", document)
     if options.publish:
         root = Path(__file__).parent.parent
-        figure(study, root / "docs/figures/recovery.png")
-        if len(seeds) > 1:
-            guard_figure(study, root / "docs/figures/guards.png")
-        write_json(root / "benchmarks/results/recovery.json", document)
-        publish(tables, root / "docs/recovery.md")
-        publish(summary(study), root / "README.md")
+        figure(study, root / f"docs/figures/{name}.png")
+        write_json(root / f"benchmarks/results/{name}.json", document)
+        publish(tables, root / "docs/recovery.md", name)
+        if name == "recovery":
+            publish(summary(study), root / "README.md")
+            if len(seeds) > 1:
+                guard_figure(study, root / "docs/figures/guards.png")
     return document

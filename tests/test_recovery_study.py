@@ -8,6 +8,7 @@ from benchmarks import recovery
 from benchmarks.__main__ import main
 from latentrevise.audit import wilson
 from latentrevise.demo import get_family
+from latentrevise.errors import ConfigError
 from latentrevise.records import Verdict, write_records
 from latentrevise.rundir import RunDirectory
 from latentrevise.strategies.pair import PairConfig
@@ -102,6 +103,12 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
     page.write_text("no markers")
     with pytest.raises(ValueError, match="needs the lines"):
         recovery.publish("new", page)
+
+
+def test_a_part_of_a_study_is_not_published(tmp_path):
+    with pytest.raises(ConfigError, match="leave out --quick, --mined, or it"):
+        main(["recovery", "--quick", "--mined", "8", "--publish", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
