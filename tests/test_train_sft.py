@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from latentrevise.kernels.linear_logprob import blocked
+from torch.nn.functional import embedding
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -19,7 +20,7 @@ from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import trl_arguments
 from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, ordinary_rollouts, rendered, sft_dataset, train_sft
 from tests.test_exports import TOKENIZER, encode, learned, trajectory
-from tests.tiny import BOS, EOS, tiny_model
+from tests.tiny import BOS, EOS, PAD, tiny_model
 
 MODELS = {
     "tied": ("qwen3", {}),
@@ -57,6 +58,63 @@ def test_log_probs_and_gradients_are_those_of_trl(name, monkeypatch):
     assert torch.equal(ours.label_mask, theirs.label_mask)
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+def steps_into(loss, parameter):
+    """How many edges of the graph lead to the parameter: autograd holds a gradient of its size for each at once."""
+    edges, seen, todo = 0, set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        for step, _ in node.next_functions:
+            if step is not None:
+                edges += getattr(step, "variable", None) is parameter
+                if step not in seen:
+                    seen.add(step)
+                    todo.append(step)
+    return edges
+
+
+@pytest.mark.parametrize("unusual", [None, "scale_grad_by_freq", "twice", "frozen"])
+@pytest.mark.parametrize("name", ["tied", "softcap", "untied"])
+def test_the_uses_of_a_tied_table_share_a_gradient(name, unusual):
+    """Over two micro-batches, padding among the ids: what TRL's head gives, by one way into the table."""
+    ids = torch.randint(0, 97, (2, 3, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, :, 3:5] = PAD
+    theirs, ours = both(name)
+    assert ours.get_input_embeddings().padding_idx == PAD
+    for model in (theirs, ours):
+        rows = model.get_input_embeddings()
+        if unusual == "scale_grad_by_freq":
+            rows.scale_grad_by_freq = True
+        if unusual == "twice":
+            rows.register_forward_hook(lambda rows, ids, out: out + embedding(ids[0].flip(1), rows.weight))
+        if unusual == "frozen":
+            rows.weight.requires_grad_(False)
+        for batch in ids:
+            loss = model(input_ids=batch, labels=batch, fused_lm_head=True).loss
+            loss.backward()
+    one_way = {"scale_grad_by_freq": 2, "frozen": 0}.get(unusual, 1)
+    untied_ways = {"twice": 2, "frozen": 0}.get(unusual, 1)
+    assert steps_into(loss, ours.get_input_embeddings().weight) == (untied_ways if name == "untied" else one_way)
+    for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-5, msg=key)
+        else:
+            assert p.grad is q.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_tied_table_with_checkpoints(reentrant):
+    grads = []
+    for model in both("tied"):
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        ids = torch.arange(4, 28).view(2, 12)
+        model(input_ids=ids, labels=ids, fused_lm_head=True).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    for key, wanted in grads[0].items():
+        torch.testing.assert_close(grads[1][key], wanted, atol=1e-5, rtol=1e-5, msg=key)
 
 
 def test_the_plain_forward_is_untouched():

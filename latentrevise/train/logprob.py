@@ -2,7 +2,8 @@
 
 TRL's trainers call ``model(..., labels=labels, fused_lm_head=True)`` and read per-token log-probs, entropy and top-1
 hits from the result. This module answers that call with the package's kernels: one pass over the table a forward, no
-tile of logits, and with a frozen head a backward without any. The rest of the model, generation too, stays as it is.
+tile of logits, and with a frozen head a backward without any. Both uses of a tied table share one gradient of its size.
+The rest of the model, generation too, stays as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -62,17 +66,19 @@ def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metr
         if getattr(text, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         # Looked up at each call: adapters and FSDP2 change modules after this.
-        body = self.base_model(*args, **kwargs)
+        head = self.get_output_embeddings()
+        with _TiedTable(head) as table:
+            body = self.base_model(*args, **kwargs)
         hidden = body.last_hidden_state
         if shift_labels is None:
             assert labels is not None  # TRL gives one or the other
             hidden, targets = hidden[:, :-1], labels[:, 1:]
         else:
             targets = shift_labels
-        head = self.get_output_embeddings()
-        targets, hidden = targets.to(head.weight.device), hidden.to(head.weight.device)
+        weight = table.weight
+        targets, hidden = targets.to(weight.device), hidden.to(weight.device)
         mask = targets != IGNORED
-        logp, entropy, top = _head(hidden[mask], head, targets[mask], scale, softcap, temperature, metrics)
+        logp, entropy, top = _head(hidden[mask], weight, head.bias, targets[mask], scale, softcap, temperature, metrics)
         loss = -logp.sum() / (mask.sum().clamp(min=1) if items is None else items)
         balance = _balance(body, text, kwargs) if kwargs.get("output_router_logits") else None
         if balance is not None:
@@ -89,9 +95,71 @@ def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metr
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
+class _TiedTable(TorchFunctionMode):
+    """While the body runs: lookups in the head's own table, which then share one gradient with the head.
+
+    Autograd would hold a gradient of the table's size for each use until it adds them. Only ``embedding(ids, weight)``
+    itself is taken over, so whatever a model does to its embeddings (scales, adapters, checkpoints) stays its own. Any
+    other lookup (another or a frozen table, a DTensor, ``max_norm``, ``scale_grad_by_freq``, ``sparse``) goes as it is.
+    """
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self._head = head
+        self._table: Tensor | None = None
+        self._shared: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The table ``[V, d]`` for the next use of it: the head's weight, through the lookups there were."""
+        # Read at each use: FSDP2 gathers the table for the first lookup, and may have let go of it since.
+        weight = self._head.weight
+        return self._shared if weight is self._table else weight
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not embedding or args[1] is not self._head.weight:
+            return func(*args, **kwargs)
+        ids, table = args
+        unusual = any(kwargs.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+        if unusual or isinstance(table, DTensor) or not (table.requires_grad and torch.is_grad_enabled()):
+            return func(*args, **kwargs)
+        found, self._shared = _Lookup.apply(self.weight, ids, kwargs.get("padding_idx"))
+        self._table = table
+        return found
+
+
+class _Lookup(torch.autograd.Function):
+    """``(W[ids], W)``: the rows' gradients are added into the gradient that the later use of ``W`` gives."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, ids: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        ctx.padding_idx, ctx.vocab = padding_idx, len(W)
+        ctx.set_materialize_grads(False)
+        return embedding(ids, W), W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_W: Tensor | None) -> tuple[Tensor | None, None, None]:
+        (ids,) = ctx.saved_tensors
+        if grad_rows is None:
+            return grad_W, None, None
+        if grad_W is None:
+            grad_W = grad_rows.new_zeros(ctx.vocab, grad_rows.shape[-1])
+        # torch's own sums, which have an order, over a table of the ids that occur
+        seen, places = ids.unique(return_inverse=True)
+        sums = torch.ops.aten.embedding_dense_backward(grad_rows, places, len(seen), -1, False)
+        if ctx.padding_idx is not None:
+            sums[seen == ctx.padding_idx] = 0
+        # In place: made for this node alone, by `linear_logprob`, its cast or the lookup behind this one.
+        return grad_W.index_add_(0, seen, sums), None, None
+
+
 def _head(
     hidden: Tensor,
-    head: Any,
+    weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     scale: float,
     softcap: float | None,
@@ -99,7 +167,7 @@ def _head(
     metrics: tuple[str, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, entropy and top-1 hits of ``hidden [N, d]``, float32 (bool) ``[N]``."""
-    weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+    weight, bias = _whole(weight), None if bias is None else _whole(bias)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
