@@ -218,8 +218,9 @@ def _compare(gold: str, answer: str) -> bool | None:
         return False
     if " ".join(gold.split()) == " ".join(answer.split()):
         return True
-    a, b = _number(gold), _number(answer)
-    return None if a is None or b is None else a == b
+    # Numbers side by side are a list: read as LaTeX they were a product, and "3 0" the same as "5 0".
+    a, b = [_number(part) for part in gold.split()], [_number(part) for part in answer.split()]
+    return None if None in a or None in b or len(a) != len(b) else a == b
 
 
 def _number(text: str) -> Decimal | None:

@@ -47,6 +47,9 @@ def verifier():
         ("952", "the answer is 952", "wrong", None),
         ("952", "\\boxed{952", "wrong", None),
         ("952", "\\boxed{}", "wrong", ""),
+        ("34 1,071", "\\boxed{34.0 1071}", "correct", "34.0 1071"),
+        ("34 71", "\\boxed{ 71 34 }", "wrong", "71 34"),
+        ("3 0", "\\boxed{ 5 0 }", "wrong", "5 0"),
     ],
 )
 def test_texts_and_numbers_need_no_worker(gold, completion, verdict, extracted):
