@@ -19,6 +19,15 @@ Window = Literal["prefix", "entropy"]
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What of a rollout is revised: the cut's prefix, behind ``kept_ids``; and what finding it took."""
+
+    cut: Cut
+    kept_ids: tuple[int, ...] = ()
+    compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True)
 class Latent:
     """Revise each chosen failed rollout once; the samples are spread over the revised prefixes.
 
@@ -39,52 +48,51 @@ class Latent:
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         pairs = [(item, cut) for item in work for cut in item.cuts]
-        windows = [((), cut, Compute()) for _, cut in pairs] if self.window == "prefix" else self._windows(tools, pairs)
-        rollouts = [item.rollout(cut, kept) for (item, _), (kept, cut, _) in zip(pairs, windows, strict=True)]
-        found = zip(windows, Reviser(tools.policy, self.config).revise(rollouts), strict=True)
+        parts = [_Part(cut) for _, cut in pairs] if self.window == "prefix" else self._windows(tools, pairs)
+        rollouts = [item.rollout(part.cut, part.kept_ids) for (item, _), part in zip(pairs, parts, strict=True)]
+        found = zip(parts, Reviser(tools.policy, self.config).revise(rollouts), strict=True)
         proposals: list[list[Proposal]] = []
         for item in work:
             own = []
             for n in shares(samples, len(item.cuts)):
-                (kept, cut, compute), revision = next(found)
+                part, revision = next(found)
                 own.append(
                     Proposal(
                         n=n,
-                        plain_ids=(*kept, *revision.argmax_ids().tolist()),
-                        mixture=revision.mixture.behind(kept),
+                        plain_ids=(*part.kept_ids, *revision.argmax_ids().tolist()),
+                        mixture=revision.mixture.behind(part.kept_ids),
                         latent=self.config.rounding == "none",
-                        kept=len(kept),
-                        parent=cut.sample_id,
-                        original_ids=(*kept, *cut.prefix_ids),
-                        compute=revision.compute + compute,
+                        kept=len(part.kept_ids),
+                        parent=part.cut.sample_id,
+                        original_ids=(*part.kept_ids, *part.cut.prefix_ids),
+                        compute=revision.compute + part.compute,
                         trace=revision.trace,
                     )
                 )
             proposals.append(own)
         return proposals
 
-    def _windows(self, tools: Tools, pairs: Sequence[tuple[Work, Cut]]) -> list[tuple[tuple[int, ...], Cut, Compute]]:
-        """What is kept of each rollout, the rest cut behind the step to revise, and what finding that step took.
+    def _windows(self, tools: Tools, pairs: Sequence[tuple[Work, Cut]]) -> list[_Part]:
+        """The step of each rollout in which the policy is least sure.
 
         One pass over the rollout's reasoning, whose log-probs are recorded and whose entropies are not.
         """
         reader = Reader(tools, pairs[0][0].template_ids, self.forks.banned)
         rollouts = [(*cut.prefix_ids, *cut.continuation_ids) for _, cut in pairs]
-        looked_at = []
+        contexts = []
         for (item, _), ids in zip(pairs, rollouts, strict=True):
             # What failed keeps a token, whatever the window.
             end = min(reader.reasoning(ids), len(ids) - 1, self.forks.max_positions)
-            looked_at.append(ids[: max(1, min(end, room(tools, item, self.forks.step_tokens)))])
-        contexts = [(item.prompt.ids, ids) for (item, _), ids in zip(pairs, looked_at, strict=True)]
-        windows = []
-        for (_, cut), ids, part, reading in zip(
-            pairs, rollouts, looked_at, read(tools, contexts, self.forks.p_min, 1), strict=True
-        ):
-            at = max(range(len(part)), key=lambda i: reading.entropies[i])
-            start, end = _step_around(reader, part, at, self.forks.step_tokens)
+            end = min(end, room(tools, item, self.forks.step_tokens))
+            contexts.append((item.prompt.ids, ids[: max(end, 1)]))
+        readings = read(tools, contexts, self.forks.p_min, 1)
+        parts = []
+        for (_, cut), ids, (_, looked_at), reading in zip(pairs, rollouts, contexts, readings, strict=True):
+            at = max(range(len(looked_at)), key=reading.entropies.__getitem__)
+            start, end = _step_around(reader, looked_at, at, self.forks.step_tokens)
             revised = Cut(cut.sample_id, ids[start:end], ids[end:])
-            windows.append((ids[:start], revised, Compute(forward=len(part) - 1)))
-        return windows
+            parts.append(_Part(revised, ids[:start], Compute(forward=len(looked_at) - 1)))
+        return parts
 
 
 def _step_around(reader: Reader, ids: Sequence[int], at: int, step_tokens: int) -> tuple[int, int]:

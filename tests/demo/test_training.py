@@ -91,6 +91,23 @@ def test_initial_number_embeddings_share_digits():
     assert cosine(row[123], row[124], dim=0) > cosine(row[123], row[789], dim=0) + 0.3
 
 
+def test_what_a_model_knows_is_of_the_whole_answer():
+    """The log-probability of both numbers of *partial*, behind the right names."""
+    family = get_family("partial")
+    tokenizer = training.build_tokenizer(family)
+    model = training.build_model(family, tokenizer, seed=0).eval()
+    found = training.joint_knowledge(model, tokenizer, family, 3)
+    total = 0.0
+    for row in training.problems(family, 3, seed=1, mining=True):
+        named = family.solution(family.parse(row["prompt"]))[:5]
+        ids = tokenizer.encode(f"{row['prompt']} {' '.join(named)} so \\boxed{{ {row['answer']}")
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total += float(logprobs[-3, ids[-2]] + logprobs[-2, ids[-1]])
+    assert found["implicit_logprob"] == pytest.approx(total / 3, abs=1e-3)
+    assert found["implicit_accuracy"] == 0.0
+
+
 def test_diverging_training_stops_with_the_step():
     trainer = training.Trainer(get_family("rule"), SMALL, seed=0)
     with torch.no_grad():
