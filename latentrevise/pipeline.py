@@ -654,7 +654,6 @@ class Recovery:
             self.engine,
             self.tokenizer,
             self.config.sampling(1),
-            frozenset(self._boundary),
             self.config.token_budget,
             self.config.prefix_boundary,
         )

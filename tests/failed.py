@@ -14,8 +14,7 @@ from latentrevise.strategies import Cut, Tools, Work
 def tools_for(model, tokenizer, boundary=";", **sampling):
     """The tools of a run with that model and step boundary."""
     params = SamplingParams(**{"max_new_tokens": 40, **sampling})
-    ends = frozenset() if boundary is None else frozenset(tokenizer.encode(boundary, add_special_tokens=False))
-    return Tools(Policy(model, tokenizer), HFEngine(model, tokenizer), tokenizer, params, ends, 4096, boundary)
+    return Tools(Policy(model, tokenizer), HFEngine(model, tokenizer), tokenizer, params, 4096, boundary)
 
 
 def rollout(name, ids, tokenizer):

@@ -25,7 +25,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 @pytest.fixture(scope="module")
 def tools():
     model, tokenizer = tiny_model("qwen3", vocab=97, seed=3), tiny_tokenizer()
-    return Tools(Policy(model, tokenizer), HFEngine(model, tokenizer), tokenizer, SamplingParams(max_new_tokens=8))
+    params = SamplingParams(max_new_tokens=8)
+    return Tools(Policy(model, tokenizer), HFEngine(model, tokenizer), tokenizer, params, None, None)
 
 
 def piece(tokenizer, text="xyz", meta=None, target="9"):
@@ -52,14 +53,13 @@ def test_explain_is_told_the_answer_and_nothing_is_lost_to_braces(tools):
 def test_hints_end_behind_a_step_and_before_the_box(tools):
     encode = tools.tokenizer.encode
     solution = "abcdefgh\\boxed{9}"
-    step = frozenset(encode("c", add_special_tokens=False))
     strategy = build("hint", RecoverConfig(hint=HintConfig(fractions=(0.9, 0.25))))
     work = piece(tools.tokenizer, meta={"solution": solution})
     ((first, second),) = strategy.propose(tools, [work], 3)
     assert (first.n, second.n) == (2, 1), "the shorter hint gets the larger share"
     assert first.plain_ids == tuple(encode("ab", add_special_tokens=False))
     assert second.plain_ids == tuple(encode("abcdefg", add_special_tokens=False))
-    ((first, second),) = strategy.propose(dataclasses.replace(tools, boundary=step), [work], 3)
+    ((first, second),) = strategy.propose(dataclasses.replace(tools, boundary="c"), [work], 3)
     assert first.plain_ids == second.plain_ids == tuple(encode("abc", add_special_tokens=False))
     for meta in ({}, {"solution": "\\boxed{9}"}, {"solution": None}):
         with pytest.raises(InputError, match=r"prompt p has no reference solution.*hint\.column"):

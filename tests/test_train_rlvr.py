@@ -246,6 +246,20 @@ def test_a_prefix_that_was_not_fed_as_tokens_is_not_trained(tmp_path, verifier, 
     assert batch["tool_mask"][~batch["recovered"]].all()
 
 
+def test_a_strategy_is_told_where_steps_end(tmp_path, verifier, told, monkeypatch):
+    seen = []
+
+    class Asked(Told):
+        def propose(self, tools, work, samples):
+            seen.append(tools.boundary)
+            return super().propose(tools, work, samples)
+
+    monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Asked())
+    trained(tmp_path, verifier, RLVRSettings(repair=replace(told, prefix_boundary="}")), max_steps=1)
+    assert seen
+    assert set(seen) == {"}"}
+
+
 def test_groups_that_stay_dead_can_be_left_out(tmp_path, verifier):
     settings = replace(NOTHING, drop_unrescued=True, loss="nsr")
     trainer = trained(tmp_path, verifier, settings, max_steps=1)

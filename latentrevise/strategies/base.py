@@ -27,18 +27,16 @@ class Tools:
     """What a strategy works with, the same for all.
 
     policy: gradients, log-probs and branch scores. engine: samples, should finding a proposal need any. sampling: how
-    the run samples (temperature, lengths, stop strings), one sample a request. boundary: tokens that end a step; empty
-    where the run names none. token_budget: padded tokens in one batch of branch scores. boundary_text: the text that
-    makes them boundaries.
+    the run samples (temperature, lengths, stop strings), one sample a request. token_budget: padded tokens in one batch
+    of branch scores. boundary: the text that ends a step; None where the run names none.
     """
 
     policy: Policy
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     sampling: SamplingParams
-    boundary: frozenset[int] = frozenset()
-    token_budget: int | None = None
-    boundary_text: str | None = None
+    token_budget: int | None
+    boundary: str | None
 
 
 @dataclass(frozen=True)

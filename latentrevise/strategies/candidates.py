@@ -91,7 +91,7 @@ class Reader:
         self._template = frozenset(template_ids)
         self._texts: dict[int, str] = {}
         self._opener = next((text for token in template_ids if (text := self.text(token).strip())), None)
-        self.step_end = tools.boundary_text or "\n"
+        self.step_end = tools.boundary or "\n"
 
     def text(self, token: int) -> str:
         if token not in self._texts:

@@ -58,7 +58,9 @@ class Hint:
     def _prefixes(self, tools: Tools, prompt: Prompt, fractions: Sequence[float]) -> list[tuple[int, ...]]:
         text = self._solution(prompt)
         ids = tuple(tools.tokenizer.encode(text, add_special_tokens=False))
-        ends = [i + 1 for i, token in enumerate(ids) if token in tools.boundary] or list(range(1, len(ids) + 1))
+        every = range(1, len(ids) + 1)
+        step, decode = tools.boundary, tools.tokenizer.decode
+        ends = [end for end in every if step is not None and step in decode([ids[end - 1]])] or every
         return [ids[: min(ends, key=lambda end: (abs(end - f * len(ids)), end))] for f in fractions]
 
     def _solution(self, prompt: Prompt) -> str:

@@ -115,8 +115,8 @@ class Repairer:
             self.engine,
             self.tokenizer,
             self.sampling,
-            frozenset(self._boundary),
             self.settings.token_budget,
+            self.settings.prefix_boundary,
         )
         proposals = self._strategy.propose(tools, [work[i] for i in able], self.settings.samples) if able else []
         # Seeds by a proposal's place in its own group: which groups are repaired together changes nothing.
