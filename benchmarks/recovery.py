@@ -62,11 +62,14 @@ class Plan:
 PLANS = {
     "recovery": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(names())),
     "variants": Plan(
-        ("far", "triple", "pair64"),
+        ("far", "triple", "pair64", "partial"),
         (0,),
         (0, 1),
         32,
-        ("hint", "pivot-pair", "pivot-pair-linear", "pair-random", "pivot", "latent-plausible", "dart", "resample"),
+        (
+            *("hint", "pivot-pair", "pivot-pair-linear", "pair-random", "pivot-beam", "pivot"),
+            *("latent-plausible", "latent-window", "dart", "resample"),
+        ),
     ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
 }
