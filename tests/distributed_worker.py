@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -22,10 +23,12 @@ from trl import GRPOConfig, SFTConfig
 
 from latentrevise import strategies
 from latentrevise.engines import Request, SamplingParams
+from latentrevise.evaluate import EvalConfig
+from latentrevise.train import logprob
 from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_rlvr
 from latentrevise.train.settings import begin, trl_arguments
-from latentrevise.train.sft import LinearSFTTrainer
+from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, train_sft
 from latentrevise.verify import Judgement
 from tests.test_train_rlvr import ARGUMENTS, PROMPTS, TOKENIZER, UNGUARDED, Told, rows
 from tests.test_train_sft import rows as sft_rows
@@ -94,12 +97,27 @@ class Seeded(RecoveringGRPOTrainer):
 def sft(out: Path, processes: int) -> Any:
     trainer = LinearSFTTrainer(
         model=tiny_model(),
-        args=trl_arguments(SFTConfig, out, COMMON | {"per_device_train_batch_size": 4 // processes}),
+        args=trl_arguments(
+            SFTConfig, out, COMMON | {"per_device_train_batch_size": 2 // processes, "gradient_accumulation_steps": 2}
+        ),
         train_dataset=Dataset.from_list(sft_rows(12)),
         processing_class=TOKENIZER,
     )
-    trainer.train()
+    with mock.patch.object(logprob._Lookup, "apply", wraps=logprob._Lookup.apply) as lookups:
+        trainer.train()
+    assert lookups.call_count == 6  # the table is tied, and however it is sharded, its uses share one gradient
     return trainer
+
+
+def evaluated(out: Path, processes: int) -> Any:
+    """``train_sft`` that samples prompts before its first step, when no pass for training has placed the weights."""
+    every = {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True}
+    settings = SFTSettings(
+        holdout=4,
+        evaluation=EvalConfig(samples=2, k=(1, 2), max_new_tokens=8, resamples=10),
+        trainer=COMMON | every | {"per_device_train_batch_size": 4 // processes},
+    )
+    return train_sft(tiny_model(), TOKENIZER, sft_rows(16), out / "evaluated", settings, PROMPTS[:3])
 
 
 def rlvr(settings: RLVRSettings, **changes: Any) -> Callable[[Path, int], Any]:
@@ -154,6 +172,7 @@ def resumed(out: Path, processes: int) -> Any:
 
 CHECKS = {
     "sft": sft,
+    "evaluated": evaluated,
     "rlvr": rlvr(RLVRSettings(repair=REPAIR)),
     "rlvr-registry": rlvr(
         RLVRSettings(repair=REPAIR, advantages="onpolicy_baseline", loss="oreal", drop_unrescued=True), beta=0.0
@@ -170,6 +189,7 @@ def seen(trainer: Any, sharded: bool) -> dict[str, Any]:
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     return {
         "log": [e for e in trainer.state.log_history if "loss" in e],
+        "evaluations": [e for e in trainer.state.log_history if "eval_pass@1" in e],
         "weights": {n: p.detach().clone() for n, p in weights.items()},
         "batches": getattr(trainer, "batches", []),
     }

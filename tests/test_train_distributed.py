@@ -19,7 +19,7 @@ COMMANDS = {
     "ddp": f"{LAUNCH} --multi_gpu",
     "fsdp2": f"{LAUNCH} --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP",
 }
-CHECKS = ("sft", "rlvr", "rlvr-registry", "whole", "resumed")
+CHECKS = ("sft", "evaluated", "rlvr", "rlvr-registry", "whole", "resumed")
 # Not compared: times, and what TRL averages over micro-batches, whose rows it shuffles on each process.
 UNLIKE = {"entropy", "step_time", "time/revise_s"}
 
@@ -62,6 +62,8 @@ def test_two_processes_do_what_one_does(places, mode, check):
         assert set(names) <= set(b)
         for name in names:
             assert b[name] == (a[name] if a[name] is None else pytest.approx(a[name], abs=1e-5, rel=1e-5)), name
+    assert one["evaluations"] == two["evaluations"]
+    assert [e["step"] for e in one["evaluations"]] == ([0, 3] if check == "evaluated" else [])
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=1e-5, msg=name)
     assert len(one["batches"]) == len(two["batches"])

@@ -67,7 +67,7 @@ def linear_logprob(
         checks.ids_in_table("y", y, W.shape[0])
         module = implementation("linear_logprob", name)
         return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
-    gradient = "H" in call.needs_grad
+    gradient = call.needs_grad == {"H"}  # or else the backward pass has the scores anew, and dlogp/dH with them
     logp, entropies = _LinearLogprob.apply(H, W, y, bias, scale, softcap, temperature, entropy, gradient, name)
     return (logp, entropies) if entropy else logp
 
@@ -105,7 +105,7 @@ class _LinearLogprob(torch.autograd.Function):
         grad_H: Tensor | None = None
         grad_W: Tensor | None = None
         grad_bias: Tensor | None = None
-        if need_W or need_bias or grad_entropy is not None:
+        if need_W or need_bias or grad_entropy is not None or not len(gradients):
             scale, softcap, temperature = ctx.transform
             grad_H, grad_W, grad_bias = _backward(
                 H, W, y, bias, scale, softcap, temperature, logp, entropies if ctx.entropy else None,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of a block of scores, of which half a dozen are alive at once, and bounds for its rows of the table.
-SCORES, FEWEST, MOST = 2**22, 512, 8192
+# Elements of a block of scores, of which two (with an entropy half a dozen) are alive at once, and bounds for its rows
+# of the table.
+SCORES, FEWEST, MOST = 2**21, 512, 8192
 
 
 def backward(
@@ -43,10 +44,13 @@ def backward(
         if bias is not None:
             raw += bias[start:stop].float()
         z, slope = transform(raw, scale, softcap, temperature)
-        logps = z - lse[:, None]
-        p = logps.exp()
-        grad_z = -grad_logp[:, None] * p
-        if grad_entropy is not None and entropy is not None:
+        del raw
+        logps = z.sub_(lse[:, None])
+        if grad_entropy is None or entropy is None:
+            grad_z = logps.exp_().mul_(-grad_logp[:, None])
+        else:
+            p = logps.exp()
+            grad_z = -grad_logp[:, None] * p
             grad_z -= grad_entropy[:, None] * torch.where(p > 0, p * (logps + entropy[:, None]), 0)
         inside = (y >= start) & (y < stop)
         column = torch.where(inside, y - start, 0)[:, None]
