@@ -19,7 +19,7 @@ if __name__ != "kernels":
     from .dispatch import BackendError, Choice, available, explain, use_backend
     from .entropic_step import EntropicStep, entropic_step
     from .hull_step import HullStep, hull_step
-    from .linear_logprob import linear_logprob
+    from .linear_logprob import linear_logprob, table_gradient
     from .mixture_embed import mixture_embed
     from .plausible_vertices import plausible_vertices
     from .softmax_mixture import softmax_mixture
@@ -38,6 +38,7 @@ if __name__ != "kernels":
         "mixture_embed",
         "plausible_vertices",
         "softmax_mixture",
+        "table_gradient",
         "use_backend",
         "vertex_oracle",
     ]

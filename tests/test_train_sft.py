@@ -103,6 +103,27 @@ def test_the_uses_of_a_tied_table_share_a_gradient(name, unusual):
             assert p.grad is q.grad is None
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_tied_table_whose_entropy_counts(detached):
+    """Any function of log-probs and entropy, back twice, and where the rows looked up pass no gradient on."""
+    plain, ours = tiny_model(), tiny_model()
+    add_linear_logprob(ours, metrics=("entropy",))
+    ids = torch.arange(4, 28).view(2, 12)
+    for model in (plain, ours):
+        if detached:
+            model.get_input_embeddings().register_forward_hook(lambda rows, ids, out: out.detach())
+    logp = plain(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    own = logp.gather(2, ids[:, 1:, None])[..., 0]
+    (own.square().sum() + 2 * entropy.sum()).mul(2).backward()
+    out = ours(input_ids=ids, labels=ids, fused_lm_head=True)
+    loss = out.log_probs.square().sum() + 2 * out.entropy.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for (key, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=key)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_tied_table_with_checkpoints(reentrant):
     grads = []

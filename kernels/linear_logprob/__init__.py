@@ -109,7 +109,7 @@ class _LinearLogprob(torch.autograd.Function):
             scale, softcap, temperature = ctx.transform
             grad_H, grad_W, grad_bias = _backward(
                 H, W, y, bias, scale, softcap, temperature, logp, entropies if ctx.entropy else None,
-                torch.zeros_like(logp) if grad_logp is None else grad_logp, grad_entropy, need_W, need_bias
+                torch.zeros_like(logp) if grad_logp is None else grad_logp, grad_entropy, need_H, need_W, need_bias
             )  # fmt: skip
         elif need_H and grad_logp is not None:
             grad_H = grad_logp[:, None] * gradients
@@ -156,10 +156,10 @@ def _forward(
     return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy, gradient)
 
 
-def _fake_backward(H, W, y, bias, scale, softcap, temperature, logp, entropy, grad_logp, grad_entropy, need_W, need_bias):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    V, d = W.shape
+def _fake_backward(H, W, y, bias, scale, softcap, temperature, logp, entropy, grad_logp, grad_entropy, need_H, need_W, need_bias):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    (N, _), (V, d) = H.shape, W.shape
     return (
-        torch.empty(H.shape, dtype=torch.float32, device=H.device),
+        H.new_empty(N if need_H else 0, d, dtype=torch.float32),
         W.new_empty(V if need_W else 0, d),
         W.new_empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype),
     )
@@ -167,6 +167,35 @@ def _fake_backward(H, W, y, bias, scale, softcap, temperature, logp, entropy, gr
 
 _backward = register(
     f"linear_logprob_backward({_ARGUMENTS}, Tensor logp, Tensor? entropy, Tensor grad_logp, Tensor? grad_entropy, "
-    "bool need_W, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "bool need_H, bool need_W, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )(blocked.backward)
+
+
+def table_gradient(
+    H: Tensor,
+    W: Tensor,
+    y: Tensor,
+    logp: Tensor,
+    grad_logp: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    entropy: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+) -> Tensor:
+    """The gradient of ``W`` alone, for who calls ``linear_logprob`` on a detached ``W`` and wants it later.
+
+    Args:
+        H, W, y, bias, scale, softcap, temperature: as they were.
+        logp, entropy: ``[N]``, what they gave.
+        grad_logp, grad_entropy: ``[N]``, the loss's derivatives by these.
+
+    Returns:
+        ``[V, d]`` in the dtype of W. 4NVd operations.
+    """
+    return _backward(
+        H, W, y, bias, scale, softcap, temperature, logp, entropy, grad_logp, grad_entropy, False, True, False
+    )[1]  # fmt: skip

@@ -26,12 +26,14 @@ def backward(
     entropy: Tensor | None,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
+    need_H: bool,
     need_W: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dH [N, d] float32, dW [V, d] or [0, d], dbias [V] or [0])``, the latter two in the dtypes of W and bias."""
-    V, d = W.shape
-    queries, grad_H = H.float(), torch.zeros(H.shape, dtype=torch.float32, device=H.device)
+    """``(dH [N, d] float32, dW [V, d], dbias [V])``, the latter two in the dtypes of W and bias; no rows where not
+    needed."""
+    (N, _), (V, d) = H.shape, W.shape
+    queries, grad_H = H.float(), torch.zeros(N if need_H else 0, d, dtype=torch.float32, device=H.device)
     grad_W = torch.empty(V if need_W else 0, d, dtype=W.dtype, device=W.device)
     grad_bias = torch.empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype, device=W.device)
     target = _logits(queries, W, bias, scale, softcap, temperature, y)
@@ -60,7 +62,8 @@ def backward(
             exact = exact - grad_entropy * logp.exp() * (logp + entropy)
         grad_z.scatter_(1, column, torch.where(inside[:, None], exact[:, None], grad_z.gather(1, column)))
         grad_z *= slope
-        grad_H += grad_z @ rows
+        if need_H:
+            grad_H += grad_z @ rows
         if need_W:
             grad_W[start:stop] = grad_z.T @ queries
         if need_bias:

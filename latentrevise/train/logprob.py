@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
@@ -67,7 +69,7 @@ def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metr
             kwargs.setdefault("output_router_logits", True)
         # Looked up at each call: adapters and FSDP2 change modules after this.
         head = self.get_output_embeddings()
-        with _TiedTable(head) as table:
+        with _TiedTable(head, later=not any(isinstance(module, FSDPModule) for module in self.modules())) as table:
             body = self.base_model(*args, **kwargs)
         hidden = body.last_hidden_state
         if shift_labels is None:
@@ -75,10 +77,9 @@ def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metr
             hidden, targets = hidden[:, :-1], labels[:, 1:]
         else:
             targets = shift_labels
-        weight = table.weight
-        targets, hidden = targets.to(weight.device), hidden.to(weight.device)
+        targets, hidden = targets.to(head.weight.device), hidden.to(head.weight.device)
         mask = targets != IGNORED
-        logp, entropy, top = _head(hidden[mask], weight, head.bias, targets[mask], scale, softcap, temperature, metrics)
+        logp, entropy, top = _head(hidden[mask], table, head.bias, targets[mask], scale, softcap, temperature, metrics)
         loss = -logp.sum() / (mask.sum().clamp(min=1) if items is None else items)
         balance = _balance(body, text, kwargs) if kwargs.get("output_router_logits") else None
         if balance is not None:
@@ -98,16 +99,21 @@ def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metr
 class _TiedTable(TorchFunctionMode):
     """While the body runs: lookups in the head's own table, which then share one gradient with the head.
 
-    Autograd would hold a gradient of the table's size for each use until it adds them. Only ``embedding(ids, weight)``
-    itself is taken over, so whatever a model does to its embeddings (scales, adapters, checkpoints) stays its own. Any
-    other lookup (another or a frozen table, a DTensor, ``max_norm``, ``scale_grad_by_freq``, ``sparse``) goes as it is.
+    Autograd would hold a gradient of the table's size for each use until it adds them, and the head's all through the
+    body's backward pass, on top of every activation. Only ``embedding(ids, weight)`` itself is taken over, so whatever
+    a model does to its embeddings (scales, adapters, checkpoints) stays its own. Any other lookup (another or a frozen
+    table, a DTensor, ``max_norm``, ``scale_grad_by_freq``, ``sparse``) goes as it is.
+
+    later: make the head's gradient when the lookups' is there, the activations being gone. It needs the table then,
+    which FSDP2 may have let go of.
     """
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: Any, later: bool) -> None:
         super().__init__()
         self._head = head
         self._table: Tensor | None = None
         self._shared: Tensor
+        self._later = _Later() if later else None
 
     @property
     def weight(self) -> Tensor:
@@ -115,6 +121,11 @@ class _TiedTable(TorchFunctionMode):
         # Read at each use: FSDP2 gathers the table for the first lookup, and may have let go of it since.
         weight = self._head.weight
         return self._shared if weight is self._table else weight
+
+    @property
+    def later(self) -> _Later | None:
+        """Where the head leaves what the lookups make its gradient from; None where it is to make it itself."""
+        return None if self._table is None else self._later
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -124,27 +135,32 @@ class _TiedTable(TorchFunctionMode):
         unusual = any(kwargs.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
         if unusual or isinstance(table, DTensor) or not (table.requires_grad and torch.is_grad_enabled()):
             return func(*args, **kwargs)
-        found, self._shared = _Lookup.apply(self.weight, ids, kwargs.get("padding_idx"))
+        found, self._shared = _Lookup.apply(self.weight, ids, kwargs.get("padding_idx"), self._later)
         self._table = table
         return found
 
 
 class _Lookup(torch.autograd.Function):
-    """``(W[ids], W)``: the rows' gradients are added into the gradient that the later use of ``W`` gives."""
+    """``(W[ids], W)``: the rows' gradients are added into the gradient that the later use of ``W`` gives, or leaves to
+    be made."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, ids: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, W: Tensor, ids: Tensor, padding_idx: int | None, later: _Later | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(ids)
-        ctx.padding_idx, ctx.vocab = padding_idx, len(W)
+        ctx.padding_idx, ctx.vocab, ctx.later = padding_idx, len(W), later
         ctx.set_materialize_grads(False)
         return embedding(ids, W), W.view_as(W)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor | None, grad_W: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad_rows: Tensor | None, grad_W: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         (ids,) = ctx.saved_tensors
+        if ctx.later is not None and (made := ctx.later.gradient()) is not None:
+            grad_W = made if grad_W is None else grad_W.add_(made)
         if grad_rows is None:
-            return grad_W, None, None
+            return grad_W, None, None, None
         if grad_W is None:
             grad_W = grad_rows.new_zeros(ctx.vocab, grad_rows.shape[-1])
         # torch's own sums, which have an order, over a table of the ids that occur
@@ -153,12 +169,61 @@ class _Lookup(torch.autograd.Function):
         if ctx.padding_idx is not None:
             sums[seen == ctx.padding_idx] = 0
         # In place: made for this node alone, by `linear_logprob`, its cast or the lookup behind this one.
-        return grad_W.index_add_(0, seen, sums), None, None
+        return grad_W.index_add_(0, seen, sums), None, None, None
+
+
+class _Later:
+    """The head's gradient of a tied table, which its node leaves here and a lookup's node makes."""
+
+    make: Callable[[], Tensor] | None = None
+
+    def gradient(self) -> Tensor | None:
+        """It, once; None if the head has left none, or it is made already."""
+        make, self.make = self.make, None
+        return None if make is None else make()
+
+
+class _PutOff(torch.autograd.Function):
+    """``(logp, entropy)`` as they are; of the gradient of ``shared`` only how to make it is left behind.
+
+    shared: the table's view from its last lookup, whose node hence runs after this one, whether or not the rows that it
+    looked up have a gradient. weight: the same as the head used it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        later: _Later,
+        transform: dict[str, Any],
+        shared: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        logp: Tensor,
+        entropy: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(hidden, weight, targets, bias, logp, entropy)
+        ctx.later, ctx.transform, ctx.dtype = later, transform, shared.dtype
+        ctx.set_materialize_grads(False)
+        return logp.view_as(logp), None if entropy is None else entropy.view_as(entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, bias, logp, entropy = ctx.saved_tensors
+        if grad_logp is not None or grad_entropy is not None:
+            coefficients = torch.zeros_like(logp) if grad_logp is None else grad_logp
+            ctx.later.make = lambda: kernels.table_gradient(
+                hidden, weight, targets, logp, coefficients,
+                bias=bias, entropy=entropy, grad_entropy=grad_entropy, **ctx.transform,
+            ).to(ctx.dtype)  # fmt: skip
+        return *[None] * 7, grad_logp, grad_entropy
 
 
 def _head(
     hidden: Tensor,
-    weight: Tensor,
+    table: _TiedTable,
     bias: Tensor | None,
     targets: Tensor,
     scale: float,
@@ -167,22 +232,19 @@ def _head(
     metrics: tuple[str, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, entropy and top-1 hits of ``hidden [N, d]``, float32 (bool) ``[N]``."""
-    weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    weight, bias = _whole(table.weight), None if bias is None else _whole(bias)
+    # Of other dtypes linear_logprob's own gradient is not the blocked one.
+    shared, later = weight, table.later if hidden.dtype in (torch.float32, torch.bfloat16) else None
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     hidden = hidden.contiguous()
-    found = kernels.linear_logprob(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        entropy="entropy" in metrics,
-    )
+    weight = weight if later is None else weight.detach()
+    transform: dict[str, Any] = {"scale": scale, "softcap": softcap, "temperature": temperature}
+    found = kernels.linear_logprob(hidden, weight, targets, bias=bias, entropy="entropy" in metrics, **transform)
     logp, entropy = found if isinstance(found, tuple) else (found, None)
+    if later is not None:
+        logp, entropy = _PutOff.apply(later, transform, shared, hidden.detach(), weight, targets, bias, logp, entropy)
     return logp, entropy, _top1(hidden, weight, bias, targets) if "is_top1" in metrics else None
 
 

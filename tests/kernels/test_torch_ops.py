@@ -41,7 +41,7 @@ def cases() -> dict[str, tuple]:
         "vertex_oracle": (G, E, None, None, None, None, None),
         "plausible_vertices": (G, E, -4.0, 5, None, 1.0, None, 1.0, None, None),
         "linear_logprob": (G, E, y, None, 1.0, 5.0, 1.0, True, True, "cpu"),
-        "linear_logprob_backward": (G, E, y, None, 1.0, 5.0, 1.0, logp, entropy, logp, entropy, True, True),
+        "linear_logprob_backward": (G, E, y, None, 1.0, 5.0, 1.0, logp, entropy, logp, entropy, True, True, True),
         "mixture_embed": (ids, weights, E, "cpu"),
         "mixture_embed_backward": (ids, G, E, "cpu"),
         "softmax_mixture": (theta, E, 0.7, "cpu"),
