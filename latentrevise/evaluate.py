@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from latentrevise.audit import pass_at_k
 from latentrevise.data import Chat, load_prompts
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, InputError
+from latentrevise.models import sharded
 from latentrevise.records import Prompt, Rollout, RowError, decoded, row_seed, write_json, write_jsonl, write_records
 from latentrevise.verdicts import load_checker
 from latentrevise.verify import Verifier
@@ -260,16 +261,19 @@ class Evaluates:
             metrics.update(own)
         return metrics
 
+    @property
+    def _base(self) -> PreTrainedModel:
+        """The model below wrappers and adapters (which act on it in place)."""
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
+
     def _sampled(self) -> dict[str, Any]:
         from accelerate.utils import gather_object
-        from torch.distributed.fsdp import FSDPModule
 
         accelerator = self.accelerator  # type: ignore[attr-defined]
-        model = accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         # A pass through sharded weights takes all processes, so there each does all the work.
-        sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-        count = 1 if sharded else accelerator.num_processes
-        own = list(self._evaluated[0 if sharded else accelerator.process_index :: count])
-        scores, _ = evaluate(model, self.processing_class, own, self._evaluation)  # type: ignore[attr-defined]
+        together = sharded(self._base)
+        count = 1 if together else accelerator.num_processes
+        own = list(self._evaluated[0 if together else accelerator.process_index :: count])
+        scores, _ = evaluate(self._base, self.processing_class, own, self._evaluation)  # type: ignore[attr-defined]
         return summary(scores if count == 1 else gather_object(scores), self._evaluation)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from latentrevise.errors import ModelError
 
@@ -65,6 +66,11 @@ def load_model(
     place = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     model.to(torch.device(place))  # type: ignore[arg-type]  # the wrapper around it hides its signature
     return model.eval(), tokenizer
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether the weights are spread over the processes by FSDP2."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +25,7 @@ from latentrevise import kernels
 from latentrevise.branches import Branch, BranchScores, score_branches
 from latentrevise.errors import InputError, ModelError
 from latentrevise.lean import Widened, activations_made_again, release, slow
-from latentrevise.models import check_model, input_embedding
+from latentrevise.models import check_model, input_embedding, sharded
 from latentrevise.packing import PAD, PREFIX, bucket, visible
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ class Policy:
         self._check_attention()
         self._check_forward()
         # Under FSDP2 parameters are gathered by hooks on the root, so the pass must go through it.
-        self._whole_model = any(isinstance(module, FSDPModule) for module in model.modules())
+        self._whole_model = sharded(model)
         self._derived: list[tuple[Tensor, Callable[[], Tensor]]] = []
         # A GPU gains from shapes that repeat (allocation, choice of kernels); on a CPU padding costs what tokens cost.
         self.buckets = self.device.type == "cuda"

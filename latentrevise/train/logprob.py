@@ -17,7 +17,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
@@ -26,6 +25,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from latentrevise import kernels
 from latentrevise.errors import ConfigError, ModelError
+from latentrevise.models import sharded
 from latentrevise.policy import logit_transforms
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def add_linear_logprob(model: PreTrainedModel, *, temperature: float = 1.0, metr
             kwargs.setdefault("output_router_logits", True)
         # Looked up at each call: adapters and FSDP2 change modules after this.
         head = self.get_output_embeddings()
-        with _TiedTable(head, later=not any(isinstance(module, FSDPModule) for module in self.modules())) as table:
+        with _TiedTable(head, later=not sharded(self)) as table:
             body = self.base_model(*args, **kwargs)
         hidden = body.last_hidden_state
         if shift_labels is None:

@@ -18,12 +18,12 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from trl import GRPOConfig, GRPOTrainer
 
 from latentrevise.engines import Engine, HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.evaluate import EvalConfig, Evaluates
+from latentrevise.models import sharded
 from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Rollout, VerdictName, row_seed
 from latentrevise.train import losses
@@ -124,17 +124,6 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         if self.ref_model is not None:
             add_linear_logprob(self.accelerator.unwrap_model(self.ref_model), temperature=temperature)
 
-    @property
-    def _base(self) -> PreTrainedModel:
-        """The model below wrappers and adapters (which act on it in place)."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-    @property
-    def _sharded(self) -> bool:
-        """Whether the weights are spread over the processes by FSDP2."""
-        return any(isinstance(module, FSDPModule) for module in self._base.modules())
-
     # The generation batch
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -233,8 +222,9 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         """The repairs of all groups, each made by one process and told to all."""
         repairer = self._ready()
         # A pass through sharded weights takes all processes, so there each does all the work.
-        count = 1 if self._sharded else self.accelerator.num_processes
-        own = range(0 if self._sharded else self.accelerator.process_index, len(work), count)
+        together = sharded(self._base)
+        count = 1 if together else self.accelerator.num_processes
+        own = range(0 if together else self.accelerator.process_index, len(work), count)
         found, seconds = repairer.repair([(*work[i], row_seed(seed, i)) for i in own])
         repairer.engine.sleep()
         told = list(zip(own, found, strict=True))
@@ -245,7 +235,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     def _ready(self) -> Repairer:
         """The repairer, made when the first group needs one: the model is wrapped and placed by then."""
         if self._repairer is None:
-            if self._sharded:
+            if sharded(self._base):
                 # FSDP2 takes the first module that runs for the root; a repair runs parts of the model.
                 model = self.accelerator.unwrap_model(self.model)
                 with torch.no_grad():

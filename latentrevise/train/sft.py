@@ -79,8 +79,7 @@ class LinearSFTTrainer(Evaluates, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model = self.accelerator.unwrap_model(self.model)
-        add_linear_logprob(model.get_base_model() if hasattr(model, "get_base_model") else model, metrics=METRICS)
+        add_linear_logprob(self._base, metrics=METRICS)
 
 
 def sft_dataset(run: str | os.PathLike[str], settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> list[Row]:

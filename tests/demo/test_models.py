@@ -99,7 +99,8 @@ def test_rule_model_misses_most_uniform_prompts(bundled):
 def test_pair_model_knows_pairs_but_seldom_proposes_them(bundled):
     """The right names give the answer away, one right name does not, and behind the right names the model seldom fails.
 
-    The last was 0.82 while frequent names were nearly always wrong ones in training.
+    The last was 0.82 while frequent names were nearly always wrong ones in training, 0.89 while half of the traces
+    tried other names first.
     """
     family = get_family("pair")
     found = training.joint_knowledge(*bundled["pair"], family, 48)
@@ -116,7 +117,7 @@ def test_pair_model_knows_pairs_but_seldom_proposes_them(bundled):
         family.check(row["prompt"], step, tokenizer.decode(completion.ids), row["answer"]).valid
         for row, step, (completion,) in zip(rows, steps, greedy, strict=True)
     ]
-    assert sum(valid) / len(valid) >= 0.85
+    assert sum(valid) / len(valid) >= 0.95
 
 
 def test_a_model_that_is_not_bundled_is_refused():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from latentrevise.kernels import linear_logprob
+from latentrevise.kernels import linear_logprob, table_gradient
 
 OP = "linear_logprob"
 
@@ -79,6 +79,23 @@ def test_gradients_of_entropy_table_and_bias(backend, device, rng, with_bias, tr
     (c * logp + e * entropy).sum().backward()
     for a, b in zip(mine, exact, strict=True):
         assert (a.grad.double() - b.grad).norm() <= 2e-5 * b.grad.norm()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_tables_gradient_made_later(backend, device, rng, transform):
+    """What ``linear_logprob`` gives a table that needs a gradient, bit by bit, from its log-probs of a detached one."""
+    H, W = rand(rng, device, 5, 17).requires_grad_(), rand(rng, device, 131, 17).requires_grad_()
+    bias, y = rand(rng, device, 131), torch.randint(131, (5,), generator=rng, device=device)
+    c, e = rand(rng, device, 5), rand(rng, device, 5)
+    logp, entropy = linear_logprob(H, W, y, bias=bias, entropy=True, backend=backend, **transform)
+    (c * logp + e * entropy).sum().backward()
+    later = table_gradient(
+        H.detach(), W.detach(), y, logp.detach(), c, bias=bias, entropy=entropy.detach(), grad_entropy=e, **transform
+    )
+    if backend == "reference":  # whose gradient is autograd's
+        torch.testing.assert_close(later, W.grad, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(later, W.grad)
 
 
 def test_only_what_needs_a_gradient_gets_one(backend, device, rng):
