@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
     study.add_argument(
-        "--variants", action="store_true", help="recovery: the harder families instead (far, triple, pair64, partial)"
+        "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
     )
     study.add_argument("--families", nargs="+", help="task families; none: the study's own")
     study.add_argument("--strategies", nargs="+", help="recovery; none: the study's own")

@@ -62,7 +62,7 @@ class Plan:
 PLANS = {
     "recovery": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(names())),
     "variants": Plan(
-        ("far", "triple", "pair64", "partial"),
+        ("far", "pair64", "partial"),
         (0,),
         (0, 1),
         32,
