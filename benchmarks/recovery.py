@@ -64,8 +64,8 @@ PLANS = {
     "variants": Plan(
         ("far", "pair64", "partial"),
         (0,),
-        (0, 1),
-        32,
+        (0,),
+        48,
         (
             *("hint", "pivot-pair", "pivot-pair-linear", "pair-random", "pivot-beam", "pivot"),
             *("latent-plausible", "latent-window", "dart", "resample"),
