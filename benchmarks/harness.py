@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -28,6 +28,14 @@ Thunk = Callable[[], object]
 
 class Absent(Exception):
     """An implementation that cannot run here; the message says why."""
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command as anyone would give it: without where its results went."""
+    places = ("--out", "--json")
+    before = ("", *words)
+    kept = [w for w, last in zip(words, before, strict=False) if not w.startswith(places) and last not in places]
+    return shlex.join(["python", "-m", "benchmarks", *kept])
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Report:
         versions["os"] = platform.platform()
         return cls(
             name=name,
-            command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+            command=command_line(sys.argv[1:]),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             device=describe(device),
             threads=torch.get_num_threads(),

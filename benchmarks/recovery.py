@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import harness
 from latentrevise.audit import GUARDS, guard_trade_off, wilson
 from latentrevise.demo import Family, get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
@@ -352,6 +352,13 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
             drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
+def refuse_part(options: argparse.Namespace) -> None:
+    """Raise ConfigError where ``--publish`` would put less than a whole study into the documents."""
+    changed = [key for key in ("quick", "families", "models", "seeds", "mined", "strategies") if getattr(options, key)]
+    if options.publish and changed:
+        raise ConfigError(f"--publish puts a whole study into the documents; leave out --{', --'.join(changed)}, or it")
+
+
 def publish(text: str, document: Path, study: str = "recovery") -> None:
     """Replace what stands between the study's markers in a document."""
     begin, end = f"<!-- {study} study: begin -->", f"<!-- {study} study: end -->"
@@ -368,9 +375,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     name = "quick" if options.quick else "variants" if options.variants else "recovery"
     plan = PLANS[name]
-    changed = [key for key in ("quick", "families", "models", "seeds", "mined", "strategies") if getattr(options, key)]
-    if options.publish and changed:
-        raise ConfigError(f"--publish puts a whole study into the documents; leave out --{', --'.join(changed)}, or it")
+    refuse_part(options)
     chosen, models, seeds = (
         options.families or plan.families,
         options.models or plan.models,
@@ -403,7 +408,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     tables = "\n\n".join(table(family, pooled) for family, pooled in study.items())
     document = {
         "name": name,
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": harness.command_line(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "latentrevise")},

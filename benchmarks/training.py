@@ -26,7 +26,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -44,7 +43,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.recovery import publish
+from benchmarks import harness
+from benchmarks.recovery import publish, refuse_part
 from latentrevise.audit import GuardConfig, pass_at_k
 from latentrevise.data import load_prompts
 from latentrevise.demo import get_family, make_prompts, model_dir
@@ -369,6 +369,7 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks training``: see ``--help`` for the options it reads."""
+    refuse_part(options)
     quick, out, sizes = options.quick, options.out, QUICK if options.quick else Sizes()
     sizes = replace(sizes, mined=options.mined or sizes.mined)
     chosen = options.families or (["rule"] if quick else list(FAMILIES))
@@ -402,7 +403,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     tables = "\n\n".join(table(family, pooled, sizes) for family, pooled in study.items())
     document = {
         "name": "training",
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": harness.command_line(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "latentrevise")},

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import recovery
+from benchmarks import harness, recovery
 from benchmarks.__main__ import main
 from latentrevise.audit import wilson
 from latentrevise.demo import get_family
@@ -106,9 +106,15 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
 
 
 def test_a_part_of_a_study_is_not_published(tmp_path):
-    with pytest.raises(ConfigError, match="leave out --quick, --mined, or it"):
-        main(["recovery", "--quick", "--mined", "8", "--publish", "--out", str(tmp_path)])
+    for name in ("recovery", "training"):
+        with pytest.raises(ConfigError, match="leave out --quick, --mined, or it"):
+            main([name, "--quick", "--mined", "8", "--publish", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_results_do_not_say_where_they_went():
+    words = ["training", "--out", "/a b", "--publish", "--json=x.json", "--json", "y.json", "--T", "16"]
+    assert harness.command_line(words) == "python -m benchmarks training --publish --T 16"
 
 
 def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):

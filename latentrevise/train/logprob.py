@@ -233,12 +233,13 @@ def _head(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, entropy and top-1 hits of ``hidden [N, d]``, float32 (bool) ``[N]``."""
     weight, bias = _whole(table.weight), None if bias is None else _whole(bias)
-    # Of other dtypes linear_logprob's own gradient is not the blocked one.
-    shared, later = weight, table.later if hidden.dtype in (torch.float32, torch.bfloat16) else None
+    shared = weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     hidden = hidden.contiguous()
+    # Of other dtypes linear_logprob's own gradient is not the blocked one.
+    later = table.later if hidden.dtype in (torch.float32, torch.bfloat16) else None
     weight = weight if later is None else weight.detach()
     transform: dict[str, Any] = {"scale": scale, "softcap": softcap, "temperature": temperature}
     found = kernels.linear_logprob(hidden, weight, targets, bias=bias, entropy="entropy" in metrics, **transform)
