@@ -1,4 +1,4 @@
-"""Several decisions changed at once: exact scores, the ranking by row, the model's own check, the random control, the beam."""
+"""Several decisions changed at once: exact scores, the ranking by row, the self-check, the random control, the beam."""
 
 import math
 from dataclasses import replace
