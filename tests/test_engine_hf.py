@@ -99,6 +99,34 @@ def test_the_size_of_batches_changes_no_token():
     assert tokens(HFEngine(model, token_budget=1)) == together
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_requests_of_different_limits_are_one_batch(temperature):
+    """Each ends at its own limit, with the tokens it has alone; no position lies beyond the model's last one."""
+    model = never_ends(tiny_model(seed=1, max_position_embeddings=48))
+    rows = prompts(6)
+    rows[2] = [5] * 44
+    requests, limits = [Request(ids, seed=i) for i, ids in enumerate(rows)], [9, 24, 4, 9, 10, 9]
+    params = [SamplingParams(n=1 + i % 2, temperature=temperature, max_new_tokens=m) for i, m in enumerate(limits)]
+    engine = HFEngine(model)
+    alone = [engine.generate([r], p)[0] for r, p in zip(requests, params, strict=True)]
+    widths, highest, plain, seen = [], [], model.forward, []
+
+    def watched(*args, **inputs):
+        widths.append(len(inputs["position_ids"]))
+        highest.append(int(inputs["position_ids"].max()))
+        return plain(*args, **inputs)
+
+    model.forward = watched
+    found = engine.generate(requests, params, lambda *now: seen.append(now))
+    assert [[c.ids for c in own] for own in found] == [[c.ids for c in own] for own in alone]
+    assert [{len(c.ids) for c in own} for own in found] == [{m} for m in limits]
+    assert {c.finish_reason for own in found for c in own} == {"length"}
+    assert len(widths) == max(limits)  # a pass for all prompts, then one a step
+    assert (widths[0], widths[8], widths[-1]) == (6, 9, 2)  # one line runs along: dropping it is a copy of the others
+    assert max(highest) == 47
+    assert [sum(part) for part in zip(*seen, strict=True)] == [9, sum(p.n * p.max_new_tokens for p in params)]
+
+
 def test_dropout_is_off_while_sampling():
     """And the mode comes back when the call fails."""
     model = tiny_model(seed=1, attention_dropout=0.9).train()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise.engines.base import (
@@ -93,14 +93,16 @@ class HFEngine:
         groups: dict[SamplingParams, list[_Row]] = {}
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
             seed = request.seed if request.seed is not None else row_seed(p.seed, index)
-            rows = groups.setdefault(replace(p, n=1, seed=0), [])
-            rows.extend(_Row(index, sample, row_seed(seed, sample), request.length) for sample in range(p.n))
+            rows = groups.setdefault(replace(p, n=1, seed=0, max_new_tokens=1), [])
+            rows.extend(
+                _Row(index, sample, row_seed(seed, sample), request.length, p.max_new_tokens) for sample in range(p.n)
+            )
 
         done: dict[tuple[int, int], Completion] = {}
         with evaluating(self.model), torch.inference_mode():
             for shared, rows in groups.items():
                 # The longest first: if memory does not suffice, it is known at once.
-                rows.sort(key=lambda row: (-row.length, row.request, row.sample))
+                rows.sort(key=lambda row: (-row.length, -row.most, row.request, row.sample))
                 for batch, completions in self._batches(requests, rows, shared, progress):
                     for row, completion in zip(batch, completions, strict=True):
                         done[row.request, row.sample] = completion
@@ -119,8 +121,7 @@ class HFEngine:
     ) -> Iterator[tuple[list[_Row], list[Completion]]]:
         max_rows, position = self.max_rows, 0
         while position < len(rows):
-            size = max(1, min(max_rows, self.token_budget // (rows[position].length + params.max_new_tokens)))
-            batch = rows[position : position + size]
+            batch = self._fitting(rows[position : position + max_rows])
             reported = [0, 0]
             try:
                 completions = self._sample(requests, batch, params, progress, reported)
@@ -129,7 +130,7 @@ class HFEngine:
                     raise
                 if len(batch) == 1:
                     raise RunError(
-                        f"memory does not suffice for one sequence of {batch[0].length} + {params.max_new_tokens}"
+                        f"memory does not suffice for one sequence of {batch[0].length} + {batch[0].most}"
                         " tokens; lower max_new_tokens, load the model in bfloat16, or use a larger machine"
                     ) from error
                 max_rows = len(batch) // 2
@@ -142,6 +143,15 @@ class HFEngine:
                 progress(-reported[0], -reported[1])
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _fitting(self, rows: Sequence[_Row]) -> list[_Row]:
+        """As many of the first rows as the budget holds, padded to the longest prompt and the highest limit."""
+        most = 0
+        for count, row in enumerate(rows, 1):
+            most = max(most, row.most)
+            if count > 1 and count * (rows[0].length + most) > self.token_budget:
+                return list(rows[: count - 1])
+        return list(rows)
 
     def _sample(
         self,
@@ -160,12 +170,13 @@ class HFEngine:
         mask = None if mask is None else mask[parents]
         cache.batch_select_indices(parents)
 
-        count, steps = len(batch), params.max_new_tokens
+        most = torch.tensor([row.most for row in batch], device=device)
+        count, steps = len(batch), max(row.most for row in batch)
         ids = torch.zeros(count, steps, dtype=torch.long, device=device)
         logprobs = torch.zeros(count, steps, device=device)
-        produced = torch.full((count,), steps, device=device)  # tokens that are kept
+        produced = most.clone()  # tokens that are kept
         ended = torch.zeros(count, dtype=torch.bool, device=device)
-        uniform = None if params.temperature == 0 else _uniform(batch, steps).to(device)
+        uniform = None if params.temperature == 0 else _uniform(batch).to(device)
         stops = torch.tensor(stop_ids(self.model, self.tokenizer, params), dtype=torch.long, device=device)
         held = torch.arange(count, device=device)  # which row each line of the cache belongs to
         for step in range(steps):
@@ -178,19 +189,19 @@ class HFEngine:
             ids[held, step] = tokens
             logprobs[held, step] = logits.gather(1, tokens[:, None])[:, 0] - normalizer
 
-            running = ~ended[held]
+            running = ~ended[held] & (step < most[held])
             stopping = running & torch.isin(tokens, stops)
             produced[held[stopping]] = step
             if params.stop:
                 stopping |= self._ends_in_stop(ids, held, running & ~stopping, step, params.stop, produced)
             ended[held[stopping]] = True
-            left = running & ~stopping
+            left = running & ~stopping & (step + 1 < most[held])
             remaining = int(left.sum())
             if progress is not None:
-                now = (int(stopping.sum()) + (remaining if step == steps - 1 else 0), int(running.sum()))
-                progress(*now)
-                reported[0], reported[1] = reported[0] + now[0], reported[1] + now[1]
-            if remaining == 0 or step == steps - 1:
+                ran = int(running.sum())
+                progress(ran - remaining, ran)
+                reported[0], reported[1] = reported[0] + ran - remaining, reported[1] + ran
+            if remaining == 0:
                 break
             if remaining <= _COMPACT_AT * len(held):
                 keep = left.nonzero()[:, 0]
@@ -199,7 +210,9 @@ class HFEngine:
                 mask = None if mask is None else mask[keep]
             if mask is not None:
                 mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
-            logits = self._forward(cache, mask, (lengths + step)[:, None], input_ids=tokens[:, None])
+            # A line at its limit runs along until it is dropped, but not on to positions that the model may not have.
+            at = lengths + (most[held] - 1).clamp(max=step)
+            logits = self._forward(cache, mask, at[:, None], input_ids=tokens[:, None])
         return _completions(ids, logprobs, produced, ended, params.logprobs)
 
     def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor]:
@@ -279,6 +292,7 @@ class _Row:
     sample: int
     seed: int
     length: int
+    most: int  # new tokens
 
 
 class _GrowingLayer(DynamicLayer):
@@ -316,9 +330,10 @@ def _enlarged(buffer: Tensor, used: int, room: int) -> Tensor:
     return larger
 
 
-def _uniform(batch: list[_Row], steps: int) -> Tensor:
-    """``[B, steps]`` in [0, 1): each row's own stream."""
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(row.seed)) for row in batch])
+def _uniform(batch: list[_Row]) -> Tensor:
+    """``[B, steps]`` in [0, 1): each row's own stream, zeros behind its end."""
+    streams = [torch.rand(row.most, generator=torch.Generator().manual_seed(row.seed)) for row in batch]
+    return nn.utils.rnn.pad_sequence(streams, batch_first=True)
 
 
 def _completions(
