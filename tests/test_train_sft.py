@@ -239,6 +239,20 @@ def test_only_the_completion_is_learned(tmp_path, packing):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_are_cut_only_where_a_length_is_given(tmp_path, caplog, packing):
+    """TRL's own length is 1024 tokens."""
+    long = {"input_ids": [BOS, *[5] * 1100, EOS], "completion_mask": [0] + [1] * 1101}
+    own = ARGUMENTS | {"max_steps": 1, "per_device_train_batch_size": 1, "packing": packing}
+    model, data = tiny_model(max_position_embeddings=2048), [long, *rows(1)]
+    trainer = train_sft(model, TOKENIZER, data, tmp_path / "whole", SFTSettings(trainer=own))
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 1102
+    assert "rows are longer" not in caplog.text
+    trainer = train_sft(model, TOKENIZER, data, tmp_path / "cut", SFTSettings(trainer=own | {"max_length": 64}))
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) == 64
+    assert "1 of 2 rows are longer than trainer.max_length = 64" in caplog.text
+
+
 def test_interrupted_training_resumes_to_the_same_losses(tmp_path):
     settings = SFTSettings(mix=0.0, trainer=ARGUMENTS | {"save_strategy": "steps", "save_steps": 2})
     whole = train_sft(tiny_model(), TOKENIZER, rows(), tmp_path / "whole", settings)

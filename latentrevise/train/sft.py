@@ -49,8 +49,8 @@ class SFTSettings:
     all). mix: ordinary correct rollouts of the same run for each recovered row, spread over its solved prompts.
     lora: see LoraSettings. holdout: rows kept from training for the loss at each evaluation of the trainer
     (``trainer.eval_strategy``). eval_prompts: a file of prompts and answers on which the policy is sampled besides;
-    evaluation: how. trainer: arguments of TRL's SFTConfig as they are (``packing``,
-    ``learning_rate``, ``max_length``, ...). seed: of choosing rows.
+    evaluation: how. trainer: arguments of TRL's SFTConfig as they are (``packing``, ``learning_rate``, ...); rows are
+    cut to ``max_length`` only if it is given. seed: of choosing rows.
     """
 
     strategies: tuple[str, ...] = ()
@@ -171,8 +171,16 @@ def train_sft(
 
     The trained model, or its adapter, is left in ``out/model``.
     """
+    # TRL cuts rows to 1024 tokens without a word, and their answers with them. Packed rows need some length.
+    lengths = [len(row["input_ids"]) for row in rows]
+    longest = max([SFTConfig.max_length or 0, *lengths]) if settings.trainer.get("packing") else None
     # Without being told, TRL looks at the mask only beside text columns, and would train on the prompts too.
-    arguments = trl_arguments(SFTConfig, out, settings.trainer, completion_only_loss=True, seed=settings.seed)
+    arguments = trl_arguments(
+        SFTConfig, out, settings.trainer, completion_only_loss=True, seed=settings.seed, max_length=longest
+    )
+    cut = sum(length > (arguments.max_length or length) for length in lengths)
+    if cut:
+        log.warning("%d of %d rows are longer than trainer.max_length = %d: cut", cut, len(rows), arguments.max_length)
     if len(rows) <= settings.holdout:
         raise ConfigError(f"holdout = {settings.holdout} leaves none of {len(rows)} rows to train on; lower it")
     if arguments.eval_strategy != "no" and not settings.holdout:
