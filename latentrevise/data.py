@@ -34,6 +34,39 @@ class _BadRow(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """How prompts are read, wherever they are: by a recovery, a trainer, an evaluation.
+
+    chat: whether prompts go through the tokenizer's chat template: ``auto`` when it has one. prompt_column,
+    answer_column: where the usual names don't find them. max_prompt_tokens: longer prompts are left out (None: what
+    leaves room for a completion).
+    """
+
+    chat: Chat = "auto"
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    max_prompt_tokens: int | None = None
+
+    def load(
+        self,
+        source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        room: int | None,
+        verifier: Verifier | None = None,
+    ) -> tuple[list[Prompt], list[RowError]]:
+        """``load_prompts`` by these settings. room: tokens that a prompt may have beside its completion, if known."""
+        return load_prompts(
+            source,
+            tokenizer=tokenizer,
+            prompt_column=self.prompt_column,
+            answer_column=self.answer_column,
+            chat=self.chat,
+            max_prompt_tokens=self.max_prompt_tokens or room,
+            verifier=verifier,
+        )
+
+
 @dataclass(frozen=True)
 class _Columns:
     prompt: str

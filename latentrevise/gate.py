@@ -68,7 +68,9 @@ def implicit_value(
     scored = score(tools, reader, work, [replace(own, compute=Compute()) for own in found], forks.step_tokens)
     pairs = [(item, fork) for item, own in zip(work, scored, strict=True) for fork in own.forks]
     requests = [Request((*item.prompt.ids, *fork.prefix_ids, fork.token)) for item, fork in pairs]
-    completions = [own[0] for own in tools.engine.generate(requests, replace(tools.sampling, temperature=0.0))]
+    greedy = replace(tools.sampling, temperature=0.0)
+    params = [replace(greedy, max_new_tokens=min(greedy.max_new_tokens, tools.left(r.length))) for r in requests]
+    completions = [own[0] for own in tools.engine.generate(requests, params)]
     texts = [decoded(tools.tokenizer, c.ids) for c in completions]
     labels = succeeds([(item.prompt.answer, text) for (item, _), text in zip(pairs, texts, strict=True)])
     by_prompt: dict[str, list[tuple[Fork, bool]]] = {}

@@ -68,6 +68,24 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Positions up to which a token's encoding does not depend on how long the sequence is; None: not known.
+
+    Beyond the original length, dynamic and long rotary embeddings change for *all* positions, those of the cached
+    prompt too, so no cache is exact there.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *rope.values()]:
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(
+                kind.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+            )
+    return min((limit for limit in limits if limit), default=None)
+
+
 def sharded(model: nn.Module) -> bool:
     """Whether the weights are spread over the processes by FSDP2."""
     return any(isinstance(module, FSDPModule) for module in model.modules())

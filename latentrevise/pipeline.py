@@ -12,7 +12,6 @@ sampled until it has cost as much as the dearest strategy (the arm ``resample@eq
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -30,11 +29,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from latentrevise import __version__
 from latentrevise.audit import GuardConfig
 from latentrevise.cases import Case, chosen_cuts, request_of, tokens_with
-from latentrevise.config import config_hash, to_dict
-from latentrevise.data import load_prompts
+from latentrevise.data import PromptSettings, load_prompts
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.gate import GateConfig, implicit_value
@@ -61,7 +58,7 @@ from latentrevise.records import (
     write_records,
 )
 from latentrevise.revision import Compute
-from latentrevise.rundir import RunDirectory
+from latentrevise.rundir import RunDirectory, run_header
 from latentrevise.selection import Select, select
 from latentrevise.strategies import Proposal, Strategy, StrategySettings, Tools, Work, build
 from latentrevise.verdicts import Judge, load_checker
@@ -74,7 +71,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverConfig(StrategySettings):
+class RecoverConfig(StrategySettings, PromptSettings):
     """Settings of a recovery: the pipeline's, all our own decision, and every strategy's.
 
     strategies: by name, in the order of the table. rollouts: mined for each prompt. samples: continuations for each
@@ -92,11 +89,10 @@ class RecoverConfig(StrategySettings):
     stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
     brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
     trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
-    label: what the report calls this run. chat: whether prompts go through the tokenizer's chat template: ``auto``
-    when it has one. prompt_column, answer_column: where the usual names don't find them. max_prompt_tokens: longer
-    prompts are left out (None: what leaves room for ``max_new_tokens``). chunk: prompts in one part. token_budget:
-    padded tokens in one batch of plain log-probs and branch scores. guards: see ``GuardConfig``. gate: see
-    ``GateConfig``. vllm: of that engine, see ``VLLMConfig``. The strategies' own settings: see ``StrategySettings``.
+    label: what the report calls this run. chunk: prompts in one part. token_budget: padded tokens in one batch of plain
+    log-probs and branch scores. guards: see ``GuardConfig``. gate: see ``GateConfig``. vllm: of that engine, see
+    ``VLLMConfig``. How prompts are read: see ``PromptSettings``. The strategies' own settings: see
+    ``StrategySettings``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
@@ -120,10 +116,6 @@ class RecoverConfig(StrategySettings):
     keep: int | None = None
     verify_timeout: float = 5.0
     label: str | None = None
-    chat: Literal["auto", "always", "never"] = "auto"
-    prompt_column: str | None = None
-    answer_column: str | None = None
-    max_prompt_tokens: int | None = None
     chunk: int = 64
     token_budget: int = 16384
     seed: int = 0
@@ -159,13 +151,13 @@ class RecoverConfig(StrategySettings):
         if not 0.0 <= self.prefix_fraction < 1.0:
             raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
 
-    def sampling(self, n: int, greedy: bool = False) -> SamplingParams:
-        """How ``n`` continuations are drawn."""
+    def sampling(self, n: int, greedy: bool = False, left: int | None = None) -> SamplingParams:
+        """How ``n`` continuations are drawn; left: positions that the model has for them."""
         return SamplingParams(
             n=n,
             temperature=0.0 if greedy else self.temperature,
             top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens if left is None else min(self.max_new_tokens, left),
             stop=self.stop,
             logprobs=True,
         )
@@ -190,6 +182,9 @@ class _Arm:
     strategy: Strategy
     wrong: bool
     samples: int
+
+
+_Result = tuple[Start, Sample, Verdict]
 
 
 class Recovery:
@@ -219,9 +214,10 @@ class Recovery:
         self.checker = load_checker(config.checker)
         self.progress = progress
         self.template_ids = tuple(tokenizer.encode(config.answer_template, add_special_tokens=False))
-        self.resumed = self.run.begin(_header(model, config, self.engine))
+        self.resumed = self.run.begin(run_header(model, config, self.engine))
         self._prompts: list[Prompt] | None = None
         self._work: list[Case] | None = None
+        self._pool: _Arm | None = None
         self._recovered: dict[str, set[str]] = {}
         boundary = config.prefix_boundary
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
@@ -258,6 +254,7 @@ class Recovery:
         """Sample from all proposals; then the equal-compute control, whose size follows from what the strategies
         cost."""
         self._stage("continue", self.arms(), self._continue)
+        self._pool = None  # what the strategies cost is known only now
         pool = self.pool()
         if pool is not None:
             self._stage("control", [pool], self._propose)
@@ -270,7 +267,9 @@ class Recovery:
 
     def collect(self) -> Recovered:
         """Gather the admitted trajectories and the metrics, and write both."""
-        trajectories, mixtures = self._trajectories()
+        arms = self.all_arms()
+        results = {arm.name: self._results(arm) for arm in arms}
+        trajectories, mixtures = self._trajectories(results)
         _write_mixtures(self.run.atoms, mixtures)
         write_records(self.run.trajectories, trajectories, Trajectory)
         kept = Counter(t.strategy for t in trajectories)
@@ -283,10 +282,10 @@ class Recovery:
                     arm.wrong,
                     [case.prompt.id for case in self._cases_of(arm)],
                     self._cost(arm),
-                    self._results(arm),
+                    results[arm.name],
                     0 if arm.wrong else kept[arm.name],
                 )
-                for arm in self.all_arms()
+                for arm in arms
             ],
             rollouts=self.rollouts(),
             zero_hit=[case.prompt.id for case in self.cases()],
@@ -397,8 +396,8 @@ class Recovery:
     def pool(self) -> _Arm | None:
         """The equal-compute control: as many fresh rollouts a prompt as the dearest strategy, or all of a chain
         together, could have paid for."""
-        if not self.config.equal_compute or not self.cases():
-            return None
+        if self._pool is not None or not self.config.equal_compute or not self.cases():
+            return self._pool
         costs = [self._cost(arm).passes for arm in self.arms() if not arm.wrong]
         dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(self.cases())
         rollouts = self.rollouts()
@@ -407,7 +406,8 @@ class Recovery:
         ]
         fresh = sum(lengths) / len(lengths)
         count = min(self.config.equal_compute_cap, math.ceil(dearest / fresh))
-        return _Arm(POOL, build("resample", self.config), False, max(count, self.config.samples))
+        self._pool = _Arm(POOL, build("resample", self.config), False, max(count, self.config.samples))
+        return self._pool
 
     def all_arms(self) -> list[_Arm]:
         pool = self.pool()
@@ -489,13 +489,23 @@ class Recovery:
     def _continuations(
         self, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: tqdm
     ) -> list[list[Completion]]:
-        """What is sampled from each start: one round, or several, until one brings a correct continuation."""
+        """What is sampled from each start: one round, or several, until one brings a correct continuation. Where the
+        model has no position left behind a start, nothing."""
         found: list[list[Completion]] = [[] for _ in starts]
-        waiting, number = list(range(len(starts))), 0
+        tools = self._tools()
+        left = [tools.left(len(s.context_ids or prompts[s.prompt_id].ids) + len(s.plain_ids)) for s in starts]
+        waiting, number = [i for i, room in enumerate(left) if room > 0], 0
+        if len(waiting) < len(starts):
+            log.warning(
+                "%d of %d starts fill all positions of the model; nothing is sampled from them",
+                len(starts) - len(waiting),
+                len(starts),
+            )
         while waiting:
             own = [starts[i] for i in waiting]
             requests = [self._request(prompts[s.prompt_id], s, mixtures.get(s.start_id), number) for s in own]
-            drawn = self._generate(requests, [self.config.sampling(s.n, s.greedy) for s in own], bar)
+            params = [self.config.sampling(starts[i].n, starts[i].greedy, left[i]) for i in waiting]
+            drawn = self._generate(requests, params, bar)
             for i, completions in zip(waiting, drawn, strict=True):
                 found[i] += completions
             number += 1
@@ -510,7 +520,7 @@ class Recovery:
 
     def _judge(self, arm: _Arm, bar: tqdm) -> None:
         cases = {case.prompt.id: case for case in self.cases()}
-        judge = Judge(self.policy, self.tokenizer, self.verifier, self.checker, self.config, self._boundary)
+        judge = Judge(self._tools(), self.verifier, self.checker, self.config, self._boundary)
         for index, _ in self._todo("verdicts", arm, bar):
             starts, mixtures = self._starts(arm, index)
             samples = read_records(self.run.part("samples", index, arm.name), Sample)
@@ -535,11 +545,14 @@ class Recovery:
             prompt_column=config.prompt_column,
             answer_column=config.answer_column,
             chat=config.chat,
-            max_prompt_tokens=config.max_prompt_tokens or self._longest_prompt(),
+            max_prompt_tokens=config.max_prompt_tokens or self._tools().left(config.max_new_tokens),
             verifier=self.verifier,
         )
         if self.run.prompts.exists():
-            if prompts != self.prompts:
+            # A gold that takes long to parse may be left out one time and not the next.
+            known = _read_jsonl(self.run.errors)
+            doubtful = {e.id for e in errors} | {e["id"] for e in known if e["reason"] == "unparsable-answer"}
+            if [p for p in prompts if p.id not in doubtful] != [p for p in self.prompts if p.id not in doubtful]:
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
@@ -552,10 +565,6 @@ class Recovery:
         if not prompts:
             raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.run.errors}")
         write_records(self.run.prompts, prompts, Prompt)
-
-    def _longest_prompt(self) -> int | None:
-        limit = self.engine.limit
-        return None if limit is None else limit - self.config.max_new_tokens
 
     def _case(self, prompt: Prompt, failed: list[Rollout]) -> Case:
         seed = row_seed(self.config.seed, "case", prompt.id)
@@ -658,7 +667,7 @@ class Recovery:
             self.config.prefix_boundary,
         )
 
-    def _results(self, arm: _Arm) -> list[tuple[Start, Sample, Verdict]]:
+    def _results(self, arm: _Arm) -> list[_Result]:
         count = math.ceil(len(self._cases_of(arm)) / self.config.chunk)
         rows = []
         for index in range(count):
@@ -683,7 +692,7 @@ class Recovery:
                 total += Compute(0, 0, _decoded(sample.completion_ids, sample.finish_reason), sample.seconds)
         return total
 
-    def _trajectories(self) -> tuple[list[Trajectory], dict[str, Mixture]]:
+    def _trajectories(self, results: Mapping[str, Sequence[_Result]]) -> tuple[list[Trajectory], dict[str, Mixture]]:
         config, prompts = self.config, {p.id: p for p in self.prompts}
         header = self.run.read_header()
         rows: list[Trajectory] = []
@@ -691,7 +700,7 @@ class Recovery:
         for arm in self.arms():
             if arm.wrong:
                 continue
-            kept = [(start, s, v) for start, s, v in self._results(arm) if _admitted(v)]
+            kept = [(start, s, v) for start, s, v in results[arm.name] if _admitted(v)]
             by_prompt: dict[str, list[Trajectory]] = defaultdict(list)
             mixtures: dict[str, Mixture] = {}
             for part in self.run.parts("starts", arm.name):
@@ -816,40 +825,3 @@ def _chunks(items: Sequence[Any], size: int) -> list[Any]:
 def _shuffled(items: Sequence[str], seed: int) -> list[str]:
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
     return [items[i] for i in order.tolist()]
-
-
-def _header(model: PreTrainedModel, config: RecoverConfig, engine: Engine) -> dict[str, Any]:
-    import platform
-
-    import transformers
-
-    return {
-        "config": to_dict(config),
-        "config_hash": config_hash(config),
-        "engine": type(engine).__name__,
-        "model": {
-            "path": str(model.config._name_or_path),
-            "class": type(model).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "fingerprint": _fingerprint(model),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "latentrevise": __version__,
-        },
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Tells one model from another: names, shapes and 64 values spread over each parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        spread = torch.linspace(0, len(flat) - 1, min(64, len(flat))).long().to(flat.device)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(flat[spread].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -25,7 +25,7 @@ from latentrevise import kernels
 from latentrevise.branches import Branch, BranchScores, score_branches
 from latentrevise.errors import InputError, ModelError
 from latentrevise.lean import Widened, activations_made_again, release, slow
-from latentrevise.models import check_model, input_embedding, sharded
+from latentrevise.models import check_model, input_embedding, position_limit, sharded
 from latentrevise.packing import PAD, PREFIX, bucket, visible
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Policy:
         with torch.no_grad():
             self.table = self._table()
         self.allowed = self._allowed(tokenizer)
-        self.limit = _position_limit(self.config)
+        self.limit = position_limit(model)
         self.head = self._measured()
 
     @property
@@ -653,23 +653,6 @@ class Policy:
             f"{type(self.model).__name__} computes its logits in a way not understood here (closest form differs by"
             f" {closest:.1e}): neither plain, scaled nor soft-capped h W^T"
         )
-
-
-def _position_limit(config: Any) -> int | None:
-    """Positions up to which a token's encoding does not depend on how long the sequence is.
-
-    Beyond the original length, dynamic and long rotary embeddings change for *all* positions, those of the cached
-    prompt too, so no cache is exact there.
-    """
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in [rope, *rope.values()]:
-        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(
-                kind.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-            )
-    return min((limit for limit in limits if limit), default=None)
 
 
 def _floats(output: Any) -> list[Tensor]:

@@ -12,15 +12,24 @@ Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from latentrevise.config import config_hash, to_dict
 from latentrevise.errors import RunError
 from latentrevise.records import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from latentrevise.engines import Engine
 
 FORMAT = 1
 # What may differ between a run and its resumption: it changes no row. A model is known by its weights, not its place.
@@ -139,3 +148,44 @@ def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> It
             yield from _differences(a, b, f"{name}.")
         elif a != b:
             yield f"{name}: {a!r} there, {b!r} now"
+
+
+def run_header(model: PreTrainedModel, config: Any, engine: Engine) -> dict[str, Any]:
+    """What ``run.json`` says of a run: settings, engine, model, versions."""
+    import torch
+    import transformers
+
+    from latentrevise import __version__
+
+    return {
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "engine": type(engine).__name__,
+        "model": {
+            "path": str(model.config._name_or_path),
+            "class": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "fingerprint": _fingerprint(model),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "latentrevise": __version__,
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells one model from another: names, shapes and 64 values spread over each parameter."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        spread = torch.linspace(0, len(flat) - 1, min(64, len(flat))).long().to(flat.device)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(flat[spread].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

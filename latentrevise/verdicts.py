@@ -11,14 +11,11 @@ from latentrevise.cases import Case
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.hull import Mixture
-from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Sample, Start, Verdict, decoded, row_seed
-from latentrevise.strategies import Strategy
+from latentrevise.strategies import Strategy, Tools
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from latentrevise.pipeline import RecoverConfig
 
 Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Completion]]]
@@ -42,15 +39,14 @@ class Judge:
 
     def __init__(
         self,
-        policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
+        tools: Tools,
         verifier: Verifier,
         checker: Checker | None,
         config: RecoverConfig,
         boundary: Collection[int],
     ) -> None:
-        self.policy, self.tokenizer, self.verifier, self.checker = policy, tokenizer, verifier, checker
-        self.config, self.boundary = config, boundary
+        self.tools, self.policy, self.tokenizer = tools, tools.policy, tools.tokenizer
+        self.verifier, self.checker, self.config, self.boundary = verifier, checker, config, boundary
 
     def verdicts(
         self,
@@ -142,11 +138,12 @@ class Judge:
             cut = int(guards.agreement_cut * self._before_answer(sample))
             cut = max((i + 1 for i in range(cut) if ids[i] in self.boundary), default=cut)
             context = (*prompt.ids, *self.config.rendered(start), *ids[:cut])
+            left = self.tools.left(len(context))
             requests.append(Request(context))
-            params.append(self.config.sampling(1, greedy=True))
+            params.append(self.config.sampling(1, greedy=True, left=left))
             if guards.agreement_samples > 1:
                 requests.append(Request(context, seed=row_seed(self.config.seed, "agreement", sample.sample_id)))
-                params.append(self.config.sampling(guards.agreement_samples - 1))
+                params.append(self.config.sampling(guards.agreement_samples - 1, left=left))
         found = iter(generate(requests, params))
         rounds = 1 + (guards.agreement_samples > 1)
         texts = [[decoded(self.tokenizer, c.ids) for _ in range(rounds) for c in next(found)] for _ in rows]

@@ -1,8 +1,7 @@
 """Verdicts: does a completion give the gold answer? ``correct``, ``wrong``, or ``unknown``: not decided in time.
 
-Most pairs are settled here, by comparing texts and plain numbers. The rest goes to math-verify in worker processes
-that are
-killed and replaced when an expression takes too long: such a verdict is ``unknown``, never ``wrong``.
+Most pairs are settled here, by comparing texts and plain numbers. The rest goes to math-verify in worker processes that
+are killed and replaced when an expression takes too long: such a verdict is ``unknown``, never ``wrong``.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from latentrevise.errors import ConfigError, RunError
 from latentrevise.records import VerdictName
 
 _NUMBER = re.compile(r"[+-]?(\d+(,\d{3})*|\d*)(\.\d+)?")
+_TIMEOUT = {"error": "timeout"}
+_REMEMBERED = 1 << 16  # replies that are kept: a training asks about new completions for ever
 _START_SECONDS = 120.0  # a worker imports sympy first; on a busy machine that takes its time
 
 
@@ -119,11 +120,15 @@ class Verifier:
 
     def _ask(self, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lines = [json.dumps(task, sort_keys=True) for task in tasks]
-        new = [line for line in dict.fromkeys(lines) if line not in self._known]
+        replies = {line: self._known.get(line) for line in lines}
+        new = [line for line, reply in replies.items() if reply is None]
         if new:
-            for line, reply in zip(new, self._workers().map(self._ask_one, new), strict=True):
-                self._known[line] = reply
-        return [self._known[line] for line in lines]
+            replies |= zip(new, self._workers().map(self._ask_one, new), strict=True)
+            if len(self._known) > _REMEMBERED:
+                self._known.clear()
+            # What was not decided in time may be another time.
+            self._known |= {line: reply for line in new if (reply := replies[line]) != _TIMEOUT}
+        return [replies[line] for line in lines]
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -142,7 +147,7 @@ class Verifier:
             if reply is None:
                 worker.kill()
                 worker = None
-                return {"error": "timeout"}
+                return _TIMEOUT
             return reply
         finally:
             self._idle.put(worker)

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentrevise import Branch, ReviseConfig, Reviser
+from latentrevise.engines import HFEngine
 from latentrevise.errors import InputError, ModelError
 from latentrevise.models import keep_softcap
 from latentrevise.policy import Policy
@@ -393,6 +394,7 @@ def test_rotary_frequencies_that_depend_on_the_length_limit_it():
     long = dataclasses.replace(rollout, prompt_ids=[5] * 60)
     with pytest.raises(InputError, match="48 positions"):
         Reviser(model, CONFIG).value_and_grad([long])
+    assert HFEngine(model).limit == 48  # what is sampled is what is revised later
 
 
 @pytest.mark.parametrize(

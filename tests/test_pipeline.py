@@ -332,6 +332,48 @@ def test_rollouts_too_short_to_be_cut_are_counted(tmp_path):
     assert json.loads(line)["reason"] == "short-rollouts"
 
 
+def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
+    """A revised prefix in front of as many new tokens as a rollout may have can be more than the model has."""
+    model, tokenizer = tiny_model("qwen3", vocab=97, seed=0, max_position_embeddings=40), tiny_tokenizer()
+    config = RecoverConfig(
+        rollouts=2,
+        samples=2,
+        max_new_tokens=24,
+        prefix_fraction=0.9,
+        chat="never",
+        answer_template="=",
+        strategies=("resample-prefix",),
+        equal_compute=False,
+    )
+    out = tmp_path / "out"
+    recovered = recover(model, tokenizer, [{"prompt": "what is 2 + 3?", "answer": "5"}], config, out)
+    assert recovered.metrics["zero_hit"] == 1
+    (prompt,) = read_records(out / "prompts.parquet", Prompt)
+    (start, *_) = (row for path in (out / "starts").rglob("*.parquet") for row in read_records(path, Start))
+    rows = [row for path in (out / "samples").rglob("*.parquet") for row in read_records(path, Sample)]
+    room = 40 - len(prompt.ids) - len(start.plain_ids)
+    assert 0 < room < 24
+    assert max(len(row.completion_ids) for row in rows) == room
+    run = Recovery(model, tokenizer, config, out, progress=False)
+    full = dataclasses.replace(start, plain_ids=(5,) * (40 - len(prompt.ids)))
+    with run._bar("", 1) as bar:
+        assert run._continuations([full], {}, {prompt.id: prompt}, bar) == [[]]
+    assert "1 of 1 starts fill all positions" in caplog.text
+
+
+def test_a_gold_that_is_parsed_one_time_and_not_the_next_does_not_lose_a_run(rule, tmp_path):
+    _, model, tokenizer = rule
+    rows = [{"id": name, "prompt": "1 ? = 2 ; 2 ?", "answer": answer} for name, answer in (("a", "3"), ("b", "x^2"))]
+    run = Recovery(model, tokenizer, small(), tmp_path / "out", progress=False)
+    for troubles in ([None, None], [None, "it can't be parsed in time"], [None, None]):
+        run.verifier.check_golds = lambda golds, troubles=troubles: troubles
+        run._take_prompts(rows)
+        assert [p.id for p in run.prompts] == ["a", "b"]
+    run.verifier.check_golds = lambda golds: [None for _ in golds]
+    with pytest.raises(RunError, match="other prompts"):
+        run._take_prompts([rows[1]])
+
+
 def test_an_undecided_prompt_is_not_called_zero_hit(tmp_path):
     from latentrevise.verify import Judgement
 

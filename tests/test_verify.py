@@ -109,6 +109,31 @@ def test_equal_questions_are_asked_once():
         assert time.monotonic() - began < 10
 
 
+def test_what_was_not_decided_in_time_is_asked_again(tmp_path):
+    late = """
+import json, pathlib, sys, time
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    seen = pathlib.Path(sys.argv[1])
+    if not seen.exists():
+        seen.touch()
+        time.sleep(60)
+    print(json.dumps({"correct": True}), flush=True)
+"""
+    with Verifier(timeout=0.5, workers=1, command=(sys.executable, "-c", late, str(tmp_path / "seen"))) as it:
+        found = [it.verify([("g", "\\boxed{yes}")])[0].verdict for _ in range(2)]
+    assert found == ["unknown", "correct"]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr("latentrevise.verify._REMEMBERED", 3)
+    with Verifier(timeout=20, workers=1, command=SLOW) as it:
+        for k in range(4):
+            pairs = [(f"g{k}{i}", "\\boxed{yes}") for i in range(3)]
+            assert {j.verdict for j in it.verify(pairs)} == {"correct"}
+        assert len(it._known) <= 6
+
+
 def test_from_a_thread_and_again_after_closing():
     it = Verifier(timeout=5, workers=1, command=SLOW)
     results = []

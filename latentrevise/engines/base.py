@@ -177,11 +177,6 @@ def check(
         raise ConfigError("SamplingParams.stop needs a tokenizer; pass one to the engine, or use stop_token_ids")
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the model has, where its configuration says so."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> list[int]:
     """Ids that end a completion: the model's, the tokenizer's and those of the parameters, ascending."""
     own = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id]

@@ -26,11 +26,10 @@ from latentrevise.engines.base import (
     each,
     evaluating,
     not_finite,
-    position_limit,
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.models import check_model, input_embedding
+from latentrevise.models import check_model, input_embedding, position_limit
 from latentrevise.records import row_seed
 
 if TYPE_CHECKING:

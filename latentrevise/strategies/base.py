@@ -7,6 +7,7 @@ the same for all, so that strategies are compared and charged alike.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -37,6 +38,11 @@ class Tools:
     sampling: SamplingParams
     token_budget: int | None
     boundary: str | None
+
+    def left(self, length: int) -> int:
+        """Positions left behind ``length`` of them; without end where nobody knows a limit."""
+        limits = [limit for limit in (self.policy.limit, self.engine.limit) if limit is not None]
+        return min(limits, default=sys.maxsize) - length
 
 
 @dataclass(frozen=True)

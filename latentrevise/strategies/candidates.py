@@ -9,7 +9,6 @@ this fork. All of it is our own decision.
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,10 +175,9 @@ def read(
 
 
 def room(tools: Tools, item: Work, step_tokens: int) -> int:
-    """Positions of a completion behind which a forced token and all that may follow it still fit."""
-    limits = [limit for limit in (tools.policy.limit, tools.engine.limit) if limit is not None]
-    behind = max(tools.sampling.max_new_tokens, step_tokens + len(item.template_ids) + len(item.answer_ids))
-    return max(0, min(limits) - len(item.prompt.ids) - 1 - behind) if limits else sys.maxsize
+    """Positions of a completion behind which a forced token, the step it opens and the scored answer still fit."""
+    behind = 1 + step_tokens + len(item.template_ids) + len(item.answer_ids)
+    return max(0, tools.left(len(item.prompt.ids) + behind))
 
 
 def find_forks(
