@@ -299,17 +299,39 @@ class Vllm:
         return prompts, ids, out, None
 
 
-def test_the_plain_stream_is_what_off_policy_correction_sees(tmp_path, verifier, told):
+def with_vllm(tmp_path, verifier, settings, correction):
     trainer = RecoveringGRPOTrainer(
         model=tiny_model(),
         args=trl_arguments(GRPOConfig, tmp_path, ARGUMENTS | {"max_steps": 1}),
         train_dataset=rows(),
         processing_class=TOKENIZER,
         verifier=verifier,
-        settings=RLVRSettings(repair=told),
+        settings=settings,
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Vllm(trainer), -1
-    trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_correction = correction
+    return trainer
+
+
+def test_a_recovered_row_has_a_ratio_of_one_without_off_policy_correction(tmp_path, verifier, told):
+    """Nothing computes old log-probs then: a loss of the registry has vLLM's alone, and those of its own rows only."""
+    trainer = with_vllm(tmp_path, verifier, RLVRSettings(repair=told, loss="grpo"), correction=False)
+    seen, loss = [], trainer._loss
+
+    def watched(batch):
+        seen.append(batch)
+        return loss(batch)
+
+    trainer._loss = watched
+    trainer.train()
+    assert sum(int(batch.recovered.sum()) for batch in seen) == 2
+    for batch in seen:
+        for row, ratio, trained in zip(batch.recovered, batch.ratio.detach(), batch.mask.bool(), strict=True):
+            assert torch.equal(ratio[trained], torch.ones(int(trained.sum()))) == bool(row)
+
+
+def test_the_plain_stream_is_what_off_policy_correction_sees(tmp_path, verifier, told):
+    trainer = with_vllm(tmp_path, verifier, RLVRSettings(repair=told), correction=True)
     trainer.train()
     batch = batch_of(trainer)
     recovered, ratio = batch["recovered"], batch["importance_sampling_ratio"].squeeze(1)

@@ -149,7 +149,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             # policy itself: its log-probs are the plain ones (its ratio was 1 already, by TRL's rule for NaN).
             stream = output["sampling_per_token_logps"]
             output["sampling_per_token_logps"] = torch.where(
-                output["recovered"][:, None], output.get("old_per_token_logps", stream.nan_to_num()), stream
+                output["recovered"][:, None], output.get("old_per_token_logps", stream), stream
             )
         return output
 
@@ -302,9 +302,10 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         # the micro-batches of one step.
         generation = cast(GRPOConfig, self.args).steps_per_generation or 1
         part = steps / (generation if mode == "train" else 1) / self.accelerator.num_processes
+        old = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps", logp)).detach()
         batch = losses.Rollouts(
             logp=logp,
-            old=inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps", logp)).detach().nan_to_num(),
+            old=torch.where(old.isnan(), logp.detach(), old),  # without a sampler's log-prob the ratio is 1
             mask=mask,
             outcome=inputs["outcome"],
             advantage=inputs["advantages"],
@@ -324,7 +325,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             self._metrics[mode]["kl"].append(float(batch.sum(kl.detach()).sum() / mask.sum().clamp(min=1)))
         if balance is not None:
             loss = loss + self.router_aux_loss_coef * balance / steps
-        self._metrics[mode]["entropy"].append(float(batch.sum(entropies).sum() / mask.sum().clamp(min=1)))
+        self._metrics[mode]["entropy"].append(float(batch.sum(entropies.detach()).sum() / mask.sum().clamp(min=1)))
         return loss
 
 
