@@ -442,6 +442,7 @@ def test_settings_are_checked():
         (["loss=ppo"], "choose from"),
         (["loss_options.clip=0.1"], "name one"),
         (["repair.strategy=magic"], "unknown strategy"),
+        (["repair.strategy=hint"], "no reference solution"),
         (["repair.replace=0"], "at least 1"),
     ):
         with pytest.raises(ConfigError, match=match):

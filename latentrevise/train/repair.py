@@ -51,6 +51,11 @@ class RepairSettings(StrategySettings):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.strategy == "hint":
+            raise ConfigError(
+                "repair.strategy = hint: no reference solution reaches a trainer; recover with it, and train by"
+                " `latentrevise train sft`"
+            )
         if self.strategy != "none":
             build(self.strategy, self)
         for name in ("samples", "replace", "revised_rollouts", "token_budget"):
