@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, engines, harness, ops, revise, training_memory
+from benchmarks import cubins, harness, ops
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -28,9 +28,13 @@ DESCRIPTIONS = {
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
+MODELS = ("revise", "engines", "training_memory")  # import transformers, which kernels are measured without
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    shown = {"-h", "--help"} & set(argv)
+    models = {name: import_module(f"benchmarks.{name}") for name in MODELS if name in argv or shown}
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; none: list them")
     parser.add_argument("--json", type=Path, help="also write the results there")
@@ -40,10 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
+    parser.add_argument("--rounds", type=int, default=5, help="revise, engines: of each measurement")
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    revise.add_options(parser.add_argument_group("revise"))
     study = parser.add_argument_group("recovery, training")
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
@@ -59,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--mined", type=int, help="prompts mined in each run")
     study.add_argument("--jobs", type=int, help="runs side by side; none: one a core; 0 (training): pool what is there")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
-    engines.add_options(parser.add_argument_group("engines"))
-    training_memory.add_options(parser.add_argument_group("training_memory"))
+    for name, module in models.items():
+        module.add_options(parser.add_argument_group(name))
     options = parser.parse_args(argv)
     unknown = set(options.names) - set(DESCRIPTIONS)
     if unknown:
@@ -74,12 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if name == "cubins":
             document, bad = cubins.main()
             status |= bad
-        elif name == "revise":
-            document = revise.main(options)
-        elif name == "engines":
-            document = engines.main(options)
-        elif name == "training_memory":
-            document = training_memory.main(options)
+        elif name in models:
+            document = models[name].main(options)
         elif name in ("recovery", "training"):
             # And with it all of the pipeline, which kernels are measured without.
             chosen = vars(options) | {"out": options.out or Path(f"{name}-study")}

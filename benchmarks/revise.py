@@ -334,7 +334,6 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prefixes", type=int, nargs="+", help="also time our step over these numbers of prefixes")
     group.add_argument("--lengths", type=int, nargs="+", help="and over these lengths of one prefix")
     group.add_argument("--steps", type=int, nargs="+", help="and a whole revision over these K")
-    group.add_argument("--rounds", type=int, default=5)
     group.add_argument("--no-loop", action="store_true", help="leave out the loop over single prefixes")
     group.add_argument("--ours-only", action="store_true", help="only what --prefixes, --lengths and --steps ask for")
 

@@ -2,28 +2,51 @@
 # What waits for a GPU, without a network, in pieces that each end within LIMIT seconds (560):
 #
 #   benchmarks/run_gpu.sh build-check   build, every kernel against float64, the GPU tests
-#   benchmarks/run_gpu.sh kernels       every op against its peers, time and memory
+#   benchmarks/run_gpu.sh kernels       every op against its peers, time and memory, bfloat16 at T = 2048
+#   benchmarks/run_gpu.sh sizes         the two matmul-bound ops at other T, and in float32
 #   benchmarks/run_gpu.sh revise        one step of the reviser at the shapes of 0.5B, 1.5B and 7B models
+#   benchmarks/run_gpu.sh attention     the same at 1.5B with sdpa and with flex_attention
 #   benchmarks/run_gpu.sh engines       sampling with transformers and with vLLM, where vLLM is installed
 #   benchmarks/run_gpu.sh tune          other configurations of the kernels
 #   benchmarks/run_gpu.sh cubins        registers, shared memory and spills with this machine's compilers
 #   benchmarks/run_gpu.sh all           all of it, a piece after the other
 #
 # Needs python3 with torch (CUDA) and triton, setuptools, CMake, Ninja, pybind11 and nvcc; a piece that finds the package
-# not built builds it. Wheels of peers in $WHEELS (wheels/) are installed to a folder of their own. Results go to $OUT
-# (benchmarks/results): JSON that grows with every measurement, a log a step, and one line a step in summary.jsonl. A step
-# that fails or finds no time left is recorded and the rest still runs; the exit status is the number of such steps.
-#
-# TINY=1 walks through the same steps with tiny sizes on whatever device there is, and builds nothing.
-set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${OUT:-benchmarks/results}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+# not built builds it. Wheels of peers in $WHEELS (wheels/) are installed to a folder of their own. Each piece leaves one
+# file in $OUT (benchmarks/results), PIECE.tar.gz, written anew after every step: JSON that grows with every measurement, a
+# log a step, and one line a step in summary.jsonl. A step that fails or finds no time left is recorded and the rest
+# still runs; the exit status is the number of such steps.
 piece=${1:-}
+case $piece in
+  build-check | kernels | sizes | revise | attention | engines | tune | cubins) ;;
+  all)
+    failed=0
+    for one in build-check kernels sizes revise attention engines tune cubins; do
+      [ -n "${TINY:-}" ] && [ "$one" = cubins ] && continue # compiles everything on any machine already
+      "$0" "$one" || failed=$((failed + $?))
+    done
+    exit "$failed"
+    ;;
+  *)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
+
 tiny=${TINY:-}
 deadline=$((SECONDS + ${LIMIT:-560}))
 failed=0
+results=${OUT:-benchmarks/results}
+mkdir -p "$results"
+results=$(cd "$results" && pwd)
+out=$(mktemp -d)
+export PYTHONUNBUFFERED=1
+trap 'pack; rm -rf "$out"' EXIT
+trap 'exit 1' INT TERM
+
+pack() { # a reader, or the end of the machine, finds the old file or the new one
+  tar -czf "$results/$piece.part" -C "$out" . && mv "$results/$piece.part" "$results/$piece.tar.gz"
+}
 
 # step NAME SECONDS COMMAND...
 step() {
@@ -40,6 +63,7 @@ step() {
   [ "$status" -eq 0 ] || failed=$((failed + 1))
   printf '{"piece": "%s", "step": "%s", "status": %d, "seconds": %d}\n' "$piece" "$name" "$status" $((SECONDS - begin)) |
     tee -a "$out/summary.jsonl"
+  pack
   [ "$status" -eq 0 ] || tail -n 15 "$out/$name.log"
   return "$status"
 }
@@ -49,13 +73,13 @@ build() {
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
   [ -z "$tiny" ] || return 0
   if compgen -G "${WHEELS:-wheels}/*.whl" > /dev/null && [ ! -d "$site" ]; then
-    step peers 120 python3 -m pip install -q --no-index --no-deps --target "$site" "${WHEELS:-wheels}"/*.whl
+    step peers 30 python3 -m pip install -q --no-index --no-deps --target "$site" "${WHEELS:-wheels}"/*.whl
   fi
   python3 -c 'from latentrevise.kernels import native; exit(native.unavailable("cuda") is not None)' 2> /dev/null && return 0
   local archs
   archs=$(python3 -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}{chr(97) * (a >= 9)}-real")') || archs=
   LATENTREVISE_CUDA=1 LATENTREVISE_CUDA_ARCHS=${LATENTREVISE_CUDA_ARCHS:-$archs} CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
-    step build 400 python3 -m pip install --no-build-isolation --no-deps --no-index -v -e .
+    step build 120 python3 -m pip install --no-build-isolation --no-deps --no-index -v -e .
 }
 
 measure() { # measure NAME SECONDS OPTIONS...: a benchmark into NAME.json
@@ -66,15 +90,15 @@ measure() { # measure NAME SECONDS OPTIONS...: a benchmark into NAME.json
 }
 
 build_check() {
-  step check 120 python3 -m benchmarks.check ${tiny:+--tiny} --json "$out/check.json"
+  step check 90 python3 -m benchmarks.check ${tiny:+--tiny} --json "$out/check.json"
   local workers=() tests=(tests/kernels -m gpu)
   python3 -c 'import xdist' 2> /dev/null && workers=(-n 8)
   [ -z "$tiny" ] || tests=(tests/kernels/test_dispatch.py -k backend)
-  step tests 420 python3 -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${workers[@]}" "${tests[@]}"
+  step tests 330 python3 -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" "${workers[@]}" "${tests[@]}"
 }
 
 kernels() {
-  local large=(--dtype bfloat16 --T 2048 --budget 1.5) other=(--dtype bfloat16 --budget 1 --no-compile)
+  local large=(--dtype bfloat16 --T 2048 --budget 1.5)
   measure vertex_oracle 90 vertex_oracle "${large[@]}" --d 896 2048 4096 --backend triton cuda hopper
   measure linear_logprob 150 linear_logprob "${large[@]}" --d 896 2048 4096 --backend triton cuda
   measure hull_step 40 hull_step "${large[@]}" --d 896 4096
@@ -82,27 +106,31 @@ kernels() {
   measure plausible_vertices 40 plausible_vertices "${large[@]}" --d 896 4096
   measure entropic_step 30 entropic_step "${large[@]}" --d 896 4096
   measure mixture_embed 30 mixture_embed "${large[@]}" --d 896 4096 --backend triton cuda
-  measure vertex_oracle_sizes 50 vertex_oracle "${other[@]}" --T 16 256 16384 --d 896 2048 --backend triton cuda hopper
-  measure linear_logprob_sizes 80 linear_logprob "${other[@]}" --T 16 256 16384 --d 896 2048 --backend triton cuda
-  measure float32 60 vertex_oracle linear_logprob --dtype float32 --budget 1 --no-compile --T 256 2048 --d 896
+}
+
+sizes() {
+  local other=(--dtype bfloat16 --budget 1 --no-compile) exact=(--dtype float32 --budget 1 --no-compile --T 256 2048 --d 896)
+  measure vertex_oracle_sizes 100 vertex_oracle "${other[@]}" --T 16 256 16384 --d 896 2048 --backend triton cuda hopper
+  measure linear_logprob_sizes 150 linear_logprob "${other[@]}" --T 16 256 16384 --d 896 2048 --backend triton cuda
+  measure vertex_oracle_float32 70 vertex_oracle "${exact[@]}"
+  measure linear_logprob_float32 90 linear_logprob "${exact[@]}"
+}
+
+reviser() { # reviser SECONDS SHAPE [--attention KIND OPTIONS...]
+  local limit=$1 name=revise-$2${4:+-$4} options=(--dtype bfloat16 --rounds 3 --shapes "${@:2}")
+  [ -z "$tiny" ] || options=(--shapes 0.5B --layers 1 --vocab 2000 --rounds 1 --no-loop)
+  step "$name" "$limit" python3 -m benchmarks revise "${options[@]}" --json "$out/$name.json"
 }
 
 revise() {
-  if [ -n "$tiny" ]; then
-    step revise-tiny 200 python3 -m benchmarks revise --shapes 0.5B --layers 1 --vocab 2000 --rounds 1 --no-loop \
-      --json "$out/revise-tiny.json"
-    return
-  fi
-  local shape
-  for shape in 0.5B 1.5B 7B; do
-    step "revise-$shape" 180 python3 -m benchmarks revise --shapes "$shape" --dtype bfloat16 --rounds 3 \
-      --json "$out/revise-$shape.json"
-  done
-  local attention
-  for attention in sdpa flex_attention; do
-    step "revise-$attention" 100 python3 -m benchmarks revise --shapes 1.5B --dtype bfloat16 --rounds 3 --no-loop --T 1024 \
-      --attention "$attention" --json "$out/revise-$attention.json"
-  done
+  reviser 100 0.5B
+  reviser 140 1.5B
+  reviser 190 7B
+}
+
+attention() {
+  reviser 200 1.5B --attention sdpa --no-loop --T 1024
+  reviser 200 1.5B --attention flex_attention --no-loop --T 1024
 }
 
 engines() {
@@ -110,32 +138,17 @@ engines() {
     echo "engines: left out, vLLM cannot be imported here ($(tail -n 1 "$out/engines.log"))"
     return
   fi
-  step engines 500 python3 -m benchmarks engines --json "$out/engines.json"
+  step engines 430 python3 -m benchmarks engines --json "$out/engines.json"
 }
 
 tune() {
   [ -z "$tiny" ] || export TRITON_INTERPRET=1 # a machine without a GPU tunes in the interpreter
-  step tune 530 python3 -m benchmarks.tune ${tiny:+--tiny} --seconds 500 --json "$out/tune.json"
+  step tune 430 python3 -m benchmarks.tune ${tiny:+--tiny} --seconds 380 --json "$out/tune.json"
 }
 
 cubins() {
-  step cubins 550 python3 -m benchmarks cubins --json "$out/cubins.json"
+  step cubins 430 python3 -m benchmarks cubins --json "$out/cubins.json"
 }
-
-case $piece in
-  build-check | kernels | revise | engines | tune | cubins) ;;
-  all)
-    for one in build-check kernels revise engines tune cubins; do
-      [ -n "$tiny" ] && [ "$one" = cubins ] && continue # compiles everything on any machine already
-      "$0" "$one" || failed=$((failed + $?))
-    done
-    exit "$failed"
-    ;;
-  *)
-    sed -n '2,19s/^# \{0,1\}//p' "$0"
-    exit 2
-    ;;
-esac
 
 python3 - > "$out/machine.json" << 'PY'
 import json, platform, torch

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is n
 from benchmarks import __main__ as cli
 from benchmarks import harness
 from benchmarks.ops import BENCHMARKS
+
+
+def test_kernels_are_measured_without_transformers():
+    code = "import sys; from benchmarks import __main__ as m; m.main([]); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_the_list_names_every_benchmark(capsys):
@@ -63,21 +69,45 @@ def test_an_implementation_that_breaks_leaves_the_others_measured(tmp_path, monk
     assert "FAILED latentrevise" in capsys.readouterr().out
 
 
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
+
+
+def run_piece(piece: str, results: Path, **environment: str) -> tuple[int, tarfile.TarFile]:
+    """Its exit status, and the one file it leaves."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"OUT": str(results), "PATH": path} | environment
+    done = subprocess.run([SCRIPT, piece], env=env, capture_output=True, text=True, check=False)
+    assert [file.name for file in results.iterdir()] == [f"{piece}.tar.gz"], done.stderr
+    return done.returncode, tarfile.open(results / f"{piece}.tar.gz")
+
+
+def steps(results: tarfile.TarFile) -> dict[str, int]:
+    lines = map(json.loads, results.extractfile("./summary.jsonl").read().splitlines())
+    return {line["step"]: line["status"] for line in lines}
+
+
 def test_the_gpu_script_says_what_failed(tmp_path):
     """Its steps on this machine, tiny: build-check passes; with no time left each step is recorded as failed."""
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
+    failed, results = run_piece("build-check", tmp_path / "a", TINY="1")
+    assert (failed, steps(results)) == (0, {"check": 0, "tests": 0})
+    assert all(row["fine"] for row in json.load(results.extractfile("./check.json"))["rows"])
+    assert {f"./{name}" for name in ("machine.json", "check.log", "tests.xml")} <= set(results.getnames())
+    failed, results = run_piece("revise", tmp_path / "b", TINY="1", LIMIT="0")
+    assert (failed, steps(results)) == (3, {"revise-0.5B": -1, "revise-1.5B": -1, "revise-7B": -1})
+    assert subprocess.run([SCRIPT, "nonsense"], capture_output=True, check=False).returncode == 2
 
-    def run(piece: str, **environment: str) -> tuple[int, dict[str, int]]:
-        out = tmp_path / "-".join([piece, *environment])
-        env = os.environ | {"TINY": "1", "OUT": str(out), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run([script, piece], env=env | environment, capture_output=True, text=True, check=False)
-        assert (out / "machine.json").exists(), done.stderr
-        lines = map(json.loads, (out / "summary.jsonl").read_text().splitlines())
-        return done.returncode, {line["step"]: line["status"] for line in lines}
 
-    assert run("build-check") == (0, {"check": 0, "tests": 0})
-    rows = json.loads((tmp_path / "build-check" / "check.json").read_text())["rows"]
-    assert all(row["fine"] for row in rows)
-    failed, steps = run("revise", LIMIT="0")
-    assert (failed, steps) == (1, {"revise-tiny": -1})
-    assert subprocess.run([script, "nonsense"], capture_output=True, check=False).returncode == 2
+@pytest.mark.parametrize("piece", ["build-check", "kernels", "sizes", "revise", "attention", "tune", "cubins"])
+def test_the_steps_of_a_piece_and_the_build_fit_its_time(tmp_path, piece):
+    """Every limit, as ``timeout`` is told it on a machine where nothing takes time and nothing is built yet."""
+    fakes, limits = tmp_path / "bin", tmp_path / "limits"
+    fakes.mkdir()
+    for name, script in (("python3", '[ "$1" != -c ]'), ("timeout", f"echo $3 >> {limits}")):
+        (fakes / name).write_text(f"#!/bin/sh\n{script}\n")
+        (fakes / name).chmod(0o755)
+    failed, results = run_piece(piece, tmp_path / "out", PATH=f"{fakes}:{os.environ['PATH']}")
+    assert failed == 0
+    assert "build" in steps(results)
+    seconds = [int(line) for line in limits.read_text().splitlines()]
+    assert len(seconds) == len(steps(results))
+    assert sum(seconds) <= 550  # of 560: torch is imported a few times beside
