@@ -40,13 +40,15 @@ class PromptSettings:
 
     chat: whether prompts go through the tokenizer's chat template: ``auto`` when it has one. prompt_column,
     answer_column: where the usual names don't find them. max_prompt_tokens: longer prompts are left out (None: what
-    leaves room for a completion).
+    leaves room for a completion). instruction: put behind each prompt (behind the last message of a conversation), a
+    blank line between: the verifier reads an answer only in ``\\boxed{}``, so a model must know to give it there.
     """
 
     chat: Chat = "auto"
     prompt_column: str | None = None
     answer_column: str | None = None
     max_prompt_tokens: int | None = None
+    instruction: str = ""
 
     def load(
         self,
@@ -63,6 +65,7 @@ class PromptSettings:
             answer_column=self.answer_column,
             chat=self.chat,
             max_prompt_tokens=self.max_prompt_tokens or room,
+            instruction=self.instruction,
             verifier=verifier,
         )
 
@@ -86,6 +89,7 @@ def load_prompts(
     answer_column: str | None = None,
     chat: Chat = "auto",
     max_prompt_tokens: int | None = None,
+    instruction: str = "",
     strict: bool = False,
     verifier: Verifier | None = None,
 ) -> tuple[list[Prompt], list[RowError]]:
@@ -95,7 +99,8 @@ def load_prompts(
     given; a ``solution`` stands for its last ``\\boxed{}`` and stays, like every cell of which the answer is a part,
     among the further columns; nested golds of verl (``reward_model.ground_truth``) are read. A prompt is text or a
     list of messages. chat: apply the tokenizer's chat template to texts too: ``auto``, when there is a template. It
-    is applied once, here; the ids are what everything else uses. Rows without an id get a hash of their content.
+    is applied once, here; the ids are what everything else uses. instruction: see ``PromptSettings``. Rows without an
+    id get a hash of their content.
     verifier: checks that the golds can be parsed; one of its own, if None.
 
     Raises InputError when nothing can be read at all, or, with ``strict``, at the first unusable row.
@@ -117,7 +122,7 @@ def load_prompts(
                 raise _BadRow("bad-text", "it holds half of a surrogate pair, which is no character; repair the file")
             if columns.id and row.get(columns.id) is not None:
                 known_id = str(row[columns.id])
-            prompt = _prompt(row, columns, known_id, tokenizer, chat, max_prompt_tokens)
+            prompt = _prompt(row, columns, known_id, tokenizer, chat, max_prompt_tokens, instruction)
             if prompt.id in seen:
                 raise _BadRow("duplicate-id", f"id {prompt.id!r} was used before; give every row an id of its own")
         except _BadRow as error:
@@ -249,6 +254,7 @@ def _prompt(
     tokenizer: PreTrainedTokenizerBase,
     chat: Chat,
     longest: int | None,
+    instruction: str,
 ) -> Prompt:
     content = row.get(columns.prompt)
     if content is None or (isinstance(content, (str, list, tuple)) and not content):
@@ -256,6 +262,11 @@ def _prompt(
     text = content if isinstance(content, str) else _messages_text(content, columns.prompt)
     if not text.strip():
         raise _BadRow("empty-prompt", f"column {columns.prompt!r} holds only white space")
+    if instruction:
+        behind = f"\n\n{instruction}"
+        text += behind
+        last = content[-1]
+        content = text if isinstance(content, str) else [*content[:-1], {**last, "content": last["content"] + behind}]
     answer = _answer(row, columns.answer)
     if not tokenizer.encode(answer, add_special_tokens=False):
         raise _BadRow("empty-answer", f"the answer {answer!r} has no token under this tokenizer")

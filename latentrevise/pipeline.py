@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from latentrevise.audit import GuardConfig
 from latentrevise.cases import Case, chosen_cuts, request_of, tokens_with
-from latentrevise.data import PromptSettings, load_prompts
+from latentrevise.data import PromptSettings
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.gate import GateConfig, implicit_value
@@ -349,6 +349,7 @@ class Recovery:
             self._work = [self._case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
             self._aim_wrong(self._work)
             self._report_uncut([name for name, own in long.items() if not own])
+            _warn_of_missing_answers([r for own in rollouts.values() for r in own])
         return self._work
 
     def _report_uncut(self, prompts: Sequence[str]) -> None:
@@ -538,16 +539,8 @@ class Recovery:
         if source is None:
             _ = self.prompts  # raises where there are none
             return
-        config = self.config
-        prompts, errors = load_prompts(
-            source,
-            tokenizer=self.tokenizer,
-            prompt_column=config.prompt_column,
-            answer_column=config.answer_column,
-            chat=config.chat,
-            max_prompt_tokens=config.max_prompt_tokens or self._tools().left(config.max_new_tokens),
-            verifier=self.verifier,
-        )
+        room = self._tools().left(self.config.max_new_tokens)
+        prompts, errors = self.config.load(source, self.tokenizer, room, self.verifier)
         if self.run.prompts.exists():
             # A gold that takes long to parse may be left out one time and not the next.
             known = _read_jsonl(self.run.errors)
@@ -771,6 +764,19 @@ def recover(
     return Recovery(model, tokenizer, config or RecoverConfig(), place, engine=engine, progress=progress).recover(
         prompts
     )
+
+
+def _warn_of_missing_answers(rollouts: Sequence[Rollout]) -> None:
+    """A model that does not know where the answer goes seems to fail everywhere."""
+    without = [r for r in rollouts if r.extracted is None]
+    if 2 * len(without) > len(rollouts):
+        log.warning(
+            "%d of %d rollouts hold no \\boxed{} answer and count as wrong (%d of them ended at max_new_tokens); ask"
+            " for one in the prompts or with `instruction`, or raise max_new_tokens",
+            len(without),
+            len(rollouts),
+            sum(r.finish_reason == "length" for r in without),
+        )
 
 
 def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Start:

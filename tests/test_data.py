@@ -101,6 +101,18 @@ def test_ids_are_hashes_of_the_content_when_there_are_none():
     assert named.id == "17"
 
 
+def test_an_instruction_stands_behind_the_last_message():
+    chatty = tiny_tokenizer(chat=True)
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "1+1"}]
+    rows = [{"prompt": "1+1", "answer": "2"}, {"prompt": messages, "answer": "2"}]
+    plain, many = load(rows, tokenizer=chatty, instruction="box it")[0]
+    assert chatty.decode(plain.ids) == "[user]1+1\n\nbox it\n[assistant]"
+    assert chatty.decode(many.ids) == "[system]be\n[user]1+1\n\nbox it\n[assistant]"
+    assert (plain.text, many.text) == ("1+1\n\nbox it", "be\n1+1\n\nbox it")
+    assert messages[1]["content"] == "1+1"  # the rows are the caller's
+    assert reasons(load([{"prompt": " ", "answer": "2"}], instruction="box it")[1]) == [(0, "empty-prompt")]
+
+
 def test_the_chat_template_is_applied_once():
     chatty = tiny_tokenizer(chat=True)
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "1+1"}]

@@ -348,6 +348,7 @@ def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
     out = tmp_path / "out"
     recovered = recover(model, tokenizer, [{"prompt": "what is 2 + 3?", "answer": "5"}], config, out)
     assert recovered.metrics["zero_hit"] == 1
+    assert "2 of 2 rollouts hold no \\boxed{} answer" in caplog.text
     (prompt,) = read_records(out / "prompts.parquet", Prompt)
     (start, *_) = (row for path in (out / "starts").rglob("*.parquet") for row in read_records(path, Start))
     rows = [row for path in (out / "samples").rglob("*.parquet") for row in read_records(path, Sample)]
