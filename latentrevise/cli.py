@@ -182,7 +182,35 @@ def demo(
 
 
 app.add_typer(training.app, name="train")
-app.command("eval")(training.evaluate)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A benchmark (math-500, aime24, aime25, amc23, ...) or a file of prompts.")],
+    out: Out,
+    source: Annotated[Path | None, typer.Option(help="A local copy of the benchmark, in place of the hub.")] = None,
+    config: ConfigFile = None,
+    settings: Set = None,
+    engine: Sampler = "hf",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
+    from latentrevise.config import load_config
+    from latentrevise.engines import engine_factory
+    from latentrevise.evaluate import EvalRunConfig, evaluate_run
+    from latentrevise.models import load_model
+
+    make, chosen = engine_factory(engine), load_config(EvalRunConfig, config, settings or [])
+    policy, tokenizer = load_model(model, dtype=dtype, device=device)
+    sampler = make(policy, tokenizer, chosen.vllm)
+    found = evaluate_run(policy, tokenizer, data, chosen, out, source=source, engine=sampler, progress=not quiet)
+    for name, value in found.items():
+        if isinstance(value, list):
+            typer.echo(f"{name}: {value[0]:.4f}  [{value[1]:.4f}, {value[2]:.4f}]")
+    typer.echo(f"{found['prompts']} prompts, {found['left_out']} left out; {out / 'metrics.json'}")
 
 
 @app.command()

@@ -6,20 +6,34 @@ lighteval; see docs/training.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from latentrevise.audit import pass_at_k
-from latentrevise.data import Chat, load_prompts
-from latentrevise.engines import Engine, HFEngine, Request, SamplingParams
+from latentrevise.config import to_dict
+from latentrevise.data import PromptSettings
+from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.models import sharded
-from latentrevise.records import Prompt, Rollout, RowError, decoded, row_seed, write_json, write_jsonl, write_records
+from latentrevise.records import (
+    Prompt,
+    Rollout,
+    decoded,
+    read_records,
+    row_seed,
+    stable_hash,
+    write_json,
+    write_jsonl,
+    write_records,
+)
+from latentrevise.rundir import RunDirectory, run_header
 from latentrevise.verdicts import load_checker
 from latentrevise.verify import Verifier
 
@@ -30,11 +44,12 @@ INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """How to evaluate. samples: drawn for each prompt. k: of pass@k, none larger than ``samples``.
+class EvalConfig(PromptSettings):
+    """How to evaluate; how prompts are read: see PromptSettings.
 
-    temperature, top_p, max_new_tokens, stop: of sampling. resamples: bootstrap resamples of the prompts. checker:
-    ``module:attribute`` of a derivation checker (see RecoverConfig); adds valid@1. verify_timeout: seconds an answer.
+    samples: drawn for each prompt. k: of pass@k, none larger than ``samples``. temperature, top_p, max_new_tokens,
+    stop: of sampling. resamples: bootstrap resamples of the prompts. checker: ``module:attribute`` of a derivation
+    checker (see RecoverConfig); adds valid@1. verify_timeout: seconds an answer.
     """
 
     samples: int = 1
@@ -53,6 +68,19 @@ class EvalConfig:
             raise ConfigError(f"samples = {self.samples!r}, resamples = {self.resamples!r}: both must be at least 1")
         if not self.k or not all(1 <= k <= self.samples for k in self.k):
             raise ConfigError(f"k = {self.k!r}: each must lie between 1 and samples = {self.samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRunConfig(EvalConfig):
+    """Settings of ``latentrevise eval``. chunk: prompts in one part. vllm: of that engine, see ``VLLMConfig``."""
+
+    chunk: int = 64
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk < 1:
+            raise ConfigError(f"chunk = {self.chunk!r}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -174,16 +202,10 @@ BENCHMARKS = {
 }
 
 
-def load_benchmark(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    source: str | os.PathLike[str] | None = None,
-    chat: Chat = "auto",
-    instruction: str = INSTRUCTION,
-    verifier: Verifier | None = None,
-) -> tuple[list[Prompt], list[RowError]]:
-    """The problems of one of BENCHMARKS, and the rows that cannot be used with their reasons.
+def benchmark_rows(
+    name: str, source: str | os.PathLike[str] | None = None, instruction: str = INSTRUCTION
+) -> list[dict[str, Any]]:
+    """The problems of one of BENCHMARKS as rows with a prompt and an answer.
 
     source: a local ``.parquet``, ``.json``, ``.jsonl`` or ``.csv`` file of the same form, in place of the hub.
     instruction: put behind each problem. Several gold answers to one problem become one list, comma by comma. Raises
@@ -212,10 +234,7 @@ def load_benchmark(
             f"{name}: no column {', '.join(sorted(missing))} (found: {', '.join(data.column_names)}); its form has"
             " changed, so give a copy of the old form as source"
         )
-    rows = [_problem(row, known, instruction) for row in data]
-    return load_prompts(
-        rows, tokenizer=tokenizer, prompt_column="prompt", answer_column="answer", chat=chat, verifier=verifier
-    )
+    return [_problem(row, known, instruction) for row in data]
 
 
 def _problem(row: Mapping[str, Any], known: Benchmark, instruction: str) -> dict[str, Any]:
@@ -223,20 +242,74 @@ def _problem(row: Mapping[str, Any], known: Benchmark, instruction: str) -> dict
     if isinstance(answer, list):
         answer = ", ".join(str(part).strip().strip("$") for part in answer)
     ids = {key: str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None}
-    return {"prompt": str(row[known.prompt]) + instruction, "answer": answer, **dict(list(ids.items())[:1])}
+    return {"prompt": str(row[known.prompt]) + instruction, "answer": str(answer), **dict(list(ids.items())[:1])}
 
 
-def write_evaluation(
+def evaluate_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | os.PathLike[str],
+    config: EvalRunConfig,
     out: str | os.PathLike[str],
-    metrics: Mapping[str, Any],
-    rollouts: Sequence[Rollout],
-    errors: Iterable[RowError],
-) -> None:
-    """``metrics.json``, ``rollouts.parquet`` and ``errors.jsonl`` in a folder."""
-    out = Path(out)
-    write_records(out / "rollouts.parquet", rollouts, Rollout)
-    write_jsonl(out / "errors.jsonl", errors)
-    write_json(out / "metrics.json", dict(metrics))
+    *,
+    source: str | os.PathLike[str] | None = None,
+    engine: Engine | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Evaluate on a benchmark or a file of prompts, in parts of ``config.chunk`` prompts: the metrics.
+
+    data: one of BENCHMARKS (source: see ``benchmark_rows``), or a file as ``load_prompts`` reads it. out: a run
+    directory with ``rollouts/`` and ``scores/``; parts that are in it are not computed again. Rows that cannot be used,
+    a prompt that leaves no room for its completion among them, are in ``errors.jsonl``. Raises RunError where ``out``
+    holds another evaluation, InputError where no row can be used.
+    """
+    engine, run = engine or HFEngine(model, tokenizer), RunDirectory(out)
+    rows: Any = data
+    if str(data) in BENCHMARKS:
+        rows = benchmark_rows(str(data), source)
+        known_by = stable_hash(rows)
+    elif source is not None:
+        raise ConfigError(f"source goes with one of {', '.join(BENCHMARKS)}; give a file of your own as data")
+    else:
+        known_by = _file_hash(Path(data))
+    run.begin({**run_header(model, config, engine), "data": {"name": str(data), "hash": known_by}})
+    with run.locked(), Verifier(timeout=config.verify_timeout) as verifier:
+        if not run.prompts.exists():
+            room = None if engine.limit is None else engine.limit - config.max_new_tokens
+            usable, errors = config.load(rows, tokenizer, room, verifier)
+            write_jsonl(run.errors, errors)
+            if not usable:
+                raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {run.errors}")
+            write_records(run.prompts, usable, Prompt)
+        prompts, scores = read_records(run.prompts, Prompt), []
+        with tqdm(total=len(prompts), desc="eval", unit="prompt", disable=not progress) as bar:
+            for index, first in enumerate(range(0, len(prompts), config.chunk)):
+                chunk, part = prompts[first : first + config.chunk], run.part("scores", index)
+                if not part.exists():
+                    found, rollouts = evaluate(model, tokenizer, chunk, config, engine=engine, verifier=verifier)
+                    write_records(run.part("rollouts", index), rollouts, Rollout)
+                    write_records(part, found, Score)
+                scores += read_records(part, Score)
+                bar.update(len(chunk))
+        metrics = {
+            "data": str(data),
+            "model": str(model.config._name_or_path),
+            "left_out": len(run.errors.read_text(encoding="utf-8").splitlines()),
+            **summary(scores, config),
+            "config": to_dict(config),
+        }
+        write_json(run.metrics, metrics)
+    return metrics
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(
+            f"{path} is neither a file that can be read ({error.strerror or error}) nor one of {', '.join(BENCHMARKS)};"
+            " check the path"
+        ) from error
 
 
 class Evaluates:

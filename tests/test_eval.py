@@ -12,15 +12,16 @@ from typer.testing import CliRunner
 
 from latentrevise.cli import app
 from latentrevise.demo import get_family, make_prompts, model_dir
+from latentrevise.engines import HFEngine
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.evaluate import (
     BENCHMARKS,
     INSTRUCTION,
     EvalConfig,
     Score,
+    benchmark_rows,
     bootstrap,
     evaluate,
-    load_benchmark,
     summary,
 )
 from latentrevise.models import load_model
@@ -87,7 +88,7 @@ ROWS = {
 def test_benchmarks_load_from_files_of_their_form(name, tmp_path, verifier):
     path = tmp_path / "data.parquet"
     pq.write_table(pa.Table.from_pylist([ROWS[name]]), path)
-    (prompt,), errors = load_benchmark(name, TOKENIZER, source=path, verifier=verifier)
+    (prompt,), errors = EvalConfig().load(benchmark_rows(name, path), TOKENIZER, None, verifier)
     assert not errors
     assert prompt.text == ROWS[name][BENCHMARKS[name].prompt] + INSTRUCTION
     assert prompt.answer == {"aime25": "70", "amc23": "27.0", "olympiadbench": "3, 5"}.get(
@@ -97,15 +98,15 @@ def test_benchmarks_load_from_files_of_their_form(name, tmp_path, verifier):
     assert name not in known or prompt.id == known[name]
 
 
-def test_a_benchmark_with_other_columns_is_refused(tmp_path, verifier):
+def test_a_benchmark_with_other_columns_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     write_jsonl(path, [{"problem": "1+1", "solution": "2"}])
     with pytest.raises(InputError, match="no column answer"):
-        load_benchmark("math-500", TOKENIZER, source=path, verifier=verifier)
+        benchmark_rows("math-500", path)
     with pytest.raises(InputError, match="cannot be loaded"):
-        load_benchmark("math-500", TOKENIZER, source=tmp_path / "none.parquet", verifier=verifier)
+        benchmark_rows("math-500", tmp_path / "none.parquet")
     with pytest.raises(ConfigError, match="choose from math-500"):
-        load_benchmark("math-5000", TOKENIZER)
+        benchmark_rows("math-5000")
 
 
 def test_a_prompt_is_sampled_alike_in_any_company(verifier):
@@ -124,16 +125,46 @@ def test_a_prompt_is_sampled_alike_in_any_company(verifier):
     assert found["valid@1"][0] <= found["pass@1"][0] <= found["pass@4"][0]
 
 
-def test_command(tmp_path):
+def command(folder, *settings, data="prompts.jsonl"):
+    words = ["eval", "--model", str(model_dir("rule")), "--data", str(folder / data), "--out", str(folder / "out")]
+    shared = ["samples=2", "k=[1, 2]", "max_new_tokens=64", "chunk=2", *settings]
+    return CliRunner().invoke(
+        app, [*words, *(w for s in shared for w in ("--set", s)), "--dtype", "float32", "--quiet"]
+    )
+
+
+def test_the_command_takes_up_what_was_stopped(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "prompts.jsonl", make_prompts(get_family("rule"), 4))
-    arguments = [
-        "eval", "--model", str(model_dir("rule")), "--data", str(tmp_path / "prompts.jsonl"), "--out",
-        str(tmp_path / "out"), "--set", "samples=2", "--set", "k=[1, 2]", "--set", "max_new_tokens=64", "--dtype",
-        "float32",
-    ]  # fmt: skip
-    result = CliRunner().invoke(app, arguments)
+    result = command(tmp_path)
     assert result.exit_code == 0, result.output
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["prompts"] == 4
     assert math.isclose(metrics["pass@2"][0], float(result.output.split("pass@2: ")[1].split()[0]), abs_tol=1e-4)
-    assert len(read_records(tmp_path / "out" / "rollouts.parquet", Rollout)) == 8
+    rollouts = read_records(out / "rollouts", Rollout)
+    assert len(rollouts) == 8
+
+    (out / "scores" / "part-00001.parquet").unlink()
+    (out / "metrics.json").unlink()
+    asked, generate = [], HFEngine.generate
+    monkeypatch.setattr(HFEngine, "generate", lambda *a, **k: asked.append(len(a[1])) or generate(*a, **k))
+    assert command(tmp_path).exit_code == 0
+    assert asked == [2], "the part that was there is not sampled again"
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert read_records(out / "rollouts", Rollout) == rollouts
+
+    assert "temperature: 1.0 there, 0.5 now" in str(command(tmp_path, "temperature=0.5").exception)
+    write_jsonl(tmp_path / "prompts.jsonl", make_prompts(get_family("rule"), 5))
+    assert "data.hash" in str(command(tmp_path).exception)
+    assert "neither a file" in str(command(tmp_path, data="math-50").exception)
+
+
+def test_rows_are_read_by_the_settings_and_one_too_long_is_left_out(tmp_path):
+    rows = [{"task": r["prompt"], "gold": r["answer"]} for r in make_prompts(get_family("rule"), 3)]
+    rows[1]["task"] = " ; ".join([rows[1]["task"]] * 40)
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    result = command(tmp_path, "prompt_column=task", "answer_column=gold")
+    assert result.exit_code == 0, result.output
+    assert "2 prompts, 1 left out" in result.output
+    (error,) = map(json.loads, (tmp_path / "out" / "errors.jsonl").read_text().splitlines())
+    assert (error["row"], error["reason"]) == (2, "over-long-prompt")

@@ -416,12 +416,16 @@ def test_command(tmp_path):
 
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p.text, "answer": p.answer} for p in PROMPTS])
-    own = ["repair.strategy=resample", *(f"trainer.{k}={v}" for k, v in (ARGUMENTS | {"max_steps": 1}).items())]
+    rows = [{"task": p.text, "gold": p.answer} for p in PROMPTS]
+    rows.append({"task": "1" * 250, "gold": "1"})  # of the model's 256 positions
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    own = ["repair.strategy=resample", "prompt_column=task", "answer_column=gold"]
+    own += (f"trainer.{k}={v}" for k, v in (ARGUMENTS | {"max_steps": 1}).items())
     places = ["--model", tmp_path / "model", "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out"]
     arguments = ["train", "rlvr", *map(str, places), *(part for key in own for part in ("--set", key))]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert f"row {len(rows)} left out (over-long-prompt)" in result.output
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 

@@ -1,4 +1,4 @@
-"""``latentrevise train sft``, ``latentrevise train rlvr`` and ``latentrevise eval``."""
+"""``latentrevise train sft`` and ``latentrevise train rlvr``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import typer
 from latentrevise.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from latentrevise.data import PromptSettings
     from latentrevise.records import Prompt
 
 app = typer.Typer(no_args_is_help=True)
@@ -57,7 +58,7 @@ def sft(
         counts[row["strategy"]] = counts.get(row["strategy"], 0) + 1
     typer.echo(f"{len(rows)} rows: {', '.join(f'{n} {strategy}' for strategy, n in sorted(counts.items()))}")
     _begin(out, "sft", chosen, [name, [row["input_ids"] for row in rows]])
-    train_sft(policy, tokenizer, rows, out, chosen, _prompts(chosen.eval_prompts, tokenizer))
+    train_sft(policy, tokenizer, rows, out, chosen, _judging(chosen, policy, tokenizer))
     typer.echo(f"trained model in {out / 'model'}")
 
 
@@ -71,60 +72,18 @@ def rlvr(
     dtype: Dtype = "float32",
 ) -> None:
     """Reinforcement learning on verified answers, with zero-hit groups repaired as they occur."""
+    from trl import GRPOConfig
+
     from latentrevise.config import load_config
     from latentrevise.train.rlvr import RLVRSettings, train_rlvr
 
     chosen = load_config(RLVRSettings, config, settings or [])
     policy, tokenizer = _loaded(model, dtype)
-    problems = _prompts(str(prompts), tokenizer)
+    new = chosen.trainer.get("max_completion_length", GRPOConfig.max_completion_length)
+    problems = _prompts(prompts, chosen, policy, tokenizer, new)
     _begin(out, "rlvr", chosen, [model, [[p.id, *p.ids] for p in problems]])
-    train_rlvr(policy, tokenizer, problems, out, chosen, _prompts(chosen.eval_prompts, tokenizer))
+    train_rlvr(policy, tokenizer, problems, out, chosen, _judging(chosen, policy, tokenizer))
     typer.echo(f"trained model in {out / 'model'}")
-
-
-def evaluate(
-    model: Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers.")],
-    data: Annotated[str, typer.Option(help="A benchmark (math-500, aime24, aime25, amc23, ...) or a file of prompts.")],
-    out: Annotated[Path, typer.Option(help="Folder for metrics.json and rollouts.parquet.")],
-    source: Annotated[Path | None, typer.Option(help="A local copy of the benchmark, in place of the hub.")] = None,
-    config: ConfigFile = None,
-    settings: Set = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; if left out the first GPU, or else the CPU.")
-    ] = None,
-) -> None:
-    """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
-    from latentrevise.config import load_config, to_dict
-    from latentrevise.evaluate import BENCHMARKS, EvalConfig, load_benchmark, summary, write_evaluation
-    from latentrevise.evaluate import evaluate as run_evaluation
-    from latentrevise.models import load_model
-
-    chosen = load_config(EvalConfig, config, settings or [])
-    policy, tokenizer = load_model(model, dtype=dtype, device=device)
-    if data in BENCHMARKS:
-        problems, errors = load_benchmark(data, tokenizer, source=source)
-    elif source is not None:
-        raise ConfigError(f"--source goes with one of {', '.join(BENCHMARKS)}; give a file of your own with --data")
-    else:
-        from latentrevise.data import load_prompts
-
-        problems, errors = load_prompts(data, tokenizer=tokenizer)
-    scores, rollouts = run_evaluation(policy, tokenizer, problems, chosen)
-    metrics = {
-        "data": data,
-        "model": model,
-        "left_out": len(errors),
-        **summary(scores, chosen),
-        "config": to_dict(chosen),
-    }
-    write_evaluation(out, metrics, rollouts, errors)
-    for name, value in metrics.items():
-        if isinstance(value, list):
-            typer.echo(f"{name}: {value[0]:.4f}  [{value[1]:.4f}, {value[2]:.4f}]")
-    typer.echo(f"{len(problems)} prompts, {len(errors)} left out; {out / 'metrics.json'}")
 
 
 def _begin(out: Path, kind: str, settings: Any, data: Any) -> None:
@@ -146,13 +105,26 @@ def _model_of(run: Path) -> str:
     return str(RunDirectory(run).read_header()["model"]["path"])
 
 
-def _prompts(path: str | None, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The usable prompts of a file; how many are not is said."""
-    if path is None:
+def _judging(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts that are sampled at each evaluation, read as ``evaluation`` says."""
+    if settings.eval_prompts is None:
         return []
-    from latentrevise.data import load_prompts
+    how = settings.evaluation
+    return _prompts(settings.eval_prompts, how, model, tokenizer, how.max_new_tokens)
 
-    found, errors = load_prompts(path, tokenizer=tokenizer)
+
+def _prompts(
+    path: str | Path,
+    settings: PromptSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    new: int,
+) -> list[Prompt]:
+    """The usable prompts of a file, with room for ``new`` tokens behind each; how many are not is said."""
+    from latentrevise.models import position_limit
+
+    limit = position_limit(model)
+    found, errors = settings.load(path, tokenizer, None if limit is None else limit - new)
     for error in errors[:3]:
         typer.echo(f"{path}, row {error.row} left out ({error.reason}): {error.message}", err=True)
     if len(errors) > 3:

@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from latentrevise.data import PromptSettings
 from latentrevise.engines import Engine, HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.evaluate import EvalConfig, Evaluates
@@ -48,8 +49,8 @@ Convention = Literal["grpo_include", "onpolicy_baseline"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLVRSettings:
-    """Settings of ``latentrevise train rlvr``.
+class RLVRSettings(PromptSettings):
+    """Settings of ``latentrevise train rlvr``; how prompts are read: see PromptSettings.
 
     repair: how zero-hit groups are repaired. advantages: ``grpo_include`` counts recovered rows in the group's mean and
     deviation (LUFFY's published script); ``onpolicy_baseline`` takes both from the sampled rows alone (its
