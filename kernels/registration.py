@@ -8,6 +8,7 @@ Eager calls go straight to the Python function: torch's dispatcher would cost mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import TypeVar
 
 import torch
@@ -19,9 +20,24 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def register(schema: str, fake: Callable) -> Callable[[Function], Function]:
-    """Register the decorated function under ``schema`` (``name(Tensor G, ...) -> ...``); it returns no input."""
+    """Register the decorated function under ``schema`` (``name(Tensor G, ...) -> ...``); it returns no input.
 
-    def decorate(function: Function) -> Function:
+    Its first argument is a tensor; the function runs on that tensor's device (kernels are launched on the current one)
+    and without autocast, which would make half-precision products of the float32 ones it asks for.
+    """
+
+    def decorate(implementation: Function) -> Function:
+        @wraps(implementation)
+        def function(first, *rest):  # type: ignore[no-untyped-def]
+            kind = first.device.type
+            if kind == "cuda" and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):
+                    return function(first, *rest)
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return function(first, *rest)
+            return implementation(first, *rest)
+
         name = schema.partition("(")[0]
         _library.define(schema)
         _library.impl(name, function, "CompositeExplicitAutograd")

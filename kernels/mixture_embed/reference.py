@@ -11,4 +11,6 @@ from ..numerics import accumulation_dtype
 def mixture_embed(ids: Tensor, weights: Tensor, E: Tensor) -> Tensor:
     dtype = accumulation_dtype(weights, E)
     rows = E[ids.long()].to(dtype)  # [T, A, d]
-    return torch.einsum("ta,tad->td", weights.to(dtype), rows).to(E.dtype)
+    with torch.autocast(E.device.type, enabled=False):
+        with torch.autocast(E.device.type, enabled=False):
+        return torch.einsum("ta,tad->td", weights.to(dtype), rows).to(E.dtype)

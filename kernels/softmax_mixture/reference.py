@@ -11,4 +11,6 @@ from ..numerics import accumulation_dtype
 def softmax_mixture(theta: Tensor, E: Tensor, tau: float) -> Tensor:
     dtype = accumulation_dtype(theta, E)
     probabilities = torch.softmax(theta.to(dtype) / tau, dim=1)
-    return (probabilities @ E.to(dtype)).to(E.dtype)
+    with torch.autocast(E.device.type, enabled=False):
+        with torch.autocast(E.device.type, enabled=False):
+        return (probabilities @ E.to(dtype)).to(E.dtype)
