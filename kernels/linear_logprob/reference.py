@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch
 from torch import Tensor
 
 from ..numerics import accumulation_dtype, transform_logits
@@ -21,7 +20,6 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(H, W)
     with torch.autocast(H.device.type, enabled=False):
-        with torch.autocast(H.device.type, enabled=False):
         logits = transform_logits(H.to(dtype) @ W.to(dtype).T, bias, scale, softcap, temperature)
     logps = logits.log_softmax(1)
     logp = logps.gather(1, y[:, None]).squeeze(1)

@@ -12,5 +12,4 @@ def mixture_embed(ids: Tensor, weights: Tensor, E: Tensor) -> Tensor:
     dtype = accumulation_dtype(weights, E)
     rows = E[ids.long()].to(dtype)  # [T, A, d]
     with torch.autocast(E.device.type, enabled=False):
-        with torch.autocast(E.device.type, enabled=False):
         return torch.einsum("ta,tad->td", weights.to(dtype), rows).to(E.dtype)

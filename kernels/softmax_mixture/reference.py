@@ -12,5 +12,4 @@ def softmax_mixture(theta: Tensor, E: Tensor, tau: float) -> Tensor:
     dtype = accumulation_dtype(theta, E)
     probabilities = torch.softmax(theta.to(dtype) / tau, dim=1)
     with torch.autocast(E.device.type, enabled=False):
-        with torch.autocast(E.device.type, enabled=False):
         return (probabilities @ E.to(dtype)).to(E.dtype)
