@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, SFTConfig
 
 from latentrevise import strategies
-from latentrevise.engines import Request, SamplingParams
+from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.evaluate import EvalConfig
 from latentrevise.train import logprob
 from latentrevise.train.repair import RepairSettings
@@ -30,7 +30,7 @@ from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_r
 from latentrevise.train.settings import begin, trl_arguments
 from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, train_sft
 from latentrevise.verify import Judgement
-from tests.test_train_rlvr import ARGUMENTS, PROMPTS, TOKENIZER, UNGUARDED, Told, rows
+from tests.test_train_rlvr import ARGUMENTS, PROMPTS, TOKENIZER, UNGUARDED, Boxing, Told, rows
 from tests.test_train_sft import rows as sft_rows
 from tests.tiny import tiny_model
 
@@ -88,7 +88,9 @@ class Seeded(RecoveringGRPOTrainer):
         every = gather_object(list(prompt_ids))
         step = self.state.global_step
         requests = [Request(ids, seed=1000 * step + i) for i, ids in enumerate(every)]
-        found = self._ready().engine.generate(requests, SamplingParams(max_new_tokens=self.max_completion_length))
+        self._ready()
+        engine = HFEngine(self._base, TOKENIZER)
+        found = engine.generate(requests, SamplingParams(max_new_tokens=self.max_completion_length))
         first = self.accelerator.process_index * len(prompt_ids)
         own = [list(c.ids) for (c,) in found][first : first + len(prompt_ids)]
         return [ids + [TOKENIZER.eos_token_id] * (len(ids) < self.max_completion_length) for ids in own], None
@@ -129,13 +131,15 @@ def rlvr(settings: RLVRSettings, **changes: Any) -> Callable[[Path, int], Any]:
             "gradient_accumulation_steps": 3,
             "max_completion_length": 16,  # most groups fail
         }
+        model = tiny_model()
         trainer = Seeded(
-            model=tiny_model(),
+            model=model,
             args=trl_arguments(GRPOConfig, out, ARGUMENTS | COMMON | own | changes),
             train_dataset=rows(),
             processing_class=TOKENIZER,
             verifier=Contains(),
             settings=settings,
+            engine=Boxing(model, TOKENIZER),
         )
         trainer.train()
         return trainer
@@ -159,7 +163,8 @@ def whole(out: Path, processes: int, seed: int = 0, name: str = "whole") -> Any:
         },
     )
     begin(out / name, "rlvr", settings, [p.id for p in PROMPTS])
-    return train_rlvr(tiny_model(seed=seed), TOKENIZER, PROMPTS, out / name, settings)
+    model = tiny_model(seed=seed)
+    return train_rlvr(model, TOKENIZER, PROMPTS, out / name, settings, engine=Boxing(model, TOKENIZER))
 
 
 def resumed(out: Path, processes: int) -> Any:

@@ -18,17 +18,17 @@ import torch
 from latentrevise import strategies
 from latentrevise.adapters import core, slime
 from latentrevise.adapters.core import AdapterSettings, Group, Recovery
-from latentrevise.engines import HFEngine, SamplingParams
+from latentrevise.engines import SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.policy import Policy
 from latentrevise.train.repair import Repairer, RepairSettings
 from latentrevise.verify import Verifier
-from tests.test_train_rlvr import TOKENIZER, UNGUARDED, Told, encode
+from tests.test_train_rlvr import TOKENIZER, UNGUARDED, Boxing, Told, encode
 from tests.tiny import BOS, EOS, tiny_model
 
 TEMPERATURE = 0.7
 PROMPT = (BOS, *encode("qa="))
-PREFIX = encode("so\\boxed{7}")
+PREFIX = encode("so")
 FAILED = [(*encode(text), EOS) for text in ("no, 3", "no, 4 it is", "no, 3", "no")]
 DUPLICATE = 2  # goes first
 SOLVED = [*FAILED[:3], (*encode("so 7: \\boxed{7}"), EOS)]
@@ -43,14 +43,14 @@ def verifier():
 
 @pytest.fixture(params=LATENT)
 def recovery(request, verifier, monkeypatch):
-    """With a tiny model; its strategy writes the boxed answer, as tokens or (``told-latent``) as a mixture."""
+    """With a tiny model; its strategy writes a prefix, as tokens or (``told-latent``) as a mixture."""
     for name, latent in LATENT.items():
         monkeypatch.setitem(strategies._STRATEGIES, name, lambda _, latent=latent: Told(latent=latent))
     repair = RepairSettings(strategy=request.param, samples=2, guards=UNGUARDED)
     settings = AdapterSettings(model="none", temperature=TEMPERATURE, group_size=4, reward=2.0, repair=repair)
     model = tiny_model()
     sampling = SamplingParams(temperature=TEMPERATURE, max_new_tokens=24)
-    repairer = Repairer(Policy(model, TOKENIZER), HFEngine(model, TOKENIZER), TOKENIZER, verifier, repair, sampling)
+    repairer = Repairer(Policy(model, TOKENIZER), Boxing(model, TOKENIZER), TOKENIZER, verifier, repair, sampling)
     own = Recovery(repairer, settings)
     core.hand_over(own)
     yield own

@@ -13,13 +13,15 @@ from latentrevise.audit import GuardConfig
 from latentrevise.config import load_config
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
+from latentrevise.engines import HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.evaluate import EvalConfig
 from latentrevise.hull import Mixture
 from latentrevise.models import load_model
+from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Rollout
 from latentrevise.strategies import Proposal
-from latentrevise.train.repair import Repair, RepairSettings, Rescue, replaced
+from latentrevise.train.repair import Repair, Repairer, RepairSettings, Rescue, replaced
 from latentrevise.train.rlvr import (
     RecoveringGRPOTrainer,
     RLVRSettings,
@@ -58,23 +60,36 @@ def encode(text):
     return tuple(TOKENIZER.encode(text))
 
 
-PROMPTS = [Prompt(f"p{i}", f"q{c}", (BOS, *encode(f"q{c}=")), str(i)) for i, c in enumerate("abcdef")]
+PROMPTS = [Prompt(f"p{i}", f"q{c}", (BOS, *encode(f"q{c}=")), "7") for i, c in enumerate("abcdef")]
+
+
+class Boxing(HFEngine):
+    """Begins every continuation with the answer to PROMPTS, boxed; the log-probs are the model's."""
+
+    def _sample(self, *args):
+        self._forced = iter(encode("\\boxed{7}"))
+        return super()._sample(*args)
+
+    def _choose(self, logits, params, uniform):
+        own, forced = super()._choose(logits, params, uniform), next(self._forced, None)
+        return own if forced is None else torch.full_like(own, forced)
 
 
 @dataclass(frozen=True)
 class Told:
-    """A strategy for tests: the prefix is the boxed answer, as tokens or as a mixture of one atom each."""
+    """A strategy for tests: the same prefix for all, as tokens or as a mixture of one atom each."""
 
     name: str = "told"
     uses_answer: bool = True
     backend: str = "none"
     latent: bool = False
+    prefix: str = "so"
 
     def propose(self, tools, work, samples):
         return [[self.proposal(item, samples)] for item in work]
 
     def proposal(self, item, samples):
-        ids = encode(f"so\\boxed{{{item.target}}}")
+        ids = encode(self.prefix)
         return Proposal(
             n=samples,
             plain_ids=ids,
@@ -178,14 +193,16 @@ def test_losses_of_the_registry_equal_those_of_trl(tmp_path, verifier, saved, lo
     assert_same(ours, theirs)
 
 
-def trained(tmp_path, verifier, settings, model=None, **changes):
+def trained(tmp_path, verifier, settings, engine=Boxing, **changes):
+    model = tiny_model()
     trainer = RecoveringGRPOTrainer(
-        model=model or tiny_model(),
+        model=model,
         args=trl_arguments(GRPOConfig, tmp_path, ARGUMENTS | changes),
         train_dataset=rows(),
         processing_class=TOKENIZER,
         verifier=verifier,
         settings=settings,
+        engine=engine(model, TOKENIZER),
     )
     trainer.train()
     return trainer
@@ -222,6 +239,26 @@ def test_zero_hit_groups_are_repaired_in_place(tmp_path, verifier, told, convent
         assert entry[name] > 0
 
 
+def test_an_answer_in_the_prefix_alone_is_no_recovery(tmp_path, verifier, told, monkeypatch):
+    monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Told(prefix="so\\boxed{7}"))
+    trainer = trained(tmp_path, verifier, RLVRSettings(repair=told), engine=HFEngine, max_steps=1)
+    assert not batch_of(trainer)["recovered"].any()
+    assert batch_of(trainer)["outcome"].tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize(("positions", "recovered"), [(16, 1), (6, 0)])
+def test_a_continuation_has_the_positions_that_the_model_has(verifier, told, positions, recovered):
+    """Prompt and prefix take 6, the box 9."""
+    model = tiny_model(max_position_embeddings=positions)
+    repairer = Repairer(
+        Policy(model, TOKENIZER), Boxing(model, TOKENIZER), TOKENIZER, verifier, told, SamplingParams(max_new_tokens=24)
+    )
+    failed = [Rollout("p0", f"p0/{i}", (5, 6), "", None, "wrong", "stop", ()) for i in range(4)]
+    (repair,), _ = repairer.repair([(PROMPTS[0], failed, 0)])
+    assert len(repair.rescues) == recovered
+    assert all(len(PROMPTS[0].ids) + len(r.ids) <= positions for r in repair.rescues)
+
+
 def test_a_group_with_an_undecided_row_is_left_alone():
     groups = _Groups(["wrong"] * 4 + ["wrong", "unknown"] + ["wrong"] * 2 + ["correct"] + ["wrong"] * 3, 4)
     assert groups.zero_hit() == [0]
@@ -240,7 +277,7 @@ def test_a_prefix_that_was_not_fed_as_tokens_is_not_trained(tmp_path, verifier, 
     monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Told(latent=True))
     batch = batch_of(trained(tmp_path, verifier, RLVRSettings(repair=told), max_steps=1))
     assert batch["recovered"].sum() == 2
-    prefix = len(encode("so\\boxed{0}"))
+    prefix = len(encode("so"))
     assert not batch["tool_mask"][batch["recovered"], :prefix].any()
     assert batch["tool_mask"][batch["recovered"], prefix:].all()
     assert batch["tool_mask"][~batch["recovered"]].all()
@@ -300,13 +337,15 @@ class Vllm:
 
 
 def with_vllm(tmp_path, verifier, settings, correction):
+    model = tiny_model()
     trainer = RecoveringGRPOTrainer(
-        model=tiny_model(),
+        model=model,
         args=trl_arguments(GRPOConfig, tmp_path, ARGUMENTS | {"max_steps": 1}),
         train_dataset=rows(),
         processing_class=TOKENIZER,
         verifier=verifier,
         settings=settings,
+        engine=Boxing(model, TOKENIZER),
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Vllm(trainer), -1
     trainer.vllm_importance_sampling_correction = correction
@@ -346,10 +385,11 @@ def test_interrupted_training_resumes_to_the_same_losses(tmp_path, told):
     settings = RLVRSettings(
         repair=told, trainer=ARGUMENTS | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     )
-    whole = train_rlvr(tiny_model(), TOKENIZER, PROMPTS, tmp_path / "whole", settings)
+    engine = Boxing(tiny_model(), TOKENIZER)
+    whole = train_rlvr(tiny_model(), TOKENIZER, PROMPTS, tmp_path / "whole", settings, engine=engine)
     (tmp_path / "resumed").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "resumed" / "checkpoint-2")
-    resumed = train_rlvr(tiny_model(seed=9), TOKENIZER, PROMPTS, tmp_path / "resumed", settings)
+    resumed = train_rlvr(tiny_model(seed=9), TOKENIZER, PROMPTS, tmp_path / "resumed", settings, engine=engine)
     names = ("loss", "reward", "zero_hit/frac_groups", "recovered/reliance")
     found = [[[e[n] for n in names] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert len(found[0]) == 4

@@ -109,31 +109,25 @@ class Repairer:
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, policy.table.shape[0])
         self._template = tuple(tokenizer.encode(settings.answer_template, add_special_tokens=False))
         self._strategy = build(settings.strategy, settings)
+        self._tools = Tools(policy, engine, tokenizer, sampling, settings.token_budget, settings.prefix_boundary)
 
     def repair(self, groups: Sequence[tuple[Prompt, Sequence[Rollout], int]]) -> tuple[list[Repair], float]:
         """One Repair for each group of (prompt, rollouts verified wrong, seed), in order, and the seconds it took."""
         began = time.perf_counter()
         work = [self._work(prompt, failed, seed) for prompt, failed, seed in groups]
         able = [i for i, item in enumerate(work) if item.cuts]
-        tools = Tools(
-            self.policy,
-            self.engine,
-            self.tokenizer,
-            self.sampling,
-            self.settings.token_budget,
-            self.settings.prefix_boundary,
-        )
-        proposals = self._strategy.propose(tools, [work[i] for i in able], self.settings.samples) if able else []
+        samples, asked = self.settings.samples, [work[i] for i in able]
+        proposals = self._strategy.propose(self._tools, asked, samples) if able else []
         # Seeds by a proposal's place in its own group: which groups are repaired together changes nothing.
         flat = [
             (i, p, row_seed(work[i].seed, k))
             for i, own in zip(able, proposals, strict=True)
             for k, p in enumerate(own)
-            if self._room(p) > 0
+            if self._room(work[i], p) > 0
         ]
-        samples = self._sampled([(work[i], p, seed) for i, p, seed in flat])
+        drawn = self._sampled([(work[i], p, seed) for i, p, seed in flat])
         found = [Repair() for _ in groups]
-        for (i, proposal, _), completions in zip(flat, samples, strict=True):
+        for (i, proposal, _), completions in zip(flat, drawn, strict=True):
             found[i] = self._judged(work[i], proposal, completions, found[i])
         for i, repair in enumerate(found):
             best = sorted(repair.rescues, key=lambda r: -r.plain)[: self.settings.replace]
@@ -147,9 +141,10 @@ class Repairer:
         cuts = chosen_cuts(long, s.revised_rollouts, s.prefix_fraction, self._boundary, seed)
         return Work(prompt, prompt.answer, tuple(long), cuts, answer, self._template, seed)
 
-    def _room(self, proposal: Proposal) -> int:
-        """Tokens left for a continuation, its end-of-sequence token among them."""
-        return self.sampling.max_new_tokens - len(self._prefix(proposal)[0])
+    def _room(self, item: Work, proposal: Proposal) -> int:
+        """Tokens left for a continuation, its end-of-sequence token among them: of a row, and of the model."""
+        fed = len(proposal.context_ids or item.prompt.ids) + len(proposal.plain_ids)
+        return min(self.sampling.max_new_tokens - len(self._prefix(proposal)[0]), self._tools.left(fed))
 
     def _prefix(self, proposal: Proposal) -> tuple[tuple[int, ...], bool]:
         """The tokens that stand for what was fed, and whether they are trained."""
@@ -171,27 +166,24 @@ class Repairer:
                 requests.append(
                     request_of(self.policy, item.prompt.ids, proposal, proposal.mixture, row_seed(seed, number))
                 )
-                temperature = 0.0 if proposal.greedy else self.sampling.temperature
-                params.append(
-                    replace(self.sampling, n=proposal.n, temperature=temperature, max_new_tokens=self._room(proposal))
-                )
+                temperature, room = 0.0 if proposal.greedy else self.sampling.temperature, self._room(item, proposal)
+                params.append(replace(self.sampling, n=proposal.n, temperature=temperature, max_new_tokens=room))
             for i, completions in zip(waiting, self.engine.generate(requests, params), strict=True):
                 found[i] += completions
             number += 1
             waiting = [
-                i for i in waiting if number < starts[i][1].rounds and not self._any_correct(*starts[i][:2], found[i])
+                i for i in waiting if number < starts[i][1].rounds and not any(self._correct(starts[i][0], found[i]))
             ]
         return found
 
-    def _any_correct(self, item: Work, proposal: Proposal, completions: Sequence[Completion]) -> bool:
-        pairs = [(item.target, decoded(self.tokenizer, (*self._prefix(proposal)[0], *c.ids))) for c in completions]
-        return any(j.verdict == "correct" for j in self.verifier.verify(pairs))
+    def _correct(self, item: Work, completions: Sequence[Completion]) -> list[bool]:
+        """Which continuations come to the answer by themselves: as in a recovery, a prefix that holds it is no help."""
+        pairs = [(item.target, decoded(self.tokenizer, c.ids)) for c in completions]
+        return [judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)]
 
     def _judged(self, item: Work, proposal: Proposal, completions: Sequence[Completion], known: Repair) -> Repair:
         prefix, trained = self._prefix(proposal)
-        texts = [decoded(self.tokenizer, (*prefix, *c.ids)) for c in completions]
-        judged = self.verifier.verify([(item.target, text) for text in texts])
-        right = [i for i, j in enumerate(judged) if j.verdict == "correct" and completions[i].ids]
+        right = [i for i, correct in enumerate(self._correct(item, completions)) if correct]
         contexts = [(*item.prompt.ids, *prefix)] * len(right)
         plain = self.policy.logprobs(contexts, [completions[i].ids for i in right], self.settings.token_budget)
         rescues, leaked = [], 0
@@ -225,7 +217,7 @@ class Repairer:
                 Rescue(
                     ids=(*prefix, *completion.ids, *end),
                     trained=(*[int(trained)] * len(prefix), *[1] * (len(completion.ids) + len(end))),
-                    text=texts[i],
+                    text=decoded(self.tokenizer, (*prefix, *completion.ids)),
                     plain=mean,
                     reliance=mean - fmean(completion.logprobs or [mean]),
                 )
