@@ -112,6 +112,35 @@ def test_screening_changes_no_bit(kind, dtype):
         assert torch.equal(values.view(torch.int32), torch.cat([part[1] for part in parts]).view(torch.int32))
 
 
+@pytest.mark.parametrize("column", [0, 39])  # in a whole register and in what is left of a row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_nan_is_found_among_many_tokens(dtype, column):
+    G, E, y = operands(dtype, T=64, V=4100)
+    plain = torch.where(torch.arange(4100) == 100, False, True)
+    usual, _ = vertex_oracle(G, E, plain, backend="reference")
+
+    def found(G, E, allowed=None):
+        ids, values = vertex_oracle(G, E, allowed, backend="cpu")
+        step = hull_step(G, None, E, *atoms(y), 0.3, slot=2, allowed=allowed, backend="cpu")
+        assert torch.equal(step.vertex, ids)
+        return ids, values.isnan()
+
+    bad = E.clone()
+    bad[100, column] = torch.nan
+    ids, nan = found(G, bad)
+    assert ids.tolist() == [100] * 64
+    assert nan.all()
+    ids, nan = found(G, bad, plain)
+    assert torch.equal(ids, usual)
+    assert not nan.any()
+    bad = G.clone()
+    bad[5, column] = torch.nan
+    ids, nan = found(bad, E, plain)
+    assert ids[5] == 0
+    assert nan.nonzero().tolist() == [[5]]
+    assert torch.equal(ids[6:], usual[6:])
+
+
 @pytest.mark.parametrize(("d", "most"), [(128, 8), (2048, 20)])
 def test_what_screening_leaves_is_reported(d, most):
     """Few rows a token on random data; -1 for a full pass: few tokens, or no 8-bit products."""
@@ -137,6 +166,7 @@ def test_every_instruction_set(isa):
     )
     here = os.path.dirname(__file__)
     files = [os.path.join(here, f"test_{op}.py") for op in ("vertex_oracle", "linear_logprob", "softmax_mixture")]
+    files.append(f"{__file__}::{test_a_single_nan_is_found_among_many_tokens.__name__}")
     command = [sys.executable, "-c", code, "-k", "cpu and not bad_input", *files]
     env = os.environ | {"LATENTREVISE_ISA": isa, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

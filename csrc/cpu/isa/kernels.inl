@@ -136,10 +136,10 @@ void mixture_embed_backward(const lr_mixture_args &a, int64_t begin, int64_t end
 
 // ------------------------------------------------------------------------------------------------ rows of a table
 
-struct Scratch {  // 64-byte aligned; a failed allocation of this size leaves nothing sensible to do
+struct Scratch {  // 64-byte aligned
   explicit Scratch(int64_t floats) {
     void *p = nullptr;
-    if (posix_memalign(&p, 64, static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float)) != 0) abort();
+    if (posix_memalign(&p, 64, static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float)) != 0) out_of_memory();
     data = static_cast<float *>(p);
   }
   ~Scratch() { free(data); }
@@ -507,18 +507,23 @@ struct Quantised {
 
 // Bytes of a row, `offset` added; q gets 4 * words bytes. False if it cannot be bounded.
 inline bool quantise(const float *x, int64_t dim, int64_t words, int offset, uint8_t *q, Quantised &out) {
-  vfloat top = {};
+  // The largest magnitude by its bits, among which NaN is above infinity: a comparison of floats would lose it.
+  vint top = {};
   int64_t k = 0;
   for (; k + kLanes <= dim; k += kLanes) {
-    const vfloat v = load(x + k), size = (vfloat)((vuint)v & 0x7fffffff);
-    top = size <= top ? top : size;  // NaN gets in
+    const vint size = (vint)load(x + k) & 0x7fffffff;
+    top = size > top ? size : top;
   }
-  float most = 0;
-  for (int i = 0; i < kLanes; ++i) most = top[i] <= most ? most : top[i];
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = top[i] > bits ? top[i] : bits;
   for (; k < dim; ++k) {
-    const float size = __builtin_fabsf(x[k]);
-    most = size <= most ? most : size;
+    int32_t size;
+    __builtin_memcpy(&size, x + k, 4);
+    size &= 0x7fffffff;
+    bits = size > bits ? size : bits;
   }
+  float most;
+  __builtin_memcpy(&most, &bits, 4);
   if (!(most < 1e15f)) return false;
   if (most != 0 && most < 1e-15f) return false;  // squares would underflow
   const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
