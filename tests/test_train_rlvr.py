@@ -30,7 +30,7 @@ from latentrevise.train.rlvr import (
     train_rlvr,
 )
 from latentrevise.train.settings import trl_arguments
-from latentrevise.verify import Verifier
+from latentrevise.verify import Judgement, Verifier
 from tests.tiny import BOS, EOS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -260,7 +260,8 @@ def test_a_continuation_has_the_positions_that_the_model_has(verifier, told, pos
 
 
 def test_a_group_with_an_undecided_row_is_left_alone():
-    groups = _Groups(["wrong"] * 4 + ["wrong", "unknown"] + ["wrong"] * 2 + ["correct"] + ["wrong"] * 3, 4)
+    verdicts = ["wrong"] * 4 + ["wrong", "unknown"] + ["wrong"] * 2 + ["correct"] + ["wrong"] * 3
+    groups = _Groups([Judgement(verdict, None) for verdict in verdicts], 4)
     assert groups.zero_hit() == [0]
     assert groups.rows_without_correct({}) == set(range(8))
     assert groups.rows_without_correct({1: None}) == {4, 5, 6, 7}
@@ -281,6 +282,26 @@ def test_a_prefix_that_was_not_fed_as_tokens_is_not_trained(tmp_path, verifier, 
     assert not batch["tool_mask"][batch["recovered"], :prefix].any()
     assert batch["tool_mask"][batch["recovered"], prefix:].all()
     assert batch["tool_mask"][~batch["recovered"]].all()
+
+
+def test_a_row_is_judged_once_before_its_group_is_repaired(tmp_path, verifier, told, monkeypatch):
+    """And the strategy is handed what was found then: a second judgement could be another one."""
+    asked, failed = [], []
+
+    class Counting:
+        def verify(self, pairs):
+            asked.append(len(pairs))
+            return [replace(j, extracted="seen") for j in verifier.verify(pairs)]
+
+    class Asked(Told):
+        def propose(self, tools, work, samples):
+            failed.extend((r.extracted, r.verdict) for item in work for r in item.failed)
+            assert asked == [8]
+            return super().propose(tools, work, samples)
+
+    monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Asked())
+    trained(tmp_path, Counting(), RLVRSettings(repair=told), max_steps=1)
+    assert failed == [("seen", "wrong")] * 8
 
 
 def test_a_strategy_is_told_where_steps_end(tmp_path, verifier, told, monkeypatch):
@@ -472,8 +493,6 @@ def test_command(tmp_path):
 def test_reward_says_nothing_of_undecided_rows():
     class Slow:
         def verify(self, pairs):
-            from latentrevise.verify import Judgement
-
             return [Judgement(v, None) for v in ("correct", "wrong", "unknown")]
 
     assert VerifiedReward(Slow())(["a", "b", [{"content": "c"}]], ["1"] * 3) == [1.0, 0.0, None]

@@ -141,10 +141,12 @@ class Recovery:
         repairer, settings = self.repairer, self.settings
         work = []
         for group in groups:
-            text = decoded(repairer.tokenizer, group.prompt_ids)
+            tokenizer = repairer.tokenizer
+            text = decoded(tokenizer, group.prompt_ids)
             prompt = Prompt(group.id, text, tuple(group.prompt_ids), group.answer)
             rows = [self._without_end(row) for row in group.rows]
-            work.append((prompt, judged_rollouts(prompt, rows, repairer.tokenizer, repairer.verifier)))
+            judged = repairer.verifier.verify([(group.answer, decoded(tokenizer, row)) for row in rows])
+            work.append((prompt, judged_rollouts(prompt, rows, judged, tokenizer)))
         verdicts: list[list[VerdictName]] = [
             [r.verdict if usable else "unknown" for r, usable in zip(rollouts, _all(group), strict=True)]
             for group, (_, rollouts) in zip(groups, work, strict=True)

@@ -19,7 +19,7 @@ from latentrevise.errors import ConfigError
 from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
 from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build
-from latentrevise.verify import Verifier
+from latentrevise.verify import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -226,14 +226,12 @@ class Repairer:
 
 
 def judged_rollouts(
-    prompt: Prompt, rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, verifier: Verifier
+    prompt: Prompt, rows: Sequence[Sequence[int]], judged: Sequence[Judgement], tokenizer: PreTrainedTokenizerBase
 ) -> list[Rollout]:
     """The rows of a group (ids without their end-of-sequence token) with their verdicts."""
-    texts = [decoded(tokenizer, ids) for ids in rows]
-    judged = verifier.verify([(prompt.answer, text) for text in texts])
     return [
-        Rollout(prompt.id, f"{prompt.id}/{i}", tuple(ids), text, j.extracted, j.verdict, "stop", ())
-        for i, (ids, text, j) in enumerate(zip(rows, texts, judged, strict=True))
+        Rollout(prompt.id, f"{prompt.id}/{i}", tuple(ids), decoded(tokenizer, ids), j.extracted, j.verdict, "stop", ())
+        for i, (ids, j) in enumerate(zip(rows, judged, strict=True))
     ]
 
 

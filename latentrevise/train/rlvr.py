@@ -40,7 +40,7 @@ from latentrevise.train.repair import (
     zero_hit,
 )
 from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
-from latentrevise.verify import Verifier
+from latentrevise.verify import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +88,8 @@ class VerifiedReward:
         self.verifier = verifier
 
     def __call__(self, completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
-        verdicts = verdicts_of(self.verifier, answer, completions)
-        return [{"correct": 1.0, "wrong": 0.0, "unknown": None}[v] for v in verdicts]
+        judged = judged_completions(self.verifier, answer, completions)
+        return [{"correct": 1.0, "wrong": 0.0, "unknown": None}[j.verdict] for j in judged]
 
 
 class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
@@ -166,7 +166,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         prompt_ids, ids, mask, completions, logprobs, *rest = super()._generate(prompts)
         training = self._base.training
-        own = verdicts_of(self.verifier, [row["answer"] for row in self._rows], completions)
+        own = judged_completions(self.verifier, [row["answer"] for row in self._rows], completions)
         size = cast(int, self.num_generations if training else self.num_generations_eval)
         groups = self._groups = _Groups(gather_object(own), size)
         first = self.accelerator.process_index * len(own)
@@ -264,7 +264,8 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         name = str(row.get("prompt_id", group))
         text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         prompt = Prompt(name, text, prompt_ids, str(row["answer"]))
-        return prompt, judged_rollouts(prompt, [rows[i][1] for i in places], self._tokenizer, self.verifier)
+        judged = groups.judged[places.start : places.stop]
+        return prompt, judged_rollouts(prompt, [rows[i][1] for i in places], judged, self._tokenizer)
 
     def _without_end(self, ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(ids[:-1]) if ids and ids[-1] in self.eos_token_ids else tuple(ids)
@@ -332,13 +333,18 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
 
 @dataclass(frozen=True)
 class _Groups:
-    """The verdicts of a generation batch over all processes, ``size`` rows a group, groups one after another."""
+    """The judgements of a generation batch over all processes, ``size`` rows a group, groups one after another."""
 
-    verdicts: list[VerdictName]
+    judged: list[Judgement]
     size: int
 
+    @property
+    def verdicts(self) -> list[VerdictName]:
+        return [judgement.verdict for judgement in self.judged]
+
     def each(self) -> list[list[VerdictName]]:
-        return [self.verdicts[i : i + self.size] for i in range(0, len(self.verdicts), self.size)]
+        verdicts = self.verdicts
+        return [verdicts[i : i + self.size] for i in range(0, len(verdicts), self.size)]
 
     def zero_hit(self) -> list[int]:
         """Groups of which every row is verified wrong."""
@@ -351,10 +357,10 @@ class _Groups:
         return {g * self.size + i for g in dead for i in range(self.size)}
 
 
-def verdicts_of(verifier: Verifier, answers: Sequence[str], completions: Sequence[Any]) -> list[VerdictName]:
+def judged_completions(verifier: Verifier, answers: Sequence[str], completions: Sequence[Any]) -> list[Judgement]:
     """Of completions as TRL hands them on: texts, or lists of messages."""
     texts = [c if isinstance(c, str) else str(c[-1].get("content") or "") for c in completions]
-    return [j.verdict for j in verifier.verify(list(zip(map(str, answers), texts, strict=True)))]
+    return verifier.verify(list(zip(map(str, answers), texts, strict=True)))
 
 
 def train_rlvr(
