@@ -4,7 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <string>
+#include <new>
 #include <type_traits>
 
 #include "latentrevise/kernels.h"
@@ -18,6 +18,7 @@ void raise(int status) {
   const char *message = lr_last_error();
   if (status == LR_OUT_OF_RANGE) throw py::index_error(message);
   if (status == LR_INVALID_ARGUMENT || status == LR_UNSUPPORTED) throw py::value_error(message);
+  if (status == LR_OUT_OF_MEMORY) throw std::bad_alloc();
   throw std::runtime_error(message);
 }
 

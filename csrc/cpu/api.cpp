@@ -10,7 +10,7 @@
 #include <exception>
 #include <limits>
 #include <memory>
-#include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -79,6 +79,8 @@ int guarded(Body &&body) {
   try {
     body();
     return LR_OK;
+  } catch (const std::bad_alloc &) {
+    return fail(LR_OUT_OF_MEMORY, "not enough memory");
   } catch (const std::exception &error) {
     return fail(LR_INVALID_ARGUMENT, "%s", error.what());
   }
@@ -479,15 +481,17 @@ extern "C" {
 
 int lr_cpu_mixture_embed(const lr_mixture_args *a) {
   if (const int status = check(a, false)) return status;
-  parallel_ranges(a->threads, a->rows, [a](int64_t begin, int64_t end) { active().mixture_embed(*a, begin, end); });
-  return LR_OK;
+  return guarded([a] {
+    parallel_ranges(a->threads, a->rows, [a](int64_t begin, int64_t end) { active().mixture_embed(*a, begin, end); });
+  });
 }
 
 int lr_cpu_mixture_embed_backward(const lr_mixture_args *a) {
   if (const int status = check(a, true)) return status;
-  parallel_ranges(a->threads, a->rows,
-                  [a](int64_t begin, int64_t end) { active().mixture_embed_backward(*a, begin, end); });
-  return LR_OK;
+  return guarded([a] {
+    parallel_ranges(a->threads, a->rows,
+                    [a](int64_t begin, int64_t end) { active().mixture_embed_backward(*a, begin, end); });
+  });
 }
 
 int lr_cpu_vertex_oracle(const lr_oracle_args *a) {

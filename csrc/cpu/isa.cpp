@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 namespace latentrevise::cpu {
 namespace {
@@ -27,6 +28,8 @@ const Isa *select() {
 }
 
 }  // namespace
+
+void out_of_memory() { throw std::bad_alloc(); }
 
 const Isa &active() {
   static const Isa *const chosen = select();

@@ -115,6 +115,8 @@ struct Isa {
   void (*entropic_rows)(const lr_entropic_args &, const float *rel, const float *span, int64_t begin, int64_t end);
 };
 
+[[noreturn]] void out_of_memory();  // throws std::bad_alloc, from a unit that every machine runs
+
 Combination hull_combination(const lr_hull_args &);
 Combination entropic_combination(const lr_entropic_args &);
 

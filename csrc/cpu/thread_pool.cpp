@@ -3,8 +3,10 @@
 #include <pthread.h>
 
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace latentrevise::cpu {
@@ -24,6 +26,7 @@ class Pool {
     wake_.notify_all();
     claim(lock);
     done_.wait(lock, [this] { return unfinished_ == 0; });
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
@@ -40,8 +43,14 @@ class Pool {
     while (next_ < parts_) {
       const int part = next_++;
       lock.unlock();
-      task_(context_, part);
+      std::exception_ptr failure;
+      try {
+        task_(context_, part);
+      } catch (...) {
+        failure = std::current_exception();
+      }
       lock.lock();
+      if (!failure_) failure_ = failure;
       if (--unfinished_ == 0) done_.notify_one();
     }
   }
@@ -51,6 +60,7 @@ class Pool {
   std::vector<std::thread> workers_;
   Task task_ = nullptr;
   void *context_ = nullptr;
+  std::exception_ptr failure_;
   uint64_t generation_ = 0;
   int parts_ = 0, next_ = 0, unfinished_ = 0, helpers_ = 0;
 };

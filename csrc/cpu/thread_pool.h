@@ -10,7 +10,7 @@ using Task = void (*)(void *context, int part);
 
 // Runs task(context, part) for part = 0 .. parts-1 on at most `threads` threads, the caller among them, and returns
 // when all are done. Parts are claimed in order, so which thread runs a part is not fixed: results must not depend on it.
-// Tasks must not throw.
+// The first exception of a task is thrown again here, when no thread works on the parts any more.
 void run_parts(int threads, int parts, Task task, void *context);
 
 // Splits [0, n) into at most `threads` contiguous ranges and runs body(begin, end) on each.

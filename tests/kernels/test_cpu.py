@@ -175,6 +175,30 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is set by means of Linux")
+def test_too_little_memory_is_an_error_and_the_pool_lives_on():
+    """Tasks allocate: what one of them throws in a worker must reach the caller, after the others are done."""
+    code = """
+import resource, torch
+from latentrevise.kernels import plausible_vertices
+torch.set_num_threads(2)
+W, H = torch.zeros(40000, 8), torch.zeros(128, 8)  # flat: every token of every position is listed, 80 MB
+def listed(rows): return plausible_vertices(H[:rows], W, 1e-9, 1, backend="cpu")[2].tolist()
+assert listed(2) == [40000] * 2
+pages = int(open("/proc/self/statm").read().split()[0])
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (16 << 20), hard))
+try:
+    listed(128)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert listed(128) == [40000] * 128
+    print("and on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "and on\n", (done.returncode, done.stderr)
+
+
 def test_memory_does_not_grow_with_the_vocabulary():
     """Peak resident memory over that with the inputs in place, at V = 151,936, where the scores alone are 156 MB."""
     code = """

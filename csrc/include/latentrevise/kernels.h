@@ -22,7 +22,8 @@ typedef enum lr_status {
   LR_INVALID_ARGUMENT = 1, /* a pointer, size, stride or code that breaks the contract */
   LR_OUT_OF_RANGE = 2,     /* an id outside the table (found on the CPU only) */
   LR_UNSUPPORTED = 3,      /* a case this library has no code for */
-  LR_CUDA_ERROR = 4        /* the CUDA runtime refused; the message carries its reason */
+  LR_CUDA_ERROR = 4,       /* the CUDA runtime refused; the message carries its reason */
+  LR_OUT_OF_MEMORY = 5     /* the host has too little */
 } lr_status;
 
 typedef enum lr_dtype { LR_FLOAT32 = 0, LR_BFLOAT16 = 1, LR_FLOAT16 = 2, LR_INT32 = 3, LR_INT64 = 4 } lr_dtype;
