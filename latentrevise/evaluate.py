@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,7 +40,7 @@ from latentrevise.verify import Verifier
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +202,12 @@ BENCHMARKS = {
 }
 
 
-def benchmark_rows(
-    name: str, source: str | os.PathLike[str] | None = None, instruction: str = INSTRUCTION
-) -> list[dict[str, Any]]:
+def benchmark_rows(name: str, source: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
     """The problems of one of BENCHMARKS as rows with a prompt and an answer.
 
-    source: a local ``.parquet``, ``.json``, ``.jsonl`` or ``.csv`` file of the same form, in place of the hub.
-    instruction: put behind each problem. Several gold answers to one problem become one list, comma by comma. Raises
-    ConfigError for an unknown name, InputError if the data cannot be had or lacks a column.
+    source: a local ``.parquet``, ``.json``, ``.jsonl`` or ``.csv`` file of the same form, in place of the hub. Several
+    gold answers to one problem become one list, comma by comma. Raises ConfigError for an unknown name, InputError if
+    the data cannot be had or lacks a column.
     """
     from datasets import load_dataset
 
@@ -234,15 +232,15 @@ def benchmark_rows(
             f"{name}: no column {', '.join(sorted(missing))} (found: {', '.join(data.column_names)}); its form has"
             " changed, so give a copy of the old form as source"
         )
-    return [_problem(row, known, instruction) for row in data]
+    return [_problem(row, known) for row in data]
 
 
-def _problem(row: Mapping[str, Any], known: Benchmark, instruction: str) -> dict[str, Any]:
+def _problem(row: Mapping[str, Any], known: Benchmark) -> dict[str, Any]:
     answer = row[known.answer]
     if isinstance(answer, list):
         answer = ", ".join(str(part).strip().strip("$") for part in answer)
     ids = {key: str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None}
-    return {"prompt": str(row[known.prompt]) + instruction, "answer": str(answer), **dict(list(ids.items())[:1])}
+    return {"prompt": str(row[known.prompt]), "answer": str(answer), **dict(list(ids.items())[:1])}
 
 
 def evaluate_run(
@@ -258,15 +256,16 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate on a benchmark or a file of prompts, in parts of ``config.chunk`` prompts: the metrics.
 
-    data: one of BENCHMARKS (source: see ``benchmark_rows``), or a file as ``load_prompts`` reads it. out: a run
-    directory with ``rollouts/`` and ``scores/``; parts that are in it are not computed again. Rows that cannot be used,
-    a prompt that leaves no room for its completion among them, are in ``errors.jsonl``. Raises RunError where ``out``
-    holds another evaluation, InputError where no row can be used.
+    data: one of BENCHMARKS (source: see ``benchmark_rows``; without an instruction in the settings its problems get
+    INSTRUCTION), or a file as ``load_prompts`` reads it. out: a run directory with ``rollouts/`` and ``scores/``;
+    parts that are in it are not computed again. Rows that cannot be used, a prompt that leaves no room for its
+    completion among them, are in ``errors.jsonl``. Raises RunError where ``out`` holds another evaluation, InputError
+    where no row can be used.
     """
     engine, run = engine or HFEngine(model, tokenizer), RunDirectory(out)
     rows: Any = data
     if str(data) in BENCHMARKS:
-        rows = benchmark_rows(str(data), source)
+        rows, config = benchmark_rows(str(data), source), replace(config, instruction=config.instruction or INSTRUCTION)
         known_by = stable_hash(rows)
     elif source is not None:
         raise ConfigError(f"source goes with one of {', '.join(BENCHMARKS)}; give a file of your own as data")

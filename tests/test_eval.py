@@ -18,16 +18,18 @@ from latentrevise.evaluate import (
     BENCHMARKS,
     INSTRUCTION,
     EvalConfig,
+    EvalRunConfig,
     Score,
     benchmark_rows,
     bootstrap,
     evaluate,
+    evaluate_run,
     summary,
 )
 from latentrevise.models import load_model
 from latentrevise.records import Prompt, Rollout, read_records, write_jsonl
 from latentrevise.verify import Verifier
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -90,7 +92,7 @@ def test_benchmarks_load_from_files_of_their_form(name, tmp_path, verifier):
     pq.write_table(pa.Table.from_pylist([ROWS[name]]), path)
     (prompt,), errors = EvalConfig().load(benchmark_rows(name, path), TOKENIZER, None, verifier)
     assert not errors
-    assert prompt.text == ROWS[name][BENCHMARKS[name].prompt] + INSTRUCTION
+    assert prompt.text == ROWS[name][BENCHMARKS[name].prompt]
     assert prompt.answer == {"aime25": "70", "amc23": "27.0", "olympiadbench": "3, 5"}.get(
         name, ROWS[name].get("answer")
     )
@@ -157,6 +159,17 @@ def test_the_command_takes_up_what_was_stopped(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "prompts.jsonl", make_prompts(get_family("rule"), 5))
     assert "data.hash" in str(command(tmp_path).exception)
     assert "neither a file" in str(command(tmp_path, data="math-50").exception)
+
+
+@pytest.mark.parametrize("own", ["", "Box it."])
+def test_the_problems_of_a_benchmark_ask_for_a_box(own, tmp_path):
+    write_jsonl(tmp_path / "problems.jsonl", [{"problem": "1+1", "answer": 2}])
+    config = EvalRunConfig(max_new_tokens=4, instruction=own)
+    source = tmp_path / "problems.jsonl"
+    found = evaluate_run(tiny_model(), TOKENIZER, "math-500", config, tmp_path / "out", source=source)
+    (prompt,) = read_records(tmp_path / "out" / "prompts.parquet", Prompt)
+    assert prompt.text == "1+1\n\n" + (own or INSTRUCTION)
+    assert found["config"]["instruction"] == (own or INSTRUCTION)
 
 
 def test_rows_are_read_by_the_settings_and_one_too_long_is_left_out(tmp_path):
