@@ -279,8 +279,9 @@ def _prompt(
     if isinstance(row[columns.answer], str) and row[columns.answer].strip() != answer:
         meta[columns.answer] = row[columns.answer]  # a solution, of which the answer is a part
     # As JSON, for it is stored so; NaN, which some tables use for an empty cell, is null there.
-    meta = json.loads(json.dumps(meta, default=str), parse_constant=lambda _: None)
-    return Prompt(known_id or stable_hash([text, answer]), text, ids, answer, meta)
+    messages = [] if isinstance(content, str) else [dict(message) for message in content]
+    meta, messages = json.loads(json.dumps([meta, messages], default=str), parse_constant=lambda _: None)
+    return Prompt(known_id or stable_hash([text, answer]), text, ids, answer, meta, messages)
 
 
 def _messages_text(messages: Any, column: str) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentrevise.errors import ConfigError, InputError, ModelError
-from latentrevise.records import Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
+from latentrevise.records import Prompt, Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+Conversations = Mapping[str, Sequence[Row]]
+"""The messages of each prompt, by its id: ``Prompt.conversation``."""
 
 
 def sft_rows(
@@ -110,8 +112,11 @@ def preference_rows(
     return rows
 
 
-def message_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Two messages, user and assistant. Raises ConfigError for the ``continuation`` rendering: it needs a mask."""
+def message_rows(
+    trajectories: Iterable[Trajectory], conversations: Conversations, tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
+    """The prompt's messages and the assistant's. Raises ConfigError for the ``continuation`` rendering: it needs a
+    mask."""
     rows = []
     for t in trajectories:
         if t.prefix_rendering == "continuation" and t.plain_prefix_ids:
@@ -120,12 +125,14 @@ def message_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
                 " trl-sft, or recover with rendering=argmax"
             )
         reply = decoded(tokenizer, (*t.plain_prefix_ids, *t.completion_ids))
-        messages = [{"role": "user", "content": t.prompt}, {"role": "assistant", "content": reply}]
+        messages = [*conversations[t.prompt_id], {"role": "assistant", "content": reply}]
         rows.append({"messages": messages, **_origin(t)})
     return rows
 
 
-def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def verl_rl_rows(
+    trajectories: Iterable[Trajectory], conversations: Conversations, tokenizer: PreTrainedTokenizerBase
+) -> list[Row]:
     """verl's RL rows, one a recovered prompt; ``extra_info.target`` is its first trajectory, for off-policy mixing.
 
     ``data_source`` is ``latentrevise``: verl picks the reward function by it, so give it a custom one.
@@ -133,7 +140,7 @@ def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
     return [
         {
             "data_source": "latentrevise",
-            "prompt": [{"role": "user", "content": t.prompt}],
+            "prompt": list(conversations[t.prompt_id]),
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": t.answer},
             "extra_info": {
@@ -147,7 +154,7 @@ def verl_rl_rows(trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokeni
     ]
 
 
-def rl_rows(trajectories: Iterable[Trajectory]) -> list[Row]:
+def rl_rows(trajectories: Iterable[Trajectory], conversations: Conversations) -> list[Row]:
     """The recovered prompts for RL, one row each, the prompt as messages.
 
     The gold stands twice: TRL hands ``answer`` to reward functions; slime and OpenRLHF are told the name of a column
@@ -155,7 +162,7 @@ def rl_rows(trajectories: Iterable[Trajectory]) -> list[Row]:
     """
     return [
         {
-            "prompt": [{"role": "user", "content": t.prompt}],
+            "prompt": list(conversations[t.prompt_id]),
             "answer": t.answer,
             "label": t.answer,
             "metadata": _origin(t),
@@ -199,13 +206,14 @@ def export_run(
             f" {sum(t.valid is True for t in found)} valid); relax --strategy or --valid-only, or recover more prompts"
         )
     tokenizer = tokenizer or _tokenizer(header["model"]["path"])
+    conversations = {p.id: p.conversation for p in read_records(run / "prompts.parquet", Prompt)}
     makers: dict[str, Callable[[], list[Row]]] = {
         "trl-sft": lambda: sft_rows(chosen, tokenizer, header["config"].get("stop", ())),
         "trl-pref": lambda: preference_rows(chosen, read_records(run / "rollouts", Rollout), tokenizer),
-        "messages": lambda: message_rows(chosen, tokenizer),
-        "verl-sft": lambda: message_rows(chosen, tokenizer),
-        "verl-rl": lambda: verl_rl_rows(chosen, tokenizer),
-        "rl": lambda: rl_rows(chosen),
+        "messages": lambda: message_rows(chosen, conversations, tokenizer),
+        "verl-sft": lambda: message_rows(chosen, conversations, tokenizer),
+        "verl-rl": lambda: verl_rl_rows(chosen, conversations, tokenizer),
+        "rl": lambda: rl_rows(chosen, conversations),
     }
     rows = makers[to]()
     if out.suffix == ".jsonl":

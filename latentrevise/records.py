@@ -40,13 +40,23 @@ def _column(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as it is fed (``ids``, chat template included) and its gold answer. ``meta``: further columns."""
+    """A prompt as it is fed (``ids``, chat template included) and its gold answer.
+
+    text: what a reader sees. messages: a conversation as it was given, each with a role and a content; none for a text.
+    meta: further columns.
+    """
 
     id: str = _column("prompt_id")
     text: str = _column("prompt")
     ids: tuple[int, ...] = _column("prompt_ids")
     answer: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """Its messages; those of a text are one, the user's."""
+        return self.messages or [{"role": "user", "content": self.text}]
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def test_an_instruction_stands_behind_the_last_message():
     assert chatty.decode(many.ids) == "[system]be\n[user]1+1\n\nbox it\n[assistant]"
     assert (plain.text, many.text) == ("1+1\n\nbox it", "be\n1+1\n\nbox it")
     assert messages[1]["content"] == "1+1"  # the rows are the caller's
+    assert [m["content"] for m in many.messages] == ["be", "1+1\n\nbox it"]
     assert reasons(load([{"prompt": " ", "answer": "2"}], instruction="box it")[1]) == [(0, "empty-prompt")]
 
 
@@ -124,6 +125,8 @@ def test_the_chat_template_is_applied_once():
     assert chatty.decode(auto.ids) == "[user]1+1\n[assistant]"
     assert auto.text == "1+1"
     assert chatty.decode(many.ids) == "[system]be\n[user]1+1\n[assistant]"
+    assert (auto.messages, many.messages) == ([], messages)
+    assert (auto.conversation, many.conversation) == ([{"role": "user", "content": "1+1"}], messages)
     assert load(rows, chat="auto")[0][0].ids == plain.ids
     assert reasons(load([{"messages": messages, "answer": "2"}])[1]) == [(0, "no-chat-template")]
     assert reasons(load(rows, chat="always")[1]) == [(0, "no-chat-template")]

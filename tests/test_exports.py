@@ -7,7 +7,7 @@ import pytest
 
 from latentrevise.errors import ConfigError, InputError, ModelError, RunError
 from latentrevise.exports import FORMATS, export_run, message_rows, preference_rows, rl_rows, sft_rows, verl_rl_rows
-from latentrevise.records import Rollout, Trajectory, write_json, write_records
+from latentrevise.records import Prompt, Rollout, Trajectory, write_json, write_records
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -56,6 +56,15 @@ def rollout(n, sample, text, verdict="wrong"):
     return Rollout(f"p{n}", f"p{n}/{sample}", ids, text, None, verdict, "stop", (-1.0,) * len(ids))
 
 
+PROMPTS = [
+    Prompt(t.prompt_id, t.prompt, t.prompt_ids, t.answer, {}, messages)
+    for t, messages in (
+        (trajectory(0), []),
+        (trajectory(1), [{"role": "system", "content": "2 * 3"}, {"role": "user", "content": " = ?"}]),
+        (trajectory(2), []),
+    )
+]
+CONVERSATIONS = {p.id: p.conversation for p in PROMPTS}
 ROLLOUTS = [
     rollout(n, s, f"think five, no. {s}", "unknown" if s == 0 else "wrong") for n in (0, 1, 2) for s in (0, 1, 2)
 ]
@@ -122,28 +131,31 @@ def test_preferences_reject_the_parent_and_never_an_unknown():
 
 
 def test_messages_cannot_mask():
-    (row,) = message_rows([trajectory()], TOKENIZER)
-    assert row["messages"] == [
+    first, second = message_rows([trajectory(), trajectory(1)], CONVERSATIONS, TOKENIZER)
+    assert first["messages"] == [
         {"role": "user", "content": "2 * 3 = ?"},
         {"role": "assistant", "content": "think six. so \\boxed{6}"},
     ]
+    assert second["messages"] == [*PROMPTS[1].messages, first["messages"][1]]
     with pytest.raises(ConfigError, match=r"p0/latent/0.*out of the loss"):
-        message_rows([trajectory(prefix_rendering="continuation")], TOKENIZER)
-    assert message_rows([trajectory(prefix_rendering="continuation", plain_prefix_ids=())], TOKENIZER)
+        message_rows([trajectory(prefix_rendering="continuation")], CONVERSATIONS, TOKENIZER)
+    cut = trajectory(prefix_rendering="continuation", plain_prefix_ids=())
+    assert message_rows([cut], CONVERSATIONS, TOKENIZER)
 
 
 def test_verl_rl_has_one_row_a_prompt():
-    rows = verl_rl_rows([trajectory(), trajectory(sample_id="p0/latent/1"), trajectory(1)], TOKENIZER)
+    given = [trajectory(), trajectory(sample_id="p0/latent/1"), trajectory(1)]
+    rows = verl_rl_rows(given, CONVERSATIONS, TOKENIZER)
     assert [r["extra_info"]["sample_id"] for r in rows] == ["p0/latent/0", "p1/latent/0"]
     assert [r["extra_info"]["index"] for r in rows] == [0, 1]
     assert rows[0]["reward_model"] == {"style": "rule", "ground_truth": "6"}
-    assert rows[0]["prompt"] == [{"role": "user", "content": "2 * 3 = ?"}]
+    assert [r["prompt"] for r in rows] == [[{"role": "user", "content": "2 * 3 = ?"}], PROMPTS[1].messages]
 
 
 def test_rl_has_one_row_a_prompt_with_the_gold_under_both_names():
-    rows = rl_rows([trajectory(), trajectory(sample_id="p0/latent/1"), trajectory(1)])
+    rows = rl_rows([trajectory(), trajectory(sample_id="p0/latent/1"), trajectory(1)], CONVERSATIONS)
     assert [r["metadata"]["sample_id"] for r in rows] == ["p0/latent/0", "p1/latent/0"]
-    assert rows[0]["prompt"] == [{"role": "user", "content": "2 * 3 = ?"}]
+    assert [r["prompt"] for r in rows] == [[{"role": "user", "content": "2 * 3 = ?"}], PROMPTS[1].messages]
     assert rows[0]["answer"] == rows[0]["label"] == "6"
 
 
@@ -167,6 +179,7 @@ def run(tmp_path):
     write_json(place / "run.json", {"config": {"stop": []}, "model": {"path": str(tokenizer)}})
     write_records(place / "trajectories.parquet", [trajectory(0), trajectory(1), trajectory(2, strategy="resample")])
     write_records(place / "rollouts" / "part-00000.parquet", ROLLOUTS)
+    write_records(place / "prompts.parquet", PROMPTS)
     return place
 
 

@@ -89,7 +89,7 @@ def test_parquet_gives_back_what_was_written(tmp_path, row):
 
 def test_column_names_and_types_are_those_of_the_run_directory():
     columns = {f.name: f.type for f in schema(Prompt)}
-    assert list(columns) == ["prompt_id", "prompt", "prompt_ids", "answer", "meta"]
+    assert list(columns) == ["prompt_id", "prompt", "prompt_ids", "answer", "meta", "messages"]
     assert columns["prompt_ids"] == pa.list_(pa.int32())
     assert columns["meta"] == pa.string()
     assert schema(Rollout).field("sampling_logprobs").type == pa.list_(pa.float32())

@@ -50,6 +50,23 @@ def test_explain_is_told_the_answer_and_nothing_is_lost_to_braces(tools):
         ExplainConfig(template="{prompt}")
 
 
+def test_explain_asks_behind_the_messages_before_the_question(tools):
+    tokenizer = tiny_tokenizer(chat=True)
+    said = [("system", "s"), ("user", "a"), ("assistant", "b")]
+    before = [{"role": role, "content": text} for role, text in said]
+
+    def encode(question):
+        messages = [*before, {"role": "user", "content": question}]
+        return messages, tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+
+    messages, ids = encode("q")
+    prompt = Prompt("p", "s\na\nb\nq", ids, "9", {}, messages)
+    strategy = build("explain", RecoverConfig(explain=ExplainConfig(template="{prompt}: {answer}")))
+    work = dataclasses.replace(piece(tokenizer), prompt=prompt)
+    ((proposal,),) = strategy.propose(dataclasses.replace(tools, tokenizer=tokenizer), [work], 4)
+    assert proposal.context_ids == encode("q: 9")[1]
+
+
 def test_hints_end_behind_a_step_and_before_the_box(tools):
     encode = tools.tokenizer.encode
     solution = "abcdefgh\\boxed{9}"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    """template: what is asked, with the question at ``{prompt}`` and the answer at ``{answer}``; our own wording."""
+    """template: what is asked, with the question (of a conversation the last message) at ``{prompt}`` and the answer at
+    ``{answer}``; our own wording."""
 
     template: str = (
         "{prompt}\n\nThe final answer is {answer}. Write the complete step-by-step solution as if you had found it"
@@ -54,11 +55,11 @@ class Explain:
     def _context(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> tuple[int, ...]:
         # Split first: a question that holds "{answer}" itself stays as it is.
         around = [part.replace("{answer}", answer) for part in self.config.template.split("{prompt}")]
-        text = prompt.text.join(around)
-        plain = tuple(tokenizer.encode(prompt.text))
-        if prompt.ids == plain:
+        *before, last = prompt.conversation
+        text = last["content"].join(around)
+        if not prompt.messages and prompt.ids == tuple(tokenizer.encode(prompt.text)):
             return tuple(tokenizer.encode(text))
-        # The question went through the chat template, so what is asked instead does, too.
-        messages = [{"role": "user", "content": text}]
+        # The question went through the chat template, so what is asked instead does, behind the same messages.
+        messages = [*before, {**last, "content": text}]
         encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return tuple(encoded["input_ids"])
