@@ -4,6 +4,7 @@ Environment variables:
 
 ``LATENTREVISE_CUDA``        unset: build the CUDA library where nvcc is found; ``1``: demand it; ``0``: leave it out.
 ``LATENTREVISE_CUDA_ARCHS``  CMake architecture list, default ``80-real;90a-real;80-virtual`` (commas are accepted too).
+``LATENTREVISE_WERROR``      ``1``: a warning of the compiler is an error.
 ``LATENTREVISE_BUILD_DIR``   keep the CMake build tree there (incremental builds); default: a temporary directory.
 
 torch is not needed to build: the libraries take raw pointers (csrc/include/latentrevise/kernels.h).
@@ -85,6 +86,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
+            "CMAKE_COMPILE_WARNING_AS_ERROR": os.environ.get("LATENTREVISE_WERROR", "0"),
             "LATENTREVISE_CUDA": "ON" if self.nvcc else "OFF",
         }
         if ninja := shutil.which("ninja"):

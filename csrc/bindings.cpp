@@ -39,11 +39,6 @@ void call(Function function, Args &args, intptr_t where) {
   raise(status);
 }
 
-template <typename T>
-T *pointer(uintptr_t address) {
-  return reinterpret_cast<T *>(address);
-}
-
 // Keyword arguments into the fields of an argument struct, by name; a field that is missing or one too many is an error.
 class Fields {
  public:
@@ -81,32 +76,24 @@ class Fields {
 }  // namespace
 
 PYBIND11_MODULE(LR_MODULE, m) {
-  m.def(
-      "mixture_embed",
-      [](uintptr_t table, int32_t table_dtype, int64_t table_stride, int64_t vocab, int64_t dim, uintptr_t ids,
-         int32_t ids_dtype, int64_t rows, int64_t atoms, uintptr_t weights, uintptr_t z, intptr_t where) {
-        lr_mixture_args a{};
-        a.table = pointer<void>(table), a.table_dtype = table_dtype, a.table_stride = table_stride;
-        a.vocab = vocab, a.dim = dim, a.ids = pointer<void>(ids), a.ids_dtype = ids_dtype;
-        a.rows = rows, a.atoms = atoms, a.weights = pointer<float>(weights), a.z = pointer<void>(z);
-        call(LR_FUNCTION(mixture_embed), a, where);
-      },
-      py::kw_only(), py::arg("table"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("vocab"), py::arg("dim"),
-      py::arg("ids"), py::arg("ids_dtype"), py::arg("rows"), py::arg("atoms"), py::arg("weights"), py::arg("z"),
-      py::arg("where"));
-  m.def(
-      "mixture_embed_backward",
-      [](uintptr_t table, int32_t table_dtype, int64_t table_stride, int64_t vocab, int64_t dim, uintptr_t ids,
-         int32_t ids_dtype, int64_t rows, int64_t atoms, uintptr_t grad_z, uintptr_t grad_weights, intptr_t where) {
-        lr_mixture_args a{};
-        a.table = pointer<void>(table), a.table_dtype = table_dtype, a.table_stride = table_stride;
-        a.vocab = vocab, a.dim = dim, a.ids = pointer<void>(ids), a.ids_dtype = ids_dtype;
-        a.rows = rows, a.atoms = atoms, a.z = pointer<void>(grad_z), a.grad_weights = pointer<float>(grad_weights);
-        call(LR_FUNCTION(mixture_embed_backward), a, where);
-      },
-      py::kw_only(), py::arg("table"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("vocab"), py::arg("dim"),
-      py::arg("ids"), py::arg("ids_dtype"), py::arg("rows"), py::arg("atoms"), py::arg("grad_z"),
-      py::arg("grad_weights"), py::arg("where"));
+  const auto mixture_fields = [](Fields &f, lr_mixture_args &a) {
+    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("vocab", a.vocab)("dim", a.dim);
+    f("ids", a.ids)("ids_dtype", a.ids_dtype)("rows", a.rows)("atoms", a.atoms);
+  };
+  m.def("mixture_embed", [mixture_fields](const py::kwargs &kw) {
+    lr_mixture_args a{};
+    Fields f(kw);
+    mixture_fields(f, a);
+    f("weights", a.weights)("z", a.z);
+    call(LR_FUNCTION(mixture_embed), a, f.where());
+  });
+  m.def("mixture_embed_backward", [mixture_fields](const py::kwargs &kw) {
+    lr_mixture_args a{};
+    Fields f(kw);
+    mixture_fields(f, a);
+    f("grad_z", a.z)("grad_weights", a.grad_weights);
+    call(LR_FUNCTION(mixture_embed_backward), a, f.where());
+  });
   m.def("vertex_oracle", [](const py::kwargs &kw) {
     lr_oracle_args a{};
     Fields f(kw);

@@ -46,7 +46,7 @@ def test_the_sdist_has_everything_a_build_needs(sdist):
 
 @pytest.mark.slow
 def test_a_wheel_from_the_sdist_works_elsewhere(sdist, tmp_path):
-    done = build("build_wheel", sdist, tmp_path, LATENTREVISE_CUDA="0")
+    done = build("build_wheel", sdist, tmp_path, LATENTREVISE_CUDA="0", LATENTREVISE_WERROR="1")
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -597,16 +597,6 @@ void screen_rows(const int32_t *rows, int64_t stride, const int32_t *x, int64_t 
     LR_UNROLL for (int u = 0; u < N; ++u) _mm512_storeu_si512(scores + (r * N + u) * kLanes, acc[r][u]);
 }
 
-inline float dot(const float *a, const float *b, int64_t dim) {
-  vfloat chains[4] = {};
-  int64_t k = 0;
-  for (; k + 4 * kLanes <= dim; k += 4 * kLanes)
-    LR_UNROLL for (int c = 0; c < 4; ++c) chains[c] += load(a + k + c * kLanes) * load(b + k + c * kLanes);
-  float rest = 0;
-  for (; k < dim; ++k) rest += a[k] * b[k];
-  return sum((chains[0] + chains[1]) + (chains[2] + chains[3])) + rest;
-}
-
 bool screen(const ScreenTask &a) {
   constexpr int64_t width = 2 * kLanes;
   // Twice: the sum here and the chain of the full pass may err to either side.
