@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     import kernels as kernels  # latentrevise.kernels, where type checkers find it in the source tree
     from latentrevise.branches import Branch, BranchScores
     from latentrevise.hull import Mixture, VocabularyHull
-    from latentrevise.pipeline import RecoverConfig, Recovered, recover
+    from latentrevise.pipeline import Recovered, recover
     from latentrevise.reviser import Reviser
     from latentrevise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
+    from latentrevise.settings import RecoverConfig
 
 __version__ = "0.1.0.dev0"
 
@@ -38,7 +39,7 @@ _HOME = {
     "Mixture": "hull",
     "VocabularyHull": "hull",
     "Reviser": "reviser",
-    "RecoverConfig": "pipeline",
+    "RecoverConfig": "settings",
     "Recovered": "pipeline",
     "recover": "pipeline",
 }

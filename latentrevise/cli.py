@@ -234,7 +234,8 @@ def _recovery(
     from latentrevise.config import load_config
     from latentrevise.engines import engine_factory
     from latentrevise.models import load_model
-    from latentrevise.pipeline import RecoverConfig, Recovery
+    from latentrevise.pipeline import Recovery
+    from latentrevise.settings import RecoverConfig
 
     make, chosen = engine_factory(engine), load_config(RecoverConfig, config, settings or [])
     policy, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -246,8 +247,9 @@ def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery
     from latentrevise.config import from_dict
     from latentrevise.engines import engine_factory
     from latentrevise.models import load_model
-    from latentrevise.pipeline import RecoverConfig, Recovery
+    from latentrevise.pipeline import Recovery
     from latentrevise.rundir import RunDirectory
+    from latentrevise.settings import RecoverConfig
 
     header = RunDirectory(out).read_header()
     stored, make, chosen = header["model"], engine_factory(header["engine"]), from_dict(RecoverConfig, header["config"])

@@ -21,20 +21,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from latentrevise.audit import GuardConfig
 from latentrevise.cases import Case, chosen_cuts, request_of, tokens_with
-from latentrevise.data import PromptSettings
-from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams, VLLMConfig
-from latentrevise.errors import ConfigError, InputError, RunError
-from latentrevise.gate import GateConfig, implicit_value
+from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
+from latentrevise.errors import InputError, RunError
+from latentrevise.gate import implicit_value
 from latentrevise.hull import Mixture
 from latentrevise.metrics import POOL, WRONG, Outcome, run_metrics
 from latentrevise.policy import Policy
@@ -47,7 +45,6 @@ from latentrevise.records import (
     Trajectory,
     Verdict,
     decoded,
-    original_prefix,
     read_atoms,
     read_offsets,
     read_records,
@@ -59,8 +56,9 @@ from latentrevise.records import (
 )
 from latentrevise.revision import Compute
 from latentrevise.rundir import RunDirectory, run_header
-from latentrevise.selection import Select, select
-from latentrevise.strategies import Proposal, Strategy, StrategySettings, Tools, Work, build
+from latentrevise.selection import select
+from latentrevise.settings import RecoverConfig
+from latentrevise.strategies import Proposal, Strategy, Tools, Work, build
 from latentrevise.verdicts import Judge, load_checker
 from latentrevise.verify import Verifier
 
@@ -68,103 +66,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverConfig(StrategySettings, PromptSettings):
-    """Settings of a recovery: the pipeline's, all our own decision, and every strategy's.
-
-    strategies: by name, in the order of the table. rollouts: mined for each prompt. samples: continuations for each
-    zero-hit prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the samples are spread
-    over them.
-    prefix_fraction: where a failed rollout is cut; prefix_boundary: move the cut behind the nearest token with this
-    text (a newline, or whatever ends a step). answer_template: text between prefix and answer under which the answer
-    is scored.
-    temperature, top_p, max_new_tokens: of sampling. stop: strings that end a rollout.
-    rendering: the text that stands for a revised prefix in training rows: ``argmax`` (heaviest atoms, in the loss),
-    ``original`` (the failed tokens), ``continuation`` (heaviest atoms, masked from the loss).
-    checker: ``module:attribute`` of a derivation checker, called as (prompt, prefix, continuation, answer); code of
-    yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control, at most
-    ``equal_compute_cap`` rollouts a prompt. verify_timeout: seconds for one answer.
-    stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
-    brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
-    trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
-    label: what the report calls this run. chunk: prompts in one part. token_budget: padded tokens in one batch of plain
-    log-probs and branch scores. guards: see ``GuardConfig``. gate: see ``GateConfig``. vllm: of that engine, see
-    ``VLLMConfig``. How prompts are read: see ``PromptSettings``. The strategies' own settings: see
-    ``StrategySettings``.
-    """
-
-    strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
-    rollouts: int = 16
-    samples: int = 8
-    revised_rollouts: int = 1
-    prefix_fraction: float = 0.5
-    prefix_boundary: str | None = None
-    answer_template: str = "\n\nThe final answer is \\boxed{"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
-    stop: tuple[str, ...] = ()
-    rendering: Literal["argmax", "original", "continuation"] = "argmax"
-    checker: str | None = None
-    audit: bool = True
-    equal_compute: bool = True
-    equal_compute_cap: int = 256
-    stop_at_success: bool = False
-    select: Select = "first"
-    keep: int | None = None
-    verify_timeout: float = 5.0
-    label: str | None = None
-    chunk: int = 64
-    token_budget: int = 16384
-    seed: int = 0
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
-    vllm: VLLMConfig = field(default_factory=VLLMConfig)
-
-    def __post_init__(self) -> None:
-        for name in self.strategies:
-            build(name, self)
-        if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
-            raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
-        positive = (
-            "rollouts",
-            "samples",
-            "revised_rollouts",
-            "max_new_tokens",
-            "chunk",
-            "token_budget",
-            "equal_compute_cap",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"RecoverConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
-        if self.revised_rollouts > self.samples:
-            raise ConfigError(
-                f"RecoverConfig: {self.revised_rollouts} revised rollouts share {self.samples} samples; raise"
-                " `samples` to at"
-                " least `revised_rollouts`"
-            )
-        if self.keep is not None and self.keep < 1:
-            raise ConfigError(f"RecoverConfig.keep = {self.keep!r}: it must be at least 1, or null to keep all")
-        if not 0.0 <= self.prefix_fraction < 1.0:
-            raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
-
-    def sampling(self, n: int, greedy: bool = False, left: int | None = None) -> SamplingParams:
-        """How ``n`` continuations are drawn; left: positions that the model has for them."""
-        return SamplingParams(
-            n=n,
-            temperature=0.0 if greedy else self.temperature,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens if left is None else min(self.max_new_tokens, left),
-            stop=self.stop,
-            logprobs=True,
-        )
-
-    def rendered(self, start: Start) -> tuple[int, ...]:
-        """A start's prefix as its rows show it."""
-        return original_prefix(start.prefix_ids, start.plain_ids) if self.rendering == "original" else start.plain_ids
 
 
 @dataclass(frozen=True)

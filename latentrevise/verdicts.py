@@ -16,7 +16,7 @@ from latentrevise.strategies import Strategy, Tools
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
-    from latentrevise.pipeline import RecoverConfig
+    from latentrevise.settings import RecoverConfig
 
 Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Completion]]]
 

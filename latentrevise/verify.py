@@ -120,8 +120,8 @@ class Verifier:
 
     def _ask(self, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lines = [json.dumps(task, sort_keys=True) for task in tasks]
-        replies = {line: self._known.get(line) for line in lines}
-        new = [line for line, reply in replies.items() if reply is None]
+        replies = {line: self._known[line] for line in lines if line in self._known}
+        new = [line for line in dict.fromkeys(lines) if line not in replies]
         if new:
             replies |= zip(new, self._workers().map(self._ask_one, new), strict=True)
             if len(self._known) > _REMEMBERED:

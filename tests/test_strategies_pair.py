@@ -10,7 +10,7 @@ import torch
 from latentrevise.branches import BranchScores
 from latentrevise.config import from_dict
 from latentrevise.errors import ConfigError
-from latentrevise.pipeline import RecoverConfig
+from latentrevise.settings import RecoverConfig
 from latentrevise.strategies import Choice, ForkConfig, PairConfig, build
 from latentrevise.strategies.beam import Beam
 from latentrevise.strategies.candidates import Reader, target_values

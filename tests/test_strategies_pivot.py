@@ -9,7 +9,7 @@ from latentrevise.config import from_dict, to_dict
 from latentrevise.demo import get_family, model_dir
 from latentrevise.errors import ConfigError
 from latentrevise.models import load_model
-from latentrevise.pipeline import RecoverConfig
+from latentrevise.settings import RecoverConfig
 from latentrevise.strategies import Choice, ForkConfig, PivotConfig, build
 from latentrevise.strategies.candidates import Reader, Reading, _off_trie, find_forks, score
 from latentrevise.strategies.pivot import Pivot, PivotRandom, _gains
@@ -224,12 +224,13 @@ def test_without_a_plausible_token_it_samples_from_the_prompt_and_says_so(tiny):
         assert own.compute.forward == 3
 
 
-def test_no_fork_leaves_less_room_than_a_continuation_needs(tiny):
-    # 256 positions: 4 of the prompt, 12 new tokens, one forced.
+def test_no_fork_leaves_less_room_than_scoring_needs(tiny):
+    # 256 positions: 4 of the prompt, one forced, 4 of the step it opens, the template and the answer.
     work = tiny_work(tiny, "ab" * 125)
     reader = Reader(tiny, work.template_ids, ())
-    (own,) = find_forks(tiny, reader, [work], [work.failed], ForkConfig(p_min=0.05, step_tokens=4))
-    assert max(fork.at for fork in own.forks) == 256 - 4 - 1 - 12 - 1
+    (own,) = find_forks(tiny, reader, [work], [work.failed], ForkConfig(p_min=0.02, step_tokens=4))
+    scored = len(work.template_ids) + len(work.answer_ids)
+    assert max(fork.at for fork in own.forks) == 256 - 4 - 1 - 4 - scored - 1
     assert score(tiny, reader, [work], [own], 4)[0].forks[0].value is not None
     (own,) = find_forks(tiny, reader, [work], [work.failed], ForkConfig(p_min=0.05, step_tokens=4, max_positions=20))
     assert max(fork.at for fork in own.forks) == 19

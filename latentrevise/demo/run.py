@@ -17,9 +17,10 @@ from latentrevise.audit import GuardConfig
 from latentrevise.config import to_dict
 from latentrevise.demo import Family, get_family, make_prompts, model_dir
 from latentrevise.models import load_model
-from latentrevise.pipeline import RecoverConfig, Recovered, Recovery
+from latentrevise.pipeline import Recovered, Recovery
 from latentrevise.records import atomic_write, write_jsonl
 from latentrevise.report import console_table, write_report
+from latentrevise.settings import RecoverConfig
 
 FAMILIES = ("rule", "chain")  # the one built for the method, and its control
 
