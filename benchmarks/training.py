@@ -28,7 +28,7 @@ import os
 import platform
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -191,7 +191,7 @@ def run(cell: Cell, out: Path, sizes: Sizes) -> str:
         scores = judge(model, tokenizer, cell.family, cell.prompts, sizes, draw=1 + cell.order)
         found["scores"] = {s.prompt_id: [s.samples, s.correct, s.valid] for s in scores}
     seconds = time.perf_counter() - began
-    write_json(cell.file(out), {**asdict(cell), **found, "seconds": seconds})
+    write_json(cell.file(out), {**asdict(cell), **found, "seconds": seconds, "commit": harness.commit()})
     return f"{cell.name}: {seconds:.0f} s"
 
 
@@ -240,7 +240,6 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
         answer_template=config.answer_template,
         rendering="argmax",
         guards=config.guards,
-        seed=cell.order,
     )
     arguments = {
         "max_steps": sizes.rl_steps,
@@ -325,6 +324,14 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
     return "\n".join(lines)
 
 
+def tables(document: Mapping[str, Any]) -> str:
+    """What the study's document says, as it stands in docs/: a table a family, and from which code the cells come."""
+    commits = document.get("commits", {harness.NOT_RECORDED: document["cells"]["done"]})
+    sizes = Sizes(**document["sizes"])
+    found = [table(family, pooled, sizes) for family, pooled in document["families"].items()]
+    return "\n\n".join([*found, harness.provenance("cells", commits)])
+
+
 def quarters(shares: Sequence[float]) -> list[float]:
     """Of the steps: the mean of each quarter, per cent. One step has few groups."""
     return [100 * float(part.mean()) for part in np.array_split(np.array(shares), min(4, len(shares)))]
@@ -400,7 +407,6 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         )
         for family in chosen
     }
-    tables = "\n\n".join(table(family, pooled, sizes) for family, pooled in study.items())
     document = {
         "name": "training",
         "command": harness.command_line(sys.argv[1:]),
@@ -411,14 +417,15 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "prompt_seeds": seeds,
         "training_seeds": orders,
         "cells": {"done": len(found), "of": len(cells), "seconds": sum(c["seconds"] for c in found)},
+        "commits": Counter(c.get("commit", harness.NOT_RECORDED) for c in found),
         "families": study,
     }
-    print(tables)
+    print(tables(document))
     figure(study, out / "training.png")
     write_json(out / "training.json", document)
     if options.publish:
         root = Path(__file__).parent.parent
         figure(study, root / "docs/figures/training.png")
         write_json(root / "benchmarks/results/training.json", document)
-        publish(tables, root / "docs/training.md", "training")
+        publish(tables(document), root / "docs/training.md", "training")
     return document

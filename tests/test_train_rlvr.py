@@ -150,15 +150,17 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def compared(tmp_path, verifier, saved, settings, **changes):
-    """Both trainers after three steps from one model. SGD: Adam turns rounding in tiny gradients into whole steps."""
+def compared(tmp_path, verifier, saved, settings, theirs=None, **changes):
+    """Both trainers after three steps from one model; ``theirs``: arguments of TRL's alone. SGD: Adam turns rounding in
+    tiny gradients into whole steps."""
     from transformers import AutoModelForCausalLM
 
     trainers = []
-    for cls, own in ((Plain, {}), (RecoveringGRPOTrainer, {"verifier": verifier, "settings": settings})):
+    recovering = {"verifier": verifier, "settings": settings}
+    for cls, alone, own in ((Plain, theirs or {}, {}), (RecoveringGRPOTrainer, {}, recovering)):
         trainer = cls(
             model=AutoModelForCausalLM.from_pretrained(saved),
-            args=trl_arguments(GRPOConfig, tmp_path / cls.__name__, ARGUMENTS | {"optim": "sgd"} | changes),
+            args=trl_arguments(GRPOConfig, tmp_path / cls.__name__, ARGUMENTS | {"optim": "sgd"} | changes | alone),
             train_dataset=rows(),
             processing_class=TOKENIZER,
             reward_funcs=[variety],
@@ -185,11 +187,14 @@ def test_equal_to_trl_when_nothing_is_recovered(tmp_path, verifier, saved, chang
 
 
 @pytest.mark.parametrize(
-    ("loss", "changes"),
-    [("grpo", {"loss_type": "grpo"}), ("dapo", {"loss_type": "dapo", "epsilon_high": 0.28, "num_iterations": 2})],
+    ("loss", "theirs", "changes"),
+    [
+        ("grpo", {"loss_type": "grpo"}, {}),
+        ("dapo", {"loss_type": "dapo", "epsilon_high": 0.28}, {"num_iterations": 2, "beta": 0.1}),
+    ],
 )
-def test_losses_of_the_registry_equal_those_of_trl(tmp_path, verifier, saved, loss, changes):
-    theirs, ours = compared(tmp_path, verifier, saved, replace(NOTHING, loss=loss), **changes)
+def test_losses_of_the_registry_equal_those_of_trl(tmp_path, verifier, saved, loss, theirs, changes):
+    theirs, ours = compared(tmp_path, verifier, saved, replace(NOTHING, loss=loss), theirs, **changes)
     assert_same(ours, theirs)
 
 
@@ -496,6 +501,35 @@ def test_reward_says_nothing_of_undecided_rows():
             return [Judgement(v, None) for v in ("correct", "wrong", "unknown")]
 
     assert VerifiedReward(Slow())(["a", "b", [{"content": "c"}]], ["1"] * 3) == [1.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"loss": "nft", "trainer": {"epsilon_high": 0.28, "entropy_coef": 0.1}}, "epsilon_high, trainer.entropy_coef"),
+        ({"trainer": {"cast_lm_head_to_fp32": True}}, "cast_lm_head_to_fp32"),
+        ({}, "trainer.eval_strategy"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path, settings, match):
+    given = NOTHING if not settings else replace(NOTHING, **{**settings, "trainer": ARGUMENTS | settings["trainer"]})
+    with pytest.raises(ConfigError, match=match):
+        train_rlvr(tiny_model(), TOKENIZER, PROMPTS, tmp_path, given, [] if settings else PROMPTS)
+
+
+def test_the_repairs_are_seeded_by_the_seed_of_the_run(tmp_path, verifier, told, monkeypatch):
+    seeds = {}
+
+    class Asked(Told):
+        def propose(self, tools, work, samples):
+            seeds.setdefault(seed, []).extend(item.seed for item in work)
+            return super().propose(tools, work, samples)
+
+    monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Asked())
+    for seed in (0, 1):
+        trained(tmp_path, verifier, RLVRSettings(repair=told, seed=seed), max_steps=1)
+    assert len(seeds[0]) == 2
+    assert not set(seeds[0]) & set(seeds[1])
 
 
 def test_settings_are_checked():

@@ -278,6 +278,8 @@ def test_evaluation_samples_the_prompts(tmp_path):
     (entry,) = [e for e in trainer.state.log_history if "eval_pass@2" in e]
     assert entry["eval_pass@1"] == 0.0
     assert entry["eval_zero_hit"] == 1.0
+    with pytest.raises(ConfigError, match="when the trainer evaluates"):
+        train_sft(tiny_model(), TOKENIZER, rows(), tmp_path / "b", replace(settings, trainer=ARGUMENTS), prompts)
     with pytest.raises(ConfigError, match="holdout"):
         train_sft(tiny_model(), TOKENIZER, rows(), tmp_path / "b", replace(settings, holdout=0), prompts)
 

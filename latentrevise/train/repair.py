@@ -48,7 +48,6 @@ class RepairSettings(StrategySettings):
     guards: GuardConfig = field(default_factory=GuardConfig)
     max_groups: int = 0
     token_budget: int = 16384
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.strategy == "hint":

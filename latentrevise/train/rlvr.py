@@ -7,6 +7,7 @@ recovers takes the place of failed rows. From there on everything is TRL's: rewa
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -39,13 +40,26 @@ from latentrevise.train.repair import (
     replaced,
     zero_hit,
 )
-from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
+from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
 from latentrevise.verify import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Convention = Literal["grpo_include", "onpolicy_baseline"]
+
+# Arguments of TRL's that shape its own losses alone.
+_OF_TRLS_LOSSES = (
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,8 @@ class RLVRSettings(PromptSettings):
     ``grpo_split``): a recovered row then has +1, the failed rows of its group 0. drop_unrescued: groups that stay
     without a correct row are masked from the loss and from its denominator. loss: ``trl``, what ``trainer.loss_type``
     says, or one of ``latentrevise.train.losses`` with its loss_options. lora: see LoraSettings. eval_prompts,
-    evaluation: as in SFTSettings. verify_timeout: seconds for one answer. trainer: arguments of TRL's GRPOConfig.
+    evaluation: as in SFTSettings. verify_timeout: seconds for one answer. trainer: arguments of TRL's GRPOConfig. seed:
+    of the trainer and of the repairs.
     """
 
     repair: RepairSettings = field(default_factory=RepairSettings)
@@ -120,6 +135,18 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.tools or self._is_vlm:
             raise ConfigError("repairing groups is for text without tools; train such a model with TRL's own trainer")
+        if self.args.cast_lm_head_to_fp32:
+            raise ConfigError(
+                "trainer.cast_lm_head_to_fp32 has no effect on linear_logprob, which sums in float32 in any case; leave"
+                " it out"
+            )
+        usual = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+        changed = [name for name in _OF_TRLS_LOSSES if getattr(self.args, name) != usual[name]]
+        if self._loss is not None and changed:
+            raise ConfigError(
+                f"loss = {self.settings.loss} does not read trainer.{', trainer.'.join(changed)}; leave that out (what"
+                " the loss does read are loss_options), or take loss = trl"
+            )
         temperature = self.temperature
         add_linear_logprob(self._base, temperature=temperature, metrics=("entropy",))
         if self.ref_model is not None:
@@ -207,7 +234,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         )
         rows = {i: rest for i, *rest in texts}
         work = [self._failed(groups, group, rows) for group in chosen]
-        seed = row_seed(settings.seed, "repair", self.state.global_step)
+        seed = row_seed(self.settings.seed, "repair", self.state.global_step)
         found, seconds = self._share(work, seed) if work else ([], 0.0)
         failed = {group: rollouts for group, (_, rollouts) in zip(chosen, work, strict=True)}
         repairs = dict(zip(chosen, found, strict=True))
@@ -323,6 +350,8 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         if self.beta:
             gap = inputs["ref_per_token_logps"] - logp
             kl = gap.exp() - gap - 1
+            if self.args.use_bias_correction_kl:
+                kl = kl * batch.ratio
             loss = loss + self.beta * batch.token_mean(kl)
             self._metrics[mode]["kl"].append(float(batch.sum(kl.detach()).sum() / mask.sum().clamp(min=1)))
         if balance is not None:
@@ -383,10 +412,12 @@ def train_rlvr(
             [{"prompt": p.text, "prompt_ids": list(p.ids), "answer": p.answer, "prompt_id": p.id} for p in of]
         )
 
+    arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)
+    check_evaluation(arguments, eval_prompts)
     with Verifier(timeout=settings.verify_timeout) as verifier:
         trainer = RecoveringGRPOTrainer(
             model=model,
-            args=trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed),
+            args=arguments,
             train_dataset=rows(prompts),
             eval_dataset=rows(eval_prompts) if eval_prompts else None,
             processing_class=ready_tokenizer(tokenizer),

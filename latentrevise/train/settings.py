@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,9 @@ from latentrevise.records import stable_hash, write_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+    from latentrevise.records import Prompt
 
 Arguments = TypeVar("Arguments")
 
@@ -78,6 +80,12 @@ def trl_arguments(
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{cls.__name__} refuses these settings: {error}") from error
+
+
+def check_evaluation(arguments: TrainingArguments, prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError if the trainer never comes to sample the prompts."""
+    if prompts and arguments.eval_strategy == "no" and not arguments.eval_on_start:
+        raise ConfigError("eval_prompts are sampled when the trainer evaluates; set trainer.eval_strategy=steps")
 
 
 def ready_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -32,7 +32,7 @@ from latentrevise.records import (
 )
 from latentrevise.rundir import RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
-from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
+from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,6 +185,7 @@ def train_sft(
         raise ConfigError(f"holdout = {settings.holdout} leaves none of {len(rows)} rows to train on; lower it")
     if arguments.eval_strategy != "no" and not settings.holdout:
         raise ConfigError("trainer.eval_strategy needs rows to evaluate the loss on; set holdout to their number")
+    check_evaluation(arguments, eval_prompts)
     data = Dataset.from_list([{key: list(row[key]) for key in ("input_ids", "completion_mask")} for row in rows])
     first = len(rows) - settings.holdout
     trainer = LinearSFTTrainer(
