@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     study = parser.add_argument_group("recovery, training")
-    study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study")
+    study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study or NAME-quick")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
     study.add_argument(
         "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             document = models[name].main(options)
         elif name in ("recovery", "training"):
             # And with it all of the pipeline, which kernels are measured without.
-            chosen = vars(options) | {"out": options.out or Path(f"{name}-study")}
+            chosen = vars(options) | {"out": options.out or folder(name, options)}
             document = import_module(f"benchmarks.{name}").main(argparse.Namespace(**chosen))
         else:
             document = measure(name, options)
@@ -91,6 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         write(options.json, documents[0] if len(documents) == 1 else documents)
     return status
+
+
+def folder(name: str, options: argparse.Namespace) -> Path:
+    """Where a study's runs go unless it is said. A smaller or another plan has other runs under the same names."""
+    if options.quick:
+        return Path(f"{name}-quick")
+    return Path("variants-study" if name == "recovery" and options.variants else f"{name}-study")
 
 
 def measure(name: str, options: argparse.Namespace) -> dict:
