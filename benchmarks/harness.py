@@ -14,12 +14,14 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -36,6 +38,27 @@ def command_line(words: Sequence[str]) -> str:
     before = ("", *words)
     kept = [w for w, last in zip(words, before, strict=False) if not w.startswith(places) and last not in places]
     return shlex.join(["python", "-m", "benchmarks", *kept])
+
+
+NOT_RECORDED = "not recorded"
+
+
+@cache
+def commit() -> str:
+    """The commit of this code, ``-dirty`` where files differ from it; without git the package's version."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {version('latentrevise')}"
+
+
+def provenance(what: str, commits: Mapping[str, int]) -> str:
+    """A line for a document: by the commits of the code, how many of its runs (or cells) come from each."""
+    known = ", ".join(f"{n} from {name}" for name, n in commits.items() if name != NOT_RECORDED)
+    rest = f"{commits[NOT_RECORDED]} {NOT_RECORDED}" if NOT_RECORDED in commits else ""
+    several = " (several, side by side in one table)" if len(commits) > 1 else ""
+    return f"Commit of the {what}{several}: {', '.join(part for part in (known, rest) if part)}."
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -88,6 +89,10 @@ class Unit:
     def name(self) -> str:
         return f"{self.family}-m{self.model}-p{self.seed}"
 
+    def commits(self, out: Path) -> Path:
+        """The file with the commits that its run was made by."""
+        return out / f"{self.name}.commits.json"
+
 
 def train(job: tuple[str, int], cache: Path) -> None:
     """Train a model that is not there yet; a worker's job."""
@@ -109,6 +114,7 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )
+    note_commit(unit, out)
     model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype="float32", device="cpu")
     prompts = [
         row | {"solution": " ".join(family.solution(family.parse(row["prompt"])))}
@@ -116,6 +122,19 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
     ]
     recovered = Recovery(model, tokenizer, config, out / unit.name, progress=False).recover(prompts)
     return unit, recovered.metrics, time.perf_counter() - began
+
+
+def note_commit(unit: Unit, out: Path) -> None:
+    """Note what code makes a unit's rows: all commits under which it was taken up before it was finished."""
+    run = RunDirectory(out / unit.name)
+    known = commits_of(unit, out) if run.header.exists() else []
+    if not run.metrics.exists() and harness.commit() not in known:
+        write_json(unit.commits(out), [*known, harness.commit()])
+
+
+def commits_of(unit: Unit, out: Path) -> list[str]:
+    path = unit.commits(out)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else [harness.NOT_RECORDED]
 
 
 def _pairs(family: Family) -> PairConfig:
@@ -255,14 +274,22 @@ def table(family: str, pooled: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables(document: dict[str, Any]) -> str:
+    """What a study's document says, as it stands in docs/: a table a family, and from which code the runs come."""
+    commits = document.get("commits", {harness.NOT_RECORDED: len(document["units"])})
+    found = [table(family, pooled) for family, pooled in document["families"].items()]
+    return "\n\n".join([*found, harness.provenance("runs", commits)])
+
+
 def summary(study: dict[str, dict[str, Any]]) -> str:
     """A short Markdown table: of each family the best three that read no reference solution, the method, resampling.
 
     Strategies that came out alike (with one decision to change, those that change several) are listed once.
     """
     lines = [
-        "| family (zero-hit) | strategy | valid derivation | valid, equal compute | right answer | wrong target |",
-        "|---|---|---|---|---|---|",
+        "| family (zero-hit) | strategy | valid derivation | valid, equal compute | right answer | wrong target "
+        "| admitted rows / valid |",
+        "|---|---|---|---|---|---|---|",
     ]
     for family, pooled in study.items():
         rows = pooled["strategies"]
@@ -276,6 +303,7 @@ def summary(study: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 f"| {family} ({pooled['zero_hit']}) | `{name}` | {100 * row['valid'][0]:.0f} [{low}, {high}] |"
                 f" {100 * row['equal_compute']['valid'][0]:.0f} | {100 * row['answer'][0]:.0f} | {wrong} |"
+                f" {row['admitted']} / {row['admitted_valid']} |"
             )
     return "\n".join(lines)
 
@@ -405,7 +433,6 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         for family, own in found.items()
         if sum(m["zero_hit"] for _, m in own)
     }
-    tables = "\n\n".join(table(family, pooled) for family, pooled in study.items())
     document = {
         "name": name,
         "command": harness.command_line(sys.argv[1:]),
@@ -413,11 +440,12 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "latentrevise")},
         "units": [asdict(unit) for unit in units],
+        "commits": Counter(" and ".join(commits_of(unit, out)) for unit in units),
         "settings": json.loads((out / units[0].name / "run.json").read_text())["config"],
         "seconds_of_this_call": time.perf_counter() - began,  # fewer than in all where runs were taken up
         "families": study,
     }
-    print(tables)
+    print(tables(document))
     figure(study, out / "recovery.png")
     if len(seeds) > 1:
         guard_figure(study, out / "guards.png")
@@ -426,7 +454,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         root = Path(__file__).parent.parent
         figure(study, root / f"docs/figures/{name}.png")
         write_json(root / f"benchmarks/results/{name}.json", document)
-        publish(tables, root / "docs/recovery.md", name)
+        publish(tables(document), root / "docs/recovery.md", name)
         if name == "recovery":
             publish(summary(study), root / "README.md")
             if len(seeds) > 1:

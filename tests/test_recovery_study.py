@@ -1,15 +1,17 @@
 """The recovery study: pooling over runs by hand-made figures, and one tiny study through its command."""
 
+import argparse
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, recovery
-from benchmarks.__main__ import main
+from benchmarks import harness, recovery, training
+from benchmarks.__main__ import folder, main
 from latentrevise.audit import wilson
 from latentrevise.demo import get_family
 from latentrevise.errors import ConfigError
-from latentrevise.records import Verdict, write_records
+from latentrevise.records import Verdict, write_json, write_records
 from latentrevise.rundir import RunDirectory
 from latentrevise.strategies.pair import PairConfig
 
@@ -83,7 +85,7 @@ def test_the_short_table_has_the_best_and_the_baselines():
     unit[1]["arms"] = arms
     lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "gcg", "resample"]
-    assert lines[0] == "| rule (10) | `pivot` | 80 [49, 94] | 10 | 80 | 20 |"
+    assert lines[0] == "| rule (10) | `pivot` | 80 [49, 94] | 10 | 80 | 20 | 3 / 2 |"
     arms["gcg"] = arms["pivot"]
     lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "dart", "resample"]
@@ -103,6 +105,58 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
     page.write_text("no markers")
     with pytest.raises(ValueError, match="needs the lines"):
         recovery.publish("new", page)
+
+
+@pytest.mark.parametrize("study", ["recovery", "variants", "training"])
+def test_the_documents_say_what_the_results_say(study):
+    root = Path(recovery.__file__).parent.parent
+    document = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))
+
+    def published(page, name):
+        text = (root / page).read_text(encoding="utf-8")
+        return text.split(f"<!-- {name} study: begin -->\n")[1].split(f"\n<!-- {name} study: end -->")[0]
+
+    if study == "training":
+        assert published("docs/training.md", study) == training.tables(document)
+    else:
+        assert published("docs/recovery.md", study) == recovery.tables(document)
+    if study == "recovery":
+        assert published("README.md", study) == recovery.summary(document["families"])
+
+
+def test_a_small_study_has_its_own_folder():
+    def where(name, *words):
+        options = argparse.Namespace(quick="quick" in words, variants="variants" in words)
+        return str(folder(name, options))
+
+    assert where("recovery") == "recovery-study"
+    assert where("recovery", "quick") == "recovery-quick"
+    assert where("recovery", "variants") == "variants-study"
+    assert where("training", "quick") == "training-quick"
+
+
+def test_a_unit_knows_all_code_that_made_its_rows(tmp_path, monkeypatch):
+    unit, run = recovery.Unit("rule", 0, 0, 8), RunDirectory(tmp_path / "rule-m0-p0")
+    for name in ("first", "first", "second"):
+        monkeypatch.setattr(harness, "commit", lambda name=name: name)
+        recovery.note_commit(unit, tmp_path)
+        write_json(run.header, {})
+    assert recovery.commits_of(unit, tmp_path) == ["first", "second"]
+    write_json(run.metrics, {})
+    monkeypatch.setattr(harness, "commit", lambda: "later")
+    recovery.note_commit(unit, tmp_path)
+    assert recovery.commits_of(unit, tmp_path) == ["first", "second"], "its rows were there already"
+    run.metrics.unlink()
+    unit.commits(tmp_path).unlink()
+    recovery.note_commit(unit, tmp_path)
+    assert recovery.commits_of(unit, tmp_path) == [harness.NOT_RECORDED, "later"]
+
+
+def test_a_mixture_of_commits_is_said():
+    assert harness.provenance("runs", {"abc": 3}) == "Commit of the runs: 3 from abc."
+    mixed = harness.provenance("runs", {harness.NOT_RECORDED: 2, "abc": 1})
+    assert mixed == "Commit of the runs (several, side by side in one table): 1 from abc, 2 not recorded."
+    assert "/" not in harness.commit()
 
 
 def test_a_part_of_a_study_is_not_published(tmp_path):
@@ -128,3 +182,5 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
     assert main([*command, "--strategies", "pivot", "resample"]) == 0
     again = json.loads((tmp_path / "recovery.json").read_text())
     assert again["families"] == first["families"]
+    assert list(first["commits"].values()) == [1]
+    assert harness.NOT_RECORDED not in first["commits"]

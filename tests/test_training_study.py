@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import training
+from benchmarks import harness, training
 from benchmarks.__main__ import main
 from latentrevise.demo import check, get_family, make_prompts, model_dir
 from latentrevise.errors import RunError
@@ -45,6 +45,8 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
     command = ["training", "--quick", "--jobs", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     study = json.loads((tmp_path / "training.json").read_text())
+    assert sum(study["commits"].values()) == study["cells"]["done"]
+    assert harness.NOT_RECORDED not in study["commits"]
     arms = study["families"]["rule"]["arms"]
     assert set(arms) == {"start", *training.SFT, *training.RLVR}
     assert "| sft `pivot` |" in capsys.readouterr().out
