@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentrevise.errors import LatentReviseError
+from latentrevise.errors import ConfigError, LatentReviseError
 from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
@@ -219,6 +219,22 @@ def doctor() -> None:
     from latentrevise.doctor import diagnosis
 
     typer.echo(diagnosis())
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Run a benchmark by name (none: list them); all words go to `python -m benchmarks`. Needs the source tree."""
+    import subprocess
+
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise ConfigError(
+            "the benchmarks are not part of the installed package; clone the repository, `pip install -e .` in it, and"
+            " run this, or `make bench`, from there"
+        )
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, "-m", "benchmarks", *context.args]
+    raise typer.Exit(subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
 
 
 def _recovery(

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from latentrevise import cli
+from latentrevise.errors import ConfigError
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -26,6 +29,26 @@ def test_the_commands_exist(words):
     found = subprocess.run([sys.executable, "-m", "latentrevise", *words], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "latentrevise" in found.stdout.lower() or "Usage" in found.stdout
+
+
+def test_bench_hands_its_words_on(tmp_path):
+    def bench(*words):
+        command = [sys.executable, "-m", "latentrevise", "bench", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    listed = bench()
+    assert listed.returncode == 0, listed.stderr
+    assert "vertex_oracle" in listed.stdout
+    assert "python -m benchmarks" in bench("--help").stdout
+    unknown = bench("nothing", "--json", "x.json")
+    assert unknown.returncode == 2
+    assert "unknown benchmark nothing" in unknown.stderr
+
+
+def test_bench_says_where_the_benchmarks_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "latentrevise" / "cli.py"))
+    with pytest.raises(ConfigError, match=r"not part of the installed package.*pip install -e"):
+        cli.app(["bench", "recovery"], standalone_mode=False)
 
 
 def test_links_lead_somewhere():
