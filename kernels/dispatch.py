@@ -86,7 +86,7 @@ def unavailable(backend: str) -> str | None:
         return native.unavailable("cpu" if backend == "cpu" else "cuda")
     if backend == "triton":
         if find_spec("triton") is None:
-            return "triton is not installed (pip install latentrevise[triton])"
+            return "triton is not installed (pip install 'triton>=3.5')"
         if not interpreting_triton() and not torch.cuda.is_available():
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
     return None

@@ -102,7 +102,7 @@ class EngineDied(RunError):
 def unavailable() -> str | None:
     """Why vLLM cannot be used here, or None."""
     if importlib.util.find_spec("vllm") is None:
-        return "vllm is not installed (on a GPU: pip install 'latentrevise[vllm]'; on a CPU: see docs/engines.md)"
+        return "vllm is not installed (on a GPU: pip install '.[vllm]' in a clone; on a CPU: see docs/engines.md)"
     return None
 
 

@@ -33,7 +33,7 @@ Dtype = Annotated[
 def train() -> None:
     """Train on what was recovered, with TRL (extra: train)."""
     if missing := [name for name in ("trl", "peft", "datasets") if find_spec(name) is None]:
-        raise ConfigError(f"{', '.join(missing)} not installed; pip install 'latentrevise[train]'")
+        raise ConfigError(f"{', '.join(missing)} not installed; in a clone of the repository: pip install '.[train]'")
 
 
 @app.command()
