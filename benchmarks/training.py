@@ -45,12 +45,12 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery import publish, refuse_part
-from latentrevise.audit import GuardConfig, pass_at_k
+from latentrevise.audit import GuardConfig, bootstrap_mean, pass_at_k
 from latentrevise.data import load_prompts
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.data import Split
 from latentrevise.demo.run import FAMILIES, demo_config
-from latentrevise.evaluate import EvalConfig, Score, bootstrap, evaluate
+from latentrevise.evaluate import EvalConfig, Score, evaluate
 from latentrevise.exports import Row, rollout_row, sft_rows
 from latentrevise.models import load_model
 from latentrevise.pipeline import Recovery
@@ -284,7 +284,7 @@ def pool(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, Any]:
                 found[f"{key} gain"] = {p: v - base[key][p] for p, v in found[key].items() if p in base[key]}
             arms[arm] = {
                 "kind": kind,
-                "rates": {key: bootstrap(list(values.values()), 2000, 0) for key, values in found.items() if values},
+                "rates": {key: bootstrap_mean(list(of.values())) for key, of in found.items() if of},
                 "runs": [fmean(rates([c], hard)["hard valid@1"].values()) for c in own if "scores" in c],
                 "means": {key: fmean(c[key] for c in own) for key in COSTS if own and all(key in c for c in own)},
                 "zero_hit": [fmean(step) for step in zip(*(c.get("zero_hit", ()) for c in own), strict=True)],

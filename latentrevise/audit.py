@@ -17,6 +17,7 @@ import numpy as np
 
 from latentrevise.errors import ConfigError
 from latentrevise.hull import Mixture
+from latentrevise.records import shared_head
 
 
 def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float, float]:
@@ -49,11 +50,12 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 def bootstrap_mean(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """Mean and its 95 % percentile interval over resampled values: ``(mean, low, high)``. Without a value (0, 0, 1)."""
-    if not values:
-        return 0.0, 0.0, 1.0
     array = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(array), size=(draws, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), (0.025, 0.975))
+    if not len(array):
+        return 0.0, 0.0, 1.0
+    # Resampling is drawing how often each value occurs.
+    counts = np.random.default_rng(seed).multinomial(len(array), np.full(len(array), 1 / len(array)), size=draws)
+    low, high = np.quantile(counts @ array / len(array), (0.025, 0.975))
     return float(array.mean()), float(low), float(high)
 
 
@@ -131,9 +133,10 @@ def signals(candidate: Candidate) -> dict[str, float]:
     """What the guards judge a sample by, as numbers; a signal that says nothing of this sample is left out."""
     known = set(candidate.prompt_ids) | set(candidate.original_ids)
     new = set(candidate.answer_ids) - known
+    kept = shared_head(candidate.plain_ids, candidate.original_ids)
     found: dict[str, float] = {
         "leak": _leak(candidate, new) if candidate.aimed else 0.0,
-        "derivation": len(candidate.plain_ids) - _shared(candidate) + candidate.before_answer,
+        "derivation": len(candidate.plain_ids) + candidate.before_answer - kept,
         "length": len(candidate.completion_ids),
     }
     logprobs = candidate.plain_logprobs
@@ -151,16 +154,6 @@ def signals(candidate: Candidate) -> dict[str, float]:
         if new == set(candidate.answer_ids):
             found["mention"] = _mention(candidate)
     return found
-
-
-def _shared(candidate: Candidate) -> int:
-    """Tokens at the head of the prefix that are the failed rollout's own."""
-    same = 0
-    for a, b in zip(candidate.plain_ids, candidate.original_ids, strict=False):
-        if a != b:
-            break
-        same += 1
-    return same
 
 
 def _leak(candidate: Candidate, new: set[int]) -> float:

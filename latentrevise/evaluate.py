@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from latentrevise.audit import pass_at_k
+from latentrevise.audit import bootstrap_mean, pass_at_k
 from latentrevise.config import to_dict
 from latentrevise.data import PromptSettings
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
@@ -155,7 +154,7 @@ def summary(scores: Sequence[Score], config: EvalConfig) -> dict[str, Any]:
         raise InputError("nothing was evaluated; give at least one usable prompt")
 
     def rate(values: Sequence[float]) -> list[float]:
-        return bootstrap(values, config.resamples, config.seed)
+        return list(bootstrap_mean(values, config.resamples, config.seed))
 
     total = sum(s.samples for s in scores)
     out: dict[str, Any] = {
@@ -168,16 +167,6 @@ def summary(scores: Sequence[Score], config: EvalConfig) -> dict[str, Any]:
     if config.checker is not None:
         out["valid@1"] = rate([(s.valid or 0) / s.samples for s in scores])
     return out
-
-
-def bootstrap(values: Sequence[float], resamples: int, seed: int) -> list[float]:
-    """Mean of the values and its 95 % percentile interval over resamples: ``[mean, low, high]``."""
-    array, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    # Resampling is drawing how often each value occurs.
-    counts = generator.multinomial(len(array), np.full(len(array), 1 / len(array)), size=resamples)
-    means = counts @ array / len(array)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [float(array.mean()), float(low), float(high)]
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,12 @@ def original_prefix(prefix_ids: Sequence[int], plain_ids: Sequence[int]) -> tupl
     return tuple(prefix_ids if len(prefix_ids) == len(plain_ids) else plain_ids)
 
 
+def shared_head(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with alike."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
+
+
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -21,7 +21,6 @@ from latentrevise.evaluate import (
     EvalRunConfig,
     Score,
     benchmark_rows,
-    bootstrap,
     evaluate,
     evaluate_run,
     summary,
@@ -50,16 +49,6 @@ def test_pass_at_k_is_the_chance_over_all_draws():
     assert found["zero_hit"] == pytest.approx(1 / 3)
     assert found["unknown"] == pytest.approx(1 / 18)
     assert "valid@1" not in found
-
-
-def test_bootstrap_intervals_cover():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for i in range(200):
-        _, low, high = bootstrap(generator.random(60) < 0.3, 300, seed=i)
-        covered += low <= 0.3 <= high
-    assert 0.89 <= covered / 200 <= 0.99
-    assert bootstrap([1.0, 1.0], 10, 0) == [1.0, 1.0, 1.0]
 
 
 def test_k_and_empty_input_are_checked():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from latentrevise.audit import auc, bootstrap_mean
@@ -22,6 +23,15 @@ def test_auc_counts_pairs():
     assert auc([3.0, 1.0], [2.0, 1.0]) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     with pytest.raises(ConfigError, match="at least one"):
         auc([], [1.0])
+
+
+def test_bootstrap_intervals_cover():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        _, low, high = bootstrap_mean(generator.random(60) < 0.3, 300, seed=i)
+        covered += low <= 0.3 <= high
+    assert 0.89 <= covered / 200 <= 0.99
 
 
 def test_bootstrap_of_a_constant_is_the_constant_and_of_others_holds_the_mean():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from latentrevise.hull import Mixture
+from latentrevise.records import shared_head
 from latentrevise.revision import Compute, FailedRollout, Trace
 
 if TYPE_CHECKING:
@@ -133,12 +134,7 @@ class Proposal:
         context's, and whatever stands behind it."""
         if self.latent or self.context_ids:
             return len(self.context_ids) + len(self.plain_ids) - self.kept
-        same = 0
-        for a, b in zip(self.plain_ids, self.original_ids, strict=False):
-            if a != b:
-                break
-            same += 1
-        return len(self.plain_ids) - same
+        return len(self.plain_ids) - shared_head(self.plain_ids, self.original_ids)
 
 
 class Strategy(Protocol):
