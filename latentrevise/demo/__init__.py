@@ -39,7 +39,6 @@ _FAMILIES: tuple[Family, ...] = (
     ChainFamily(),
     JointFamily("pair", "AB", rules=16),
     JointFamily("pair64", "CD", rules=64),
-    JointFamily("triple", "EFG", rules=16),
     JointFamily("far", "HJ", rules=16, filler=4),
     JointFamily("partial", "KL", rules=16, partial=True),
 )

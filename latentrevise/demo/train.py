@@ -71,8 +71,7 @@ RECIPES = {
     "rule": Recipe(steps=600, drills_only=0.4, drill_share=0.3),
     "chain": Recipe(steps=2200, drills_only=0.2, drill_share=0.2),
     **dict.fromkeys(("pair", "far", "partial"), Recipe(steps=1100, drills_only=0.2, drill_share=0.3)),
-    # What triple asks for, the sum of three names in the head, this does not teach (docs/recovery.md).
-    **dict.fromkeys(("pair64", "triple"), Recipe(steps=1100, drills_only=0.6, drill_share=0.3)),
+    "pair64": Recipe(steps=1100, drills_only=0.6, drill_share=0.3),
 }
 
 

@@ -121,8 +121,8 @@ def test_pair_model_knows_pairs_but_seldom_proposes_them(bundled):
 
 
 def test_a_model_that_is_not_bundled_is_refused():
-    with pytest.raises(ModelError, match=r"no 'triple' model is bundled, only those of rule, chain, pair;"):
-        model_dir("triple")
+    with pytest.raises(ModelError, match=r"no 'far' model is bundled, only those of rule, chain, pair;"):
+        model_dir("far")
 
 
 def test_chain_model_does_one_step_and_often_fails_six(bundled):
