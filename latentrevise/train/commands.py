@@ -79,7 +79,7 @@ def rlvr(
 
     chosen = load_config(RLVRSettings, config, settings or [])
     policy, tokenizer = _loaded(model, dtype)
-    new = chosen.trainer.get("max_completion_length", GRPOConfig.max_completion_length)
+    new = chosen.trainer.get("max_completion_length", GRPOConfig.max_completion_length) or 0  # null: no limit
     problems = _prompts(prompts, chosen, policy, tokenizer, new)
     _begin(out, "rlvr", chosen, [model, [[p.id, *p.ids] for p in problems]])
     train_rlvr(policy, tokenizer, problems, out, chosen, _judging(chosen, policy, tokenizer))
