@@ -253,8 +253,8 @@ def table(family: str, pooled: dict[str, Any]) -> str:
     def rate(r: Sequence[float]) -> str:
         return f"{100 * r[0]:.1f} [{100 * r[1]:.0f}, {100 * r[2]:.0f}]"
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
+    def number(value: float | None, digits: int = 1) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
 
     lines = [
         f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} mined prompts, {len(pooled['units'])} runs)",
@@ -268,7 +268,7 @@ def table(family: str, pooled: dict[str, Any]) -> str:
         wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.1f}"
         lines.append(
             f"| `{name}` | {rate(row['valid'])} | {models} | {rate(row['equal_compute']['valid'])} |"
-            f" {number(row['ratio'])} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'])} |"
+            f" {number(row['ratio'])} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'], 2)} |"
             f" {row['passes']:.0f} | {row['admitted']} ({row['admitted_valid']}) |"
         )
     return "\n".join(lines)
