@@ -35,7 +35,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "vertex_oracle": ("triton", "cuda", "hopper", "cpu", "reference"),
     "plausible_vertices": ("triton", "cpu", "reference"),
     "linear_logprob": ("triton", "cuda", "cpu", "reference"),
-    "mixture_embed": ("cuda", "triton", "cpu", "reference"),
+    "mixture_embed": ("triton", "cuda", "cpu", "reference"),
     "softmax_mixture": ("triton", "cpu", "reference"),
     "hull_step": ("triton", "cpu", "reference"),
     "entropic_step": ("triton", "cpu", "reference"),
