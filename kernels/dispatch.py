@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -50,18 +51,28 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What an implementation may decide by: where the tensors are, what they hold, what needs a gradient."""
+    """What an implementation may decide by: where the tensors are, what they hold, which there are."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     needs_grad: frozenset[str] = frozenset()
+    arguments: frozenset[str] = frozenset()  # names of the tensors that were passed
+    aligned: bool = True  # every row of the table begins and ends at a multiple of 16 bytes
 
     @classmethod
     def of(cls, **tensors: torch.Tensor | None) -> Call:
-        """Describe a call from its floating-point tensors, by argument name; all are on one device (checked before)."""
+        """Describe a call from its tensors, by argument name, the table first; all are on one device (checked before).
+
+        While ``torch.compile`` traces there is no address yet: alignment is then that of the strides.
+        """
         present = {name: x for name, x in tensors.items() if x is not None}
         grads = frozenset(name for name, x in present.items() if x.requires_grad) if torch.is_grad_enabled() else ()
-        return cls(next(iter(present.values())).device, tuple(x.dtype for x in present.values()), frozenset(grads))
+        table = next(iter(present.values()))
+        step = 16 // table.element_size()
+        whole = table.shape[1] % step == 0 and table.stride(0) % step == 0
+        aligned = whole and (torch.compiler.is_compiling() or table.data_ptr() % 16 == 0)
+        dtypes = tuple(x.dtype for x in present.values() if x.is_floating_point())
+        return cls(table.device, dtypes, frozenset(grads), frozenset(present), aligned)
 
 
 @dataclass(frozen=True)
@@ -78,12 +89,18 @@ class Choice:
         return f"{self.op}: {self.backend} ({self.reason}{passed})"
 
 
+@cache
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot run on this machine at all, or None if it can."""
+    """Why a backend cannot run on this machine at all, or None if it can. Asked once a process."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend in ("cpu", "cuda", "hopper"):
-        return native.unavailable("cpu" if backend == "cpu" else "cuda")
+        why = native.unavailable("cpu" if backend == "cpu" else "cuda")
+        if why is None and backend == "hopper":
+            devices = range(native.load("cuda").device_count())
+            if all(torch.cuda.get_device_capability(device) != (9, 0) for device in devices):
+                return "no device of compute capability 9.0"
+        return why
     if backend == "triton":
         if find_spec("triton") is None:
             return "triton is not installed (pip install 'triton>=3.5')"
@@ -131,21 +148,22 @@ def _requested(backend: str | None) -> tuple[str, str] | None:
 
 def _rejection(op: str, backend: str, call: Call) -> str | None:
     """Why ``backend`` does not serve this call of ``op``, or None if it does."""
-    if why := unavailable(backend):
-        return why
     if backend not in IMPLEMENTATIONS[op]:
-        return f"{op} has no {backend} implementation"
+        return unavailable(backend) or f"{op} has no {backend} implementation"
     if backend == "reference":
         return None
-    if backend == "triton" and interpreting_triton():
-        pass  # the interpreter takes tensors of any device
-    elif call.device.type != ("cpu" if backend == "cpu" else "cuda"):
+    anywhere = backend == "triton" and interpreting_triton()  # the interpreter takes tensors of any device
+    # Before anything is loaded or asked of a driver: a call on a CPU pays for neither.
+    if not anywhere and call.device.type != ("cpu" if backend == "cpu" else "cuda"):
         return f"the tensors are on {call.device.type}"
-    elif call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
+    if why := unavailable(backend):
+        return why
+    if call.device.type == "cuda" and not anywhere and torch.cuda.get_device_capability(call.device) < (8, 0):
         return "needs compute capability 8.0 or newer"
     return implementation(op, backend).unsupported(call)
 
 
+@cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module ``kernels/<op>/<backend>.py``, imported when it is first needed."""
     return import_module(f"{__package__}.{op}.{backend}")
@@ -174,15 +192,20 @@ def choose(op: str, call: Call, backend: str | None = None) -> Choice:
 
 def chosen(op: str, call: Call, backend: str | None = None) -> str:
     """Name of the backend that serves ``call``; while ``torch.compile`` traces, a constant of the graph."""
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in call.dtypes]
-    if torch.compiler.is_compiling():
-        return _chosen_while_tracing(op, str(call.device), ",".join(dtypes), ",".join(call.needs_grad), backend)
-    return choose(op, call, backend).backend
+    if not torch.compiler.is_compiling():
+        return choose(op, call, backend).backend
+    dtypes = ",".join(str(dtype).removeprefix("torch.") for dtype in call.dtypes)
+    grads, arguments = ",".join(call.needs_grad), ",".join(call.arguments)
+    return _chosen_while_tracing(op, str(call.device), dtypes, grads, arguments, call.aligned, backend)
 
 
-def _chosen_while_tracing(op: str, device: str, dtypes: str, needs_grad: str, backend: str | None) -> str:
-    grads = frozenset(filter(None, needs_grad.split(",")))
-    call = Call(torch.device(device), tuple(getattr(torch, dtype) for dtype in dtypes.split(",")), grads)
+def _chosen_while_tracing(
+    op: str, device: str, dtypes: str, needs_grad: str, arguments: str, aligned: bool, backend: str | None
+) -> str:
+    grads, names = (frozenset(filter(None, given.split(","))) for given in (needs_grad, arguments))
+    call = Call(
+        torch.device(device), tuple(getattr(torch, dtype) for dtype in dtypes.split(",")), grads, names, aligned
+    )
     return choose(op, call, backend).backend
 
 

@@ -68,7 +68,8 @@ def linear_logprob(
         module = implementation("linear_logprob", name)
         return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
     gradient = call.needs_grad == {"H"}  # or else the backward pass has the scores anew, and dlogp/dH with them
-    logp, entropies = _LinearLogprob.apply(H, W, y, bias, scale, softcap, temperature, entropy, gradient, name)
+    run = _LinearLogprob.apply if call.needs_grad else _forward
+    logp, entropies, *_ = run(H, W, y, bias, scale, softcap, temperature, entropy, gradient, name)
     return (logp, entropies) if entropy else logp
 
 

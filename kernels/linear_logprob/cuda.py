@@ -1,7 +1,8 @@
 """CUDA implementation for bfloat16 (csrc/cuda/linear_logprob.cu), launched on the current stream, no synchronisation.
 
-A call it has no code for (rows that are not whole 16-byte chunks) is refused by name; the automatic choice takes Triton
-until a measurement says otherwise.
+4NVd FLOP with a gradient, 2NVd without; the exponentials of a chunk of tokens are written and read once in between
+(``WORKSPACE``). Limits: bfloat16, table rows of whole 16-byte chunks. The automatic choice takes Triton until a
+measurement says otherwise.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import BackendError, Call
+from ..dispatch import Call
 
 WORKSPACE = 256 << 20  # bytes of exponentials at a time, never fewer than one tile of tokens
 
 
 def unsupported(call: Call) -> str | None:
+    if not call.aligned:
+        return "rows of the table are not whole 16-byte chunks"
     for dtype in call.dtypes[:2]:  # W and H
         if dtype != torch.bfloat16:
             return f"no kernel for {str(dtype).removeprefix('torch.')} tensors"
@@ -33,10 +36,6 @@ def linear_logprob(
     entropy: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if W.shape[1] % 8 or W.stride(0) % 8 or W.data_ptr() % 16:
-        raise BackendError(
-            "the CUDA log-probs take a table whose rows are whole 16-byte chunks; leave backend unset or use 'triton'"
-        )
     module, (V, d) = native.load("cuda"), W.shape
     H, y, N = native.aligned_rows(H), y.contiguous(), H.shape[0]
     bias = None if bias is None else bias.float().contiguous()
@@ -61,7 +60,7 @@ def linear_logprob(
             "scale": scale,
             "softcap": softcap or 0.0,
             "temperature": temperature,
-            "blocks": 2 * processors,  # two blocks of 48 KiB a processor
+            "blocks": 2 * processors,  # a processor holds two blocks of the means, one of the scores
             "where": native.where("cuda", W.device),
         }
         needed = module.linear_logprob_workspace(**arguments, workspace=None, workspace_bytes=0)

@@ -41,11 +41,14 @@ def mixture_embed(ids: Tensor, weights: Tensor, E: Tensor, *, backend: str | Non
     checks.same_device(ids=ids, weights=weights, E=E)
     if ids.shape[1] == 0:
         raise ValueError("ids must have at least one atom column, got shape [T, 0]")
-    name = chosen("mixture_embed", Call.of(E=E, weights=weights), backend)
+    call = Call.of(E=E, weights=weights)
+    name = chosen("mixture_embed", call, backend)
     if name == "reference":
         checks.ids_in_table("ids", ids, E.shape[0])
-        return implementation("mixture_embed", name).mixture_embed(ids, weights, E)
-    return _MixtureEmbed.apply(ids.contiguous(), weights.contiguous(), E, name)
+        return reference.mixture_embed(ids, weights, E)
+    ids, weights = ids.contiguous(), weights.contiguous()
+    # Without a gradient the detour by way of autograd would be a third of a small call's time.
+    return _MixtureEmbed.apply(ids, weights, E, name) if call.needs_grad else _forward(ids, weights, E, name)
 
 
 class _MixtureEmbed(torch.autograd.Function):

@@ -34,10 +34,11 @@ def softmax_mixture(theta: Tensor, E: Tensor, tau: float = 1.0, *, backend: str 
     checks.tensor("theta", theta, (None, E.shape[0]), checks.FLOATS)
     checks.same_device(theta=theta, E=E)
     checks.positive("tau", tau)
-    name = chosen("softmax_mixture", Call.of(E=E, theta=theta), backend)
+    call = Call.of(E=E, theta=theta)
+    name = chosen("softmax_mixture", call, backend)
     if name == "reference":
-        return implementation("softmax_mixture", name).softmax_mixture(theta, E, tau)
-    return _SoftmaxMixture.apply(theta, E, tau, name)[0]
+        return reference.softmax_mixture(theta, E, tau)
+    return (_SoftmaxMixture.apply(theta, E, tau, name) if call.needs_grad else _forward(theta, E, tau, name))[0]
 
 
 class _SoftmaxMixture(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Call, only_dtypes
+from ..dispatch import Call
 from . import cuda
 
 
@@ -16,7 +16,7 @@ def unsupported(call: Call) -> str | None:
     capability = torch.cuda.get_device_capability(call.device)
     if capability != (9, 0):
         return f"needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
-    return only_dtypes(call, (torch.bfloat16,))
+    return cuda.unsupported(call)
 
 
 def vertex_oracle(

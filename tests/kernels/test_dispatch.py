@@ -5,10 +5,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from latentrevise.kernels import dispatch
+from latentrevise.kernels import dispatch, native
 from latentrevise.kernels.dispatch import Call, choose
 
 from latentrevise import kernels
@@ -85,6 +86,59 @@ def test_cuda_without_a_gpu_is_a_clear_error():
 def test_the_override_is_per_thread():
     with kernels.use_backend("reference"), ThreadPoolExecutor(1) as pool:
         assert pool.submit(lambda: choose("mixture_embed", CPU).backend).result() == "cpu"
+
+
+def test_a_call_on_a_cpu_asks_no_other_backend(monkeypatch):
+    def unavailable(backend):
+        assert backend == "cpu"
+
+    monkeypatch.setattr(dispatch, "unavailable", unavailable)
+    for op in dispatch.IMPLEMENTATIONS:
+        assert choose(op, CPU).backend == "cpu"
+
+
+def gpu_call(*present: str, aligned: bool = True) -> Call:
+    return Call(torch.device("cuda"), (torch.bfloat16,), arguments=frozenset(present), aligned=aligned)
+
+
+def test_without_triton_the_cuda_kernels_get_what_they_can_serve(monkeypatch):
+    """What they cannot is known before one is chosen: the automatic choice goes on, nothing is raised."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: "not here" if backend == "triton" else None)
+    assert choose("vertex_oracle", gpu_call("E", "G")).backend == "cuda"
+    assert choose("linear_logprob", gpu_call("W", "H")).backend == "cuda"
+    for call in (gpu_call("E", "candidates"), gpu_call("E", "W2", "Q2"), gpu_call("E", aligned=False)):
+        assert choose("vertex_oracle", call).backend == "reference"
+    assert choose("linear_logprob", gpu_call("W", "H", aligned=False)).backend == "reference"
+    with pytest.raises(kernels.BackendError, match="no candidate sets"):
+        choose("vertex_oracle", gpu_call("E", "candidates"), "cuda")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_triton_comes_first_on_a_gpu(monkeypatch):
+    """Until a measurement says that a CUDA form is faster."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    assert {choose(op, gpu_call()).backend for op in dispatch.IMPLEMENTATIONS} == {"triton"}
+
+
+def test_what_a_call_knows():
+    x = torch.zeros(40, 24, dtype=torch.bfloat16)
+    call = Call.of(E=x, Q2=None, candidates=torch.zeros(1, 2, dtype=torch.int32), G=x.float())
+    assert call.arguments == {"E", "candidates", "G"}
+    assert call.dtypes == (torch.bfloat16, torch.float32)
+    assert call.aligned
+    assert Call.of(E=x[:, :16]).aligned
+    for table in (x[:, :12], x[:, 1:17], torch.zeros(40, 25)[:, :16], x.flatten()[4:-20].view(39, 24)):
+        assert not Call.of(E=table).aligned
+
+
+@pytest.mark.parametrize(("capability", "there"), [((8, 0), False), ((9, 0), True), ((10, 0), False)])
+def test_hopper_is_available_on_hopper(monkeypatch, capability, there):
+    monkeypatch.setattr(native, "unavailable", lambda backend: None)
+    monkeypatch.setattr(native, "load", lambda backend: SimpleNamespace(device_count=lambda: 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert (dispatch.unavailable.__wrapped__("hopper") is None) == there
 
 
 def test_kernels_import_no_transformers_and_the_folder_itself_is_empty():
