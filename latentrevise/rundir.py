@@ -6,7 +6,8 @@ alone, a run that was killed and resumed ends with the same rows as one that was
 
 Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``, then
 ``starts/``, ``samples/`` and ``verdicts/`` with a folder for each arm, and the results ``trajectories.parquet``,
-``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured).
+``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured). An evaluation has ``rollouts/``,
+``scores/`` and its metrics.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from latentrevise.engines import Engine
 
 FORMAT = 1
-# What may differ between a run and its resumption: it changes no row. A model is known by its weights, not its place.
-_VOLATILE = ("created", "versions", "model.path")
+# What may differ between a run and its resumption: it changes no row. A model is known by its weights, not its place,
+# and the data of an evaluation by its rows.
+_VOLATILE = ("created", "versions", "model.path", "data.name")
 
 
 class RunDirectory:

@@ -144,6 +144,11 @@ def test_the_command_takes_up_what_was_stopped(tmp_path, monkeypatch):
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert read_records(out / "rollouts", Rollout) == rollouts
 
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "moved.jsonl")
+    assert command(tmp_path, data="moved.jsonl").exit_code == 0, "the same rows elsewhere are the same evaluation"
+    assert asked == [2]
+    (tmp_path / "moved.jsonl").rename(tmp_path / "prompts.jsonl")
+
     assert "temperature: 1.0 there, 0.5 now" in str(command(tmp_path, "temperature=0.5").exception)
     write_jsonl(tmp_path / "prompts.jsonl", make_prompts(get_family("rule"), 5))
     assert "data.hash" in str(command(tmp_path).exception)
