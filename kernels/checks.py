@@ -49,8 +49,11 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def ids_in_table(name: str, ids: Tensor, rows: int) -> None:
-    """Every id is a row of the table (CPU tensors only)."""
-    if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < rows):
+    """Every id is a row of the table (CPU tensors only). In a compiled graph it is a RuntimeError when that runs."""
+    if torch.compiler.is_compiling():
+        if ids.device.type == "cpu":
+            torch._assert_async(((ids >= 0) & (ids < rows)).all(), f"{name} must be rows of the table")
+    elif ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < rows):
         raise ValueError(f"{name} must be in [0, {rows}), got values from {int(ids.min())} to {int(ids.max())}")
 
 

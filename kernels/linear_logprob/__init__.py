@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 from ..dispatch import Call, chosen, implementation
 from ..registration import register
-from . import blocked
+from . import blocked, reference
 
 
 def linear_logprob(
@@ -65,8 +65,7 @@ def linear_logprob(
     name = chosen("linear_logprob", call, backend)
     if name == "reference":
         checks.ids_in_table("y", y, W.shape[0])
-        module = implementation("linear_logprob", name)
-        return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
+        return reference.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
     gradient = call.needs_grad == {"H"}  # or else the backward pass has the scores anew, and dlogp/dH with them
     run = _LinearLogprob.apply if call.needs_grad else _forward
     logp, entropies, *_ = run(H, W, y, bias, scale, softcap, temperature, entropy, gradient, name)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 from ..dispatch import Call, chosen, implementation
 from ..registration import register
+from . import reference
 
 
 def mixture_embed(ids: Tensor, weights: Tensor, E: Tensor, *, backend: str | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
+from ..numerics import accumulation_dtype
 from ..registration import register
 
 
@@ -37,9 +38,9 @@ def plausible_vertices(
         backend: overrides the dispatch.
 
     Returns:
-        ``ids [T, C]`` int64 padded with -1; ``logps [T, C]`` float32 padded with -inf, falling, equal ones by rising
-        id; ``counts [T]`` int64, how many tokens are above the floor (may exceed C). No gradient flows through this
-        op. A row with NaN logits lists nothing (count 0).
+        ``ids [T, C]`` int64 padded with -1; ``logps [T, C]`` float32 (float64 if H or W is) padded with -inf, falling,
+        equal ones by rising id; ``counts [T]`` int64, how many tokens are above the floor (may exceed C). No gradient
+        flows through this op. A row with NaN logits lists nothing (count 0).
 
     Raises:
         ValueError, TypeError: an argument breaks the contract.
@@ -68,7 +69,7 @@ def _fake(H, W, log_p_min, max_candidates, bias, scale, softcap, temperature, al
     T = H.shape[0]
     return (
         W.new_empty((T, max_candidates), dtype=torch.int64),
-        W.new_empty((T, max_candidates), dtype=torch.float32),
+        W.new_empty((T, max_candidates), dtype=accumulation_dtype(H, W)),
         W.new_empty(T, dtype=torch.int64),
     )
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 from ..dispatch import Call, chosen, implementation
 from ..registration import register
+from . import reference
 
 
 def softmax_mixture(theta: Tensor, E: Tensor, tau: float = 1.0, *, backend: str | None = None) -> Tensor:

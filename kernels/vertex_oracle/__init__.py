@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
+from ..numerics import accumulation_dtype
 from ..registration import register
 
 
@@ -39,9 +40,10 @@ def vertex_oracle(
         backend: overrides the dispatch.
 
     Returns:
-        ``ids [T]`` int64 and ``values [T]`` float32: the chosen rows and their scores. Ties go to the lowest id,
-        bitwise the same under any number of threads or splits. NaN orders below everything, as in ``torch.min``: a
-        row with NaN scores returns the lowest id that has one, with value NaN. No gradient flows through this op.
+        ``ids [T]`` int64 and ``values [T]`` float32 (float64 if an operand is): the chosen rows and their scores.
+        Ties go to the lowest id, bitwise the same under any number of threads or splits. NaN orders below everything,
+        as in ``torch.min``: a row with NaN scores returns the lowest id that has one, with value NaN. No gradient
+        flows through this op.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or layouts break the contract; a position has no allowed
@@ -66,7 +68,8 @@ def vertex_oracle(
 
 
 def _fake(G, E, allowed, Q2, W2, candidates, backend):  # type: ignore[no-untyped-def]
-    return E.new_empty(G.shape[0], dtype=torch.int64), E.new_empty(G.shape[0], dtype=torch.float32)
+    T, dtype = G.shape[0], accumulation_dtype(G, E, Q2, W2)
+    return E.new_empty(T, dtype=torch.int64), E.new_empty(T, dtype=dtype)
 
 
 @register(
