@@ -34,7 +34,8 @@ def vertex_oracle(
         G: ``[T, d]`` gradients, any floating dtype.
         E: ``[V, d]`` table, any floating dtype, rows contiguous.
         allowed: ``[V]`` bool, the rows that may be chosen; None: all.
-        Q2, W2: ``[T, d2]`` and ``[V, d2]``, both or neither: ``<Q2_t, W2_v>`` is added to the score.
+        Q2, W2: ``[T, d2]`` and ``[V, d2]``, both or neither: ``<Q2_t, W2_v>`` is added to the score. Where ``W2`` is
+            ``E`` itself (tied tables) the queries are added instead, which halves the work.
         candidates: ``[T, C]`` int32 or int64 ids, padded with -1: only these compete at position t (and must be
             allowed).
         backend: overrides the dispatch.
@@ -89,7 +90,12 @@ def _vertex_oracle(
 ) -> tuple[Tensor, Tensor]:
     if candidates is not None:
         check_candidates(candidates, E.shape[0])
-    choice = choose("vertex_oracle", Call.of(E=E, G=G, W2=W2, Q2=Q2), backend)
+    # A float32 sum costs a GPU three products with a bfloat16 table, the pair two.
+    pays = E.dtype != torch.bfloat16 or E.device.type != "cuda"
+    if pays and Q2 is not None and W2 is not None and W2.dtype == E.dtype and W2.is_set_to(E):
+        dtype = accumulation_dtype(G, E, Q2)
+        G, Q2, W2 = G.to(dtype) + Q2.to(dtype), None, None
+    choice = choose("vertex_oracle", Call.of(E=E, G=G, W2=W2, Q2=Q2, candidates=candidates), backend)
     module = implementation("vertex_oracle", choice.backend)
     ids, values = module.vertex_oracle(G, E, allowed, Q2, W2, candidates)
     check_found(ids)

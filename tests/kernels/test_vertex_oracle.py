@@ -155,3 +155,15 @@ def test_nothing_allowed_is_an_error():
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         vertex_oracle(**({"G": torch.ones(2, 3), "E": torch.ones(4, 3)} | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_of_tied_tables_are_added(dtype):
+    """One product instead of two: the bits of <G + Q2, E>, for the table itself and for another view of it."""
+    g = torch.Generator().manual_seed(3)
+    G, Q2, E = (torch.randn(n, 40, generator=g).to(dtype) for n in (9, 9, 300))
+    ids, values = vertex_oracle(G.float() + Q2.float(), E)
+    for W2, same in ((E, True), (E.detach().view(300, 40), True), (E.clone(), False)):
+        found = vertex_oracle(G, E, Q2=Q2, W2=W2)
+        assert torch.equal(found[0], ids)
+        assert torch.equal(found[1], values) == same
