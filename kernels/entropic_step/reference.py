@@ -10,17 +10,9 @@ from ..numerics import combine_gradients
 
 
 def entropic_step(
-    G_gold: Tensor,
-    G_away: Tensor | None,
-    E: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    eta: float,
-    alpha: float,
-    beta: float,
-    combine: str,
-    segments: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    G_gold: Tensor, G_away: Tensor | None, E: Tensor, ids: Tensor, weights: Tensor, eta: float, alpha: float,
+    beta: float, combine: str, segments: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     g = combine_gradients(G_gold, G_away, alpha, beta, combine)
     scores = torch.einsum("td,tcd->tc", g, E[ids.long()].to(g.dtype))
     alive = weights > 0

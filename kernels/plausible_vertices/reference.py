@@ -12,16 +12,9 @@ BLOCK = 64  # rows at a time: [T, V] is never whole
 
 
 def plausible_vertices(
-    H: Tensor,
-    W: Tensor,
-    log_p_min: float,
-    max_candidates: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    allowed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    H: Tensor, W: Tensor, log_p_min: float, max_candidates: int, bias: Tensor | None, scale: float,
+    softcap: float | None, temperature: float, allowed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, blocks = accumulation_dtype(H, W), []
     for rows in H.split(BLOCK) if H.shape[0] else [H]:
         logits = transform_logits(rows.to(dtype) @ W.to(dtype).T, bias, scale, softcap, temperature)

@@ -14,23 +14,17 @@ def vertex_oracle(
     G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype, V = accumulation_dtype(G, E, Q2, W2), E.shape[0]
-    ids = torch.full((G.shape[0],), V, dtype=torch.int64, device=G.device)
-    values = torch.full((G.shape[0],), torch.inf, dtype=dtype, device=G.device)
-    for start in range(0, V if candidates is None else candidates.shape[1], BLOCK):
-        if candidates is None:
-            rows = torch.arange(start, min(start + BLOCK, V), device=G.device).expand(G.shape[0], -1)
-            scores = G.to(dtype) @ E[start : start + BLOCK].to(dtype).T
-            if Q2 is not None and W2 is not None:
-                scores += Q2.to(dtype) @ W2[start : start + BLOCK].to(dtype).T
-        else:
-            rows = candidates[:, start : start + BLOCK].long()
-            scores = torch.einsum("td,tcd->tc", G.to(dtype), E[rows.clamp_min(0)].to(dtype))
-            if Q2 is not None and W2 is not None:
-                scores += torch.einsum("td,tcd->tc", Q2.to(dtype), W2[rows.clamp_min(0)].to(dtype))
-        alive = rows >= 0 if allowed is None else (rows >= 0) & allowed[rows.clamp_min(0)]
-        best = torch.minimum(values, scores.masked_fill(~alive, torch.inf).amin(1))  # NaN wins here, as in torch.min
-        ids = torch.where((values == best) | values.isnan(), ids, V)
-        hit = alive & ((scores == best[:, None]) | (scores.isnan() & best[:, None].isnan()))
-        ids = torch.minimum(ids, torch.where(hit, rows, V).amin(1))
-        values = best
+    ids = torch.full((len(G),), V, device=G.device)
+    values = torch.full((len(G),), torch.inf, dtype=dtype, device=G.device)
+    queries = torch.cat([x.to(dtype) for x in (G, Q2) if x is not None], 1)
+    listed = torch.arange(V, device=G.device)[None] if candidates is None else candidates.long()
+    for rows in listed.split(BLOCK, 1):  # [1, n], or [T, n] candidates
+        at = rows.clamp(0, V - 1)  # another row than asked for: none, as the padding
+        table = torch.cat([x[at].to(dtype) for x in (E, W2) if x is not None], 2)
+        scores = queries @ table[0].T if candidates is None else torch.einsum("td,tnd->tn", queries, table)
+        alive = rows == at if allowed is None else (rows == at) & allowed[at]
+        scores = torch.cat([values[:, None], scores.masked_fill(~alive, torch.inf)], 1)
+        rows = torch.cat([ids[:, None], torch.where(alive, rows, V).expand(len(G), -1)], 1)
+        values = scores.amin(1)  # NaN wins here, as in torch.min
+        ids = torch.where((scores == values[:, None]) | scores.isnan(), rows, V).amin(1)
     return torch.where(ids == V, -1, ids), values

@@ -33,6 +33,11 @@ def test_every_op_has_a_reference_last():
             assert backend == "reference" or callable(module.unsupported)
 
 
+def test_a_reference_is_at_most_thirty_lines():
+    for op in dispatch.IMPLEMENTATIONS:
+        assert len(Path(dispatch.implementation(op, "reference").__file__).read_text().splitlines()) <= 30
+
+
 def test_available_names_what_runs():
     assert "reference" in kernels.available()
     assert "cpu" in kernels.available()
@@ -81,11 +86,6 @@ def test_cuda_without_a_gpu_is_a_clear_error():
     with pytest.raises(kernels.BackendError, match="cuda"), kernels.use_backend("cuda"):
         pass
     assert dispatch.unavailable("cuda")
-
-
-def test_the_override_is_per_thread():
-    with kernels.use_backend("reference"), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: choose("mixture_embed", CPU).backend).result() == "cpu"
 
 
 def test_a_call_on_a_cpu_asks_no_other_backend(monkeypatch):
@@ -139,6 +139,11 @@ def test_hopper_is_available_on_hopper(monkeypatch, capability, there):
     monkeypatch.setattr(native, "load", lambda backend: SimpleNamespace(device_count=lambda: 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert (dispatch.unavailable.__wrapped__("hopper") is None) == there
+
+
+def test_the_override_is_per_thread():
+    with kernels.use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: choose("mixture_embed", CPU).backend).result() == "cpu"
 
 
 def test_kernels_import_no_transformers_and_the_folder_itself_is_empty():
