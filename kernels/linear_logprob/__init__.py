@@ -49,7 +49,8 @@ def linear_logprob(
         they require it.
 
     Raises:
-        ValueError, TypeError: an argument breaks the contract, or a target is outside the table (CPU tensors).
+        ValueError, TypeError: an argument breaks the contract, or a target is outside the table (CPU
+            tensors; on a GPU its row becomes NaN instead).
         BackendError: the backend asked for cannot serve the call.
     """
     checks.table("W", W)

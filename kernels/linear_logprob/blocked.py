@@ -82,5 +82,6 @@ def transform(raw: Tensor, scale: float, softcap: float | None, temperature: flo
 def _logits(
     H: Tensor, W: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float, ids: Tensor
 ) -> Tensor:
+    ids = ids.clamp(0, len(W) - 1)  # of one outside the table, on a GPU, logp is NaN, and so is what follows from it
     raw = (H * W[ids].float()).sum(1)
     return transform(raw if bias is None else raw + bias[ids].float(), scale, softcap, temperature)[0]

@@ -1,16 +1,23 @@
 """Triton implementation: scaled exponentials of the logits in a bounded workspace, then one matmul with tile scales.
 
-Problem: ``logp`` and ``dlogp/dH = (1 - p_y)(s_y W_y - R)`` with ``R`` the mean of ``s_v W_v`` under the softmax without
-the target (s: slope of the head transform), 4*N*V*d FLOP.
+Identity: ``logp`` and ``dlogp/dH = (1 - p_y)(s_y W_y - R)`` with ``R`` the mean of ``s_v W_v`` under the softmax
+without the target (s: slope of the head transform).
+
+FLOPs and bytes: 4*N*V*d FLOPs (2*N*V*d without gradient) and as many again a further bfloat16 term of the hidden
+states; the table is read once a chunk of tokens for each half, and N*V exponentials are written and read in its dtype.
 
 1. ``score_tiles``: logits of a [BM, BN] tile, transformed; the target's column is taken out (its exact logit and
    slope are stored). Per row and tile an integer k with ``2**k >= max exp(z)``, the sum of ``x = 2**(z log2(e) - k)``,
-   for the entropy the sum of ``x * (z - k ln 2)``; ``x * s`` goes to the workspace in the table's dtype. Exponentials
-   in bfloat16 have a relative error of 2**-9 everywhere; logits in bfloat16 would have an absolute one of 0.06 at 20.
-2. torch merges the [N, tiles] numbers.
-3. ``weighted_rows``: ``R = sum over tiles of 2**(k_tile - k_row) X_tile W_tile``; a power of two scales exactly.
+   for the entropy the sum of ``x * (z - k ln 2)``; ``x * s`` goes to the workspace in the table's dtype.
+2. ``merge_tiles``: a row's tiles, in lanes that are added in fixed order, in float64; log p, entropy, factors.
+3. ``weighted_rows``: ``R = sum over tiles of 2**(k_tile - k_row) X_tile W_tile``, in parts of the vocabulary where
+   tokens and columns alone would leave the device idle; ``gradient_rows`` adds them in order, and the target's row.
 
-Tokens are worked on in chunks whose workspace is at most WORKSPACE bytes, never fewer than one tile of rows.
+Numerics: exponentials in bfloat16 have a relative error of 2**-9 everywhere; logits in bfloat16 would have an
+absolute one of 0.06 at 20. Powers of two scale exactly. Everything is a function of the shapes alone.
+
+Limits: float32 and bfloat16. Tokens are worked on in chunks whose exponentials take at most WORKSPACE bytes, never
+fewer than one tile of rows, and of at most MOST_ROWS without gradient: the tiles' k and sums are in memory too.
 """
 
 from __future__ import annotations
@@ -23,13 +30,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from ..vertex_oracle.triton import add_scores, terms
+from ..vertex_oracle.triton import add_scores, split, terms
 
 WORKSPACE = 256 << 20
+MOST_ROWS = 2048
+LANES, MERGED, BLOCK = 128, 8, 1024  # of a merging program: tiles and rows at a time; columns of a finishing one
 
 # scores: (BM, BN, BK, warps, stages); mean rows: (BM, BN, warps, stages), their inner tile is the scores' BN
 SCORES = {"bfloat16": (128, 64, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
 MEANS = {"bfloat16": (128, 128, 8, 3), "float32": (64, 64, 8, 3)}
+
+
+def config(dtype: torch.dtype, terms: int = 1) -> tuple[int, int, int, int, int]:
+    BM, *rest = SCORES[str(dtype).removeprefix("torch.")]
+    return (min(BM, 64) if terms > 1 else BM, *rest)  # three query tiles at once: half the tokens
+
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -71,7 +86,7 @@ def score_tiles(x, table, bias, targets, exps, exponents, sums, moments, target_
     z, slope = transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP)
     y = tl.load(targets + tokens, mask=valid_tokens, other=-1)
     target = (rows[None, :] == y[:, None]) & valid_tokens[:, None]
-    here = (y >= tile * BN) & (y < tile * BN + BN) & valid_tokens
+    here = (y >= tile * BN) & (y < tile * BN + BN) & (y < V) & valid_tokens  # of nobody outside the table
     tl.store(target_logits + tokens, tl.sum(tl.where(target, z, 0.0), axis=1), mask=here)
     tl.store(target_slopes + tokens, tl.sum(tl.where(target, slope, 0.0), axis=1), mask=here)
     z = tl.where(valid[None, :] & (rows[None, :] != y[:, None]), z, float("-inf"))
@@ -93,24 +108,88 @@ def score_tiles(x, table, bias, targets, exps, exponents, sums, moments, target_
 
 
 @triton.jit
-def weighted_rows(exps, exponents, row_exponents, table, out, N, V, d, exps_stride, table_stride, tiles, token_blocks,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+def relative(total, moment, k, top):
+    """Sums that are relative to ``2**k``, relative to ``2**top`` with ``top >= k``: an exact power of two, made of
+    bits."""
+    below = tl.where(k == top, 0.0, k - top)  # both may be -inf
+    factor = ((tl.maximum(below, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True).to(tl.float64)
+    moment = tl.where(factor > 0, factor * (moment + below.to(tl.float64) * LN2 * total), 0.0)
+    return factor * total, moment
+
+
+@triton.jit
+def softplus(x):
+    small = tl.exp(-tl.abs(x))
+    one = 1.0 + small
+    log1p = tl.where(one == 1.0, small, tl.log(one) * small / (one - 1.0))  # the rounding of one cancels
+    return tl.where(x > 0, x, 0.0) + log1p
+
+
+@triton.jit
+def merge_tiles(exponents, sums, moments, target_logits, target_slopes, stats, logps, entropies, N, tiles, rate,
+                ENTROPY: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """``stats [4, N]``: the row's k, the factors of the others' mean and of the target's row, the others' logsumexp."""
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
+    valid = tokens < N
+    top = tl.full((LANES, BM), float("-inf"), tl.float32)
+    total = tl.zeros((LANES, BM), tl.float64)
+    moment = tl.zeros((LANES, BM), tl.float64)
+    for start in range(0, tiles, LANES):
+        tile = start + tl.arange(0, LANES)
+        at = tile.to(tl.int64)[:, None] * N + tokens[None, :]
+        there = (tile < tiles)[:, None] & valid[None, :]
+        k = tl.load(exponents + at, mask=there, other=float("-inf"))
+        x = tl.load(sums + at, mask=there, other=0.0).to(tl.float64)
+        m = x
+        if ENTROPY:
+            m = tl.load(moments + at, mask=there, other=0.0).to(tl.float64)
+        new = tl.maximum(top, k)
+        total, moment = relative(total, moment, top, new)
+        x, m = relative(x, m, k, new)
+        total, moment, top = total + x, moment + m, new
+    most = tl.max(top, axis=0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    total, moment = relative(total, moment, top, most[None, :])
+    total, moment = tl.sum(total, axis=0), tl.sum(moment, axis=0)
+    lse = most.to(tl.float64) * LN2 + tl.log(total)
+    target = tl.load(target_logits + tokens, mask=valid, other=0.0).to(tl.float64)
+    odds = tl.where(target == float("inf"), float("nan"), lse - target)  # of the others against the target
+    logp = -softplus(odds)
+    rest = 1.0 / (1.0 + tl.exp(-odds))  # 1 - p_y
+    tl.store(logps + tokens, logp.to(tl.float32), mask=valid)
+    if ENTROPY:
+        mine = tl.where(logp < -745.0, 0.0, -tl.exp(logp) * logp)
+        others = tl.where(rest == 0.0, 0.0, rest * (softplus(-odds) + tl.log(total) - moment / total))
+        tl.store(entropies + tokens, (mine + others).to(tl.float32), mask=valid)
+    slope = tl.load(target_slopes + tokens, mask=valid, other=0.0)
+    tl.store(stats + tokens, most, mask=valid)
+    tl.store(stats + N + tokens, tl.where(total == 0.0, 0.0, rest * rate / total).to(tl.float32), mask=valid)
+    tl.store(stats + 2 * N + tokens, (rest * rate * slope).to(tl.float32), mask=valid)
+    tl.store(stats + 3 * N + tokens, lse.to(tl.float32), mask=valid)
+
+
+@triton.jit
+def weighted_rows(exps, exponents, row_exponents, table, out, N, V, d, exps_stride, table_stride, part_rows,
+                  token_blocks, column_blocks, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                  WIDEN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     tokens = (program % token_blocks) * BM + tl.arange(0, BM)
-    columns = (program // token_blocks) * BN + tl.arange(0, BN)
+    columns = (program // token_blocks % column_blocks) * BN + tl.arange(0, BN)
+    part = program // (token_blocks * column_blocks)
     valid_tokens = tokens < N
     inside = columns < d
     top = tl.load(row_exponents + tokens, mask=valid_tokens, other=0.0)
     acc = tl.zeros((BM, BN), tl.float32)
-    for tile in range(tiles):
-        rows = tile * BK + tl.arange(0, BK)
+    first = part * part_rows
+    for start in range(first, min(first + part_rows, V), BK):
+        rows = start + tl.arange(0, BK)
         valid = rows < V
         x = tl.load(
             exps + tokens.to(tl.int64)[:, None] * exps_stride + rows[None, :],
             mask=valid_tokens[:, None] & valid[None, :],
             other=0.0,
         )
-        k = tl.load(exponents + tile * N + tokens, mask=valid_tokens, other=float("-inf"))
+        k = tl.load(exponents + tl.cast(start // BK, tl.int64) * N + tokens, mask=valid_tokens, other=float("-inf"))
         x = (x.to(tl.float32) * tl.exp2(k - top)[:, None]).to(x.dtype)
         w = tl.load(
             table + rows.to(tl.int64)[:, None] * table_stride + columns[None, :],
@@ -120,8 +199,23 @@ def weighted_rows(exps, exponents, row_exponents, table, out, N, V, d, exps_stri
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision="tf32x3")
-    at = tokens.to(tl.int64)[:, None] * d + columns[None, :]
+    at = (part.to(tl.int64) * N + tokens)[:, None] * d + columns[None, :]
     tl.store(out + at, acc, mask=valid_tokens[:, None] & inside[None, :])
+
+
+@triton.jit
+def gradient_rows(means, stats, table, targets, out, N, V, d, table_stride, slices, PARTS, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    n = (program // slices).to(tl.int64)
+    j = (program % slices) * BLOCK + tl.arange(0, BLOCK)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    for part in range(PARTS):
+        mean += tl.load(means + (part * N + n) * d + j, mask=j < d, other=0.0)
+    y = tl.load(targets + n)
+    reach = tl.where(y >= 0, tl.where(y < V, d, 0), 0)  # of a target outside the table the factors are NaN
+    row = tl.load(table + y * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
+    mean_factor, target_factor = tl.load(stats + N + n), tl.load(stats + 2 * N + n)
+    tl.store(out + n * d + j, target_factor * row - mean_factor * mean, mask=j < d)
 
 
 def unsupported(call: Call) -> str | None:
@@ -144,8 +238,8 @@ def linear_logprob(
     entropies = torch.empty(N if entropy else 0, device=H.device)
     gradients = torch.empty(N if gradient else 0, d, device=H.device)
     bias = None if bias is None else bias.contiguous()
-    BM = SCORES[str(W.dtype).removeprefix("torch.")][0]
-    chunk = max(BM, WORKSPACE // (W.element_size() * V) // BM * BM) if gradient else max(BM, 16384)
+    BM = config(W.dtype)[0]
+    chunk = max(BM, WORKSPACE // (W.element_size() * V) // BM * BM) if gradient else MOST_ROWS
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
         _chunk(
@@ -166,35 +260,39 @@ def score(
     *,
     exps: Tensor | None = None,
     moment: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Exponents, sums and moments ``[tiles, N]`` without the targets, whose logits and slopes ``[N]`` come last.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exponents, sums and moments ``[tiles, N]`` without the targets, whose logits and slopes ``[2, N]`` come last.
 
-    ``x [n, N, d]`` are the terms of the hidden states; a target of -1 leaves nothing out. ``exps`` receives the scaled
-    exponentials.
+    ``x [n, N, d]`` are the terms of the hidden states; a target outside the table leaves nothing out, its logit is NaN.
+    ``exps`` receives the scaled exponentials.
     """
     N, (V, d) = x.shape[1], W.shape
-    BM, BN, BK, warps, stages = SCORES[str(W.dtype).removeprefix("torch.")]
+    BM, BN, BK, warps, stages = config(W.dtype, x.shape[0])
     tiles, blocks = triton.cdiv(V, BN), triton.cdiv(N, BM)
     exponents, sums = (torch.empty(tiles, N, device=W.device) for _ in range(2))
     moments = torch.empty(tiles, N, device=W.device) if moment else sums
-    target_logit, target_slope = (torch.empty(N, device=W.device) for _ in range(2))
+    targets = torch.full((2, N), torch.nan, device=W.device)
     score_tiles[(blocks * tiles,)](
-        x, W, W if bias is None else bias, y, W if exps is None else exps, exponents, sums, moments, target_logit,
-        target_slope, N, V, d, x.stride(1), x.stride(0), W.stride(0), 0 if exps is None else exps.stride(0), tiles,
+        x, W, W if bias is None else bias, y, W if exps is None else exps, exponents, sums, moments, targets[0],
+        targets[1], N, V, d, x.stride(1), x.stride(0), W.stride(0), 0 if exps is None else exps.stride(0), tiles,
         blocks, float(scale), float(softcap or 1.0), 1.0 / temperature, HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None, STORE=exps is not None, MOMENT=moment, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK,
         WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return exponents, sums, moments, target_logit, target_slope
+    return exponents, sums, moments, targets
 
 
-def merge(exponents: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(top [N], factors [tiles, N], total [N])``: the sum over tiles is ``2**top * total``, in float64: [tiles, N]
-    numbers are nothing beside the matmuls."""
-    top = exponents.amax(0)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    factors = torch.exp2((exponents - top).double())
-    return top, factors, (factors * sums).sum(0)
+def merge(scores: tuple[Tensor, ...], rate: float, logp: Tensor, entropy: Tensor | None = None) -> Tensor:
+    """What ``score`` gave, merged: fills ``logp`` and ``entropy``, returns the stats of ``merge_tiles``; ``rate`` is
+    the constant factor of the transform's slope."""
+    exponents, sums, moments, targets = scores
+    tiles, N = exponents.shape
+    stats = torch.empty(4, N, device=logp.device)
+    merge_tiles[(triton.cdiv(N, MERGED),)](
+        exponents, sums, moments, targets[0], targets[1], stats, logp, logp if entropy is None else entropy, N, tiles,
+        rate, ENTROPY=entropy is not None, LANES=LANES, BM=MERGED, num_warps=4,
+    )  # fmt: skip
+    return stats
 
 
 def normalisers(
@@ -202,9 +300,8 @@ def normalisers(
 ) -> tuple[Tensor, Tensor]:
     """The tiles' exponents ``[tiles, N]`` and ``log sum exp`` of all logits ``[N]``."""
     nobody = torch.full((x.shape[1],), -1, dtype=torch.int64, device=W.device)
-    exponents, sums, *_ = score(x, W, nobody, bias, scale, softcap, temperature)
-    top, _, total = merge(exponents, sums)
-    return exponents, (top.double() * math.log(2.0) + total.log()).float()
+    scores = score(x, W, nobody, bias, scale, softcap, temperature)
+    return scores[0], merge(scores, 1.0, logp=torch.empty(x.shape[1], device=W.device))[3]
 
 
 def _chunk(
@@ -221,29 +318,20 @@ def _chunk(
 ) -> None:
     N, (V, d) = H.shape[0], W.shape
     exps = None if gradient is None else torch.empty(N, V, dtype=W.dtype, device=W.device)
-    exponents, sums, moments, target_logit, target_slope = score(
-        terms(H, W.dtype), W, y, bias, scale, softcap, temperature, exps=exps, moment=entropy is not None
-    )
-    top, factors, total = merge(exponents, sums)
-    odds = top.double() * math.log(2.0) + total.log() - target_logit.double()
-    odds = torch.where(target_logit == torch.inf, torch.nan, odds)  # inf - inf
-    logp.copy_(-torch.nn.functional.softplus(odds))
-    rest = torch.sigmoid(odds)  # 1 - p_y
-    if entropy is not None:
-        shift = torch.where(factors > 0, (exponents - top).double(), 0.0) * math.log(2.0)
-        moment = (factors * moments + factors * shift * sums).sum(0)
-        others = rest * (torch.nn.functional.softplus(-odds) + total.log() - moment / total)
-        mine = torch.special.entr(torch.exp(logp.double()))
-        entropy.copy_(torch.where(rest > 0, mine + others, mine))
+    scores = score(terms(H, W.dtype), W, y, bias, scale, softcap, temperature, exps=exps, moment=entropy is not None)
+    stats = merge(scores, scale / temperature, logp, entropy)
     if gradient is None or exps is None:
         return
-    dtype = str(W.dtype).removeprefix("torch.")
-    CM, CN, warps, stages = MEANS[dtype]
-    blocks = triton.cdiv(N, CM)
-    weighted_rows[(blocks * triton.cdiv(d, CN),)](
-        exps, exponents, top, W, gradient, N, V, d, exps.stride(0), W.stride(0), len(exponents), blocks,
-        BM=CM, BN=CN, BK=SCORES[dtype][1], WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
+    CM, CN, warps, stages = MEANS[str(W.dtype).removeprefix("torch.")]
+    BK = config(W.dtype)[1]  # the tiles of the exponents
+    blocks, column_blocks = triton.cdiv(N, CM), triton.cdiv(d, CN)
+    parts, part_rows = split(blocks * column_blocks, V, BK, W.device)
+    means = gradient if parts == 1 else torch.empty(parts, N, d, device=W.device)
+    weighted_rows[(blocks * column_blocks * parts,)](
+        exps, scores[0], stats, W, means, N, V, d, exps.stride(0), W.stride(0), part_rows, blocks, column_blocks,
+        BM=CM, BN=CN, BK=BK, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    mean = torch.where(total > 0, 1 / total, 0.0).float()
-    factor = (rest * (scale / temperature)).float()[:, None]
-    gradient.mul_(-factor * mean[:, None]).addcmul_(factor * target_slope[:, None], W[y].float())
+    slices = triton.cdiv(d, BLOCK)
+    gradient_rows[(N * slices,)](
+        means, stats, W, y, gradient, N, V, d, W.stride(0), slices, parts, BLOCK=BLOCK, num_warps=4
+    )

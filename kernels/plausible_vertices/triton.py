@@ -1,16 +1,20 @@
 """Triton implementation: the normaliser, then only those tiles again in which something reaches the floor.
 
-Problem: the tokens with ``log p(v | H_t) >= log p_min``, most probable first; 2*T*V*d FLOP, at most twice that.
+Identity: the tokens with ``log p(v | H_t) >= log p_min``, most probable first; at most ``1 / p_min`` of them.
+
+FLOPs and bytes: 2*T*V*d, at most twice that (and as many again a further bfloat16 term of the hidden states); the
+table is read once a chunk of tokens, at most twice.
 
 1. ``score_tiles`` of linear_logprob, without targets: per row and tile an integer k with ``2**k >= max exp(z)`` and the
-   sum of ``2**(z log2(e) - k)``. torch merges them to ``log sum exp`` in float64.
-2. ``list_tiles``: a tile whose k is below the floor for all its rows is left out before anything is multiplied.
-   Elsewhere the scores are computed again, by the same instructions, and what is above the floor goes to the row's list
-   as a 64-bit key (falling probability, then rising id) at a place taken with one atomic addition a row and tile.
+   sum of ``2**(z log2(e) - k)``; ``merge_tiles`` makes ``log sum exp`` of them in float64.
+2. ``list_tiles``: a [BM, BN] tile whose k is below the floor for all its rows is left out before anything is
+   multiplied. Elsewhere the scores are computed again, by the same instructions, and what is above the floor goes to
+   the row's list as a 64-bit key (falling probability, then rising id) at a place taken with one atomic addition a
+   row and tile.
 3. torch sorts the keys, which are all different: the order in which they arrived cannot change the result.
 
-At most ``1 / p_min`` tokens can reach the floor, so that many places a row always hold them. Tokens are worked on in
-chunks whose lists take at most WORKSPACE bytes, never fewer than one tile of rows.
+Numerics: those of linear_logprob. Limits: float32 and bfloat16; tokens are worked on in chunks whose lists of
+``1 / p_min`` places a row take at most WORKSPACE bytes, never fewer than one tile of rows.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from ..linear_logprob.triton import LN2, SCORES, normalisers, transform_tile
+from ..linear_logprob.triton import LN2, config, normalisers, transform_tile
 from ..vertex_oracle.triton import NOTHING, add_scores, score_keys, terms
 
 WORKSPACE = 64 << 20
@@ -84,7 +88,7 @@ def plausible_vertices(
     ids = torch.empty(T, max_candidates, dtype=torch.int64, device=H.device)
     logps = torch.empty(T, max_candidates, device=H.device)
     counts = torch.zeros(T, dtype=torch.int32, device=H.device)
-    BM, BN, BK, warps, stages = SCORES[str(W.dtype).removeprefix("torch.")]
+    BM = config(W.dtype)[0]
     # a thousandth more than can be: the sum of the probabilities is 1 up to rounding
     capacity = min(V, int(1.001 * math.exp(min(-log_p_min, 30.0))) + 1)
     kept = min(capacity, max_candidates)
@@ -94,6 +98,7 @@ def plausible_vertices(
     for start in range(0, T, chunk):
         part = slice(start, start + chunk)
         x, N = terms(H[part], W.dtype), H[part].shape[0]
+        BM, BN, BK, warps, stages = config(W.dtype, x.shape[0])
         exponents, lse = normalisers(x, W, bias, scale, softcap, temperature)
         keys = torch.full((N, capacity), NOTHING.value, dtype=torch.int64, device=H.device)
         blocks = triton.cdiv(N, BM)
