@@ -56,7 +56,8 @@ def entropic_step(
         through this op. A row whose weights are all 0 keeps them, with z = 0 and gap = 0.
 
     Raises:
-        ValueError, TypeError: an argument breaks the contract.
+        ValueError, TypeError: an argument breaks the contract, or an id is outside the table (CPU tensors; on a GPU
+            ``z`` and gap become NaN where the weight is > 0).
         BackendError: the backend asked for cannot serve the call.
     """
     T, _ = check_mixture_step(G_gold, G_away, E, ids, weights, combine, alpha, beta)

@@ -1,5 +1,15 @@
-"""Triton implementation: a program a position scores its candidates, torch shares the scales, a program a position
-updates the weights and re-projects. Memory-bound: the candidates' rows are gathered twice."""
+"""Triton implementation: combine, score, spans, update; torch shares the scales of a segment in between.
+
+Identity: ``s_i = <g, E_i>``, ``rel = s - sum w s``, ``w' ~ w exp(-eta rel / scale)``, ``z = sum w' E``.
+
+FLOPs and bytes: 4*T*C*d FLOPs on the candidates' rows, each gathered twice (once for its score, once for ``z``);
+bound by memory. The combined gradient (float32) and the scores ``[T, C]`` are written in between.
+
+Tiling: a program scores ROWS candidates of a position; spans and update are a program a position. Segments are sorted
+by torch, which does not wait for the device as ``unique`` would.
+
+Numerics: float32. Limits: float32 and bfloat16; C is held by one program.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +20,23 @@ from torch import Tensor
 
 from ..dispatch import Call, only_dtypes
 from ..hull_step.triton import combine
+from ..vertex_oracle.triton import BLOCK, CANDIDATES, gathered_scores
 
-BLOCK = 1024
+SLICE = 1024  # columns of z at a time
 
 
 @triton.jit
-def entropic_scores(g, ids, weights, table, scores, T, d, C, table_stride, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+def entropic_scores(g, ids, weights, table, scores, V, d, C, table_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Scores of candidates of positive weight; NaN for one that is no row of the table, 0 for the others."""
+    groups = tl.cdiv(C, ROWS)
     program = tl.program_id(0)
-    pair = program.to(tl.int64)
-    t = (program // C).to(tl.int64)
-    id = tl.load(ids + pair).to(tl.int64)
-    reach = tl.where(tl.load(weights + pair) > 0, d, 0)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, d, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        combined = tl.zeros((BLOCK,), tl.float32)
-        for term in tl.static_range(TERMS):
-            combined += tl.load(g + (t + term * T) * d + j, mask=j < d, other=0.0).to(tl.float32)
-        e = tl.load(table + id * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
-        acc += tl.where(j < reach, combined * e, 0.0)
-    tl.store(scores + pair, tl.sum(acc, axis=0))
+    t = (program // groups).to(tl.int64)
+    c = (program % groups) * ROWS + tl.arange(0, ROWS)
+    id = tl.load(ids + t * C + c, mask=c < C, other=0).to(tl.int64)
+    alive = tl.load(weights + t * C + c, mask=c < C, other=0.0) > 0
+    inside = (id >= 0) & (id < V)
+    s = gathered_scores(g + t * d, table, id, alive & inside, d, table_stride, ROWS, BLOCK)
+    tl.store(scores + t * C + c, tl.where(alive, tl.where(inside, s, float("nan")), 0.0), mask=c < C)
 
 
 @triton.jit
@@ -40,13 +47,14 @@ def entropic_spans(scores, weights, rel, gaps, spans, C, BC: tl.constexpr):
     s = tl.load(scores + t * C + c, mask=c < C, other=0.0)
     r = tl.where(w > 0, s - tl.sum(w * s, axis=0), 0.0)
     tl.store(rel + t * C + c, r, mask=c < C)
-    tl.store(gaps + t, -tl.minimum(tl.min(r, axis=0), 0.0))
-    tl.store(spans + t, tl.max(tl.abs(r), axis=0))
+    nan = tl.sum(tl.where(r == r, 0.0, r), axis=0)  # which minimum and maximum leave out
+    tl.store(gaps + t, nan - tl.minimum(tl.min(r, axis=0), 0.0))
+    tl.store(spans + t, nan + tl.max(tl.abs(r), axis=0))
 
 
 @triton.jit
-def entropic_update(rel, gaps, scales, ids, weights, table, new_weights, z, d, C, eta, table_stride, BC: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+def entropic_update(rel, gaps, scales, ids, weights, table, new_weights, z, V, d, C, eta, table_stride,
+                    BC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BC)
     there = c < C
@@ -68,8 +76,9 @@ def entropic_update(rel, gaps, scales, ids, weights, table, new_weights, z, d, C
             ri = tl.load(rel + t * C + i)
             ni = tl.where(moves, wi * tl.exp(-eta * ((ri + gap) / safe)) / total, wi)
             id = tl.load(ids + t * C + i).to(tl.int64)
-            reach = tl.where(ni != 0, d, 0)
+            reach = tl.where(ni != 0, tl.where(id >= 0, tl.where(id < V, d, 0), 0), 0)
             acc += ni * tl.load(table + id * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
+            acc += tl.where(ni != 0, tl.where(reach > 0, 0.0, float("nan")), 0.0)
         tl.store(z + t * d + j, acc.to(z.dtype.element_ty), mask=j < d)
 
 
@@ -96,23 +105,24 @@ def entropic_step(
     combine_as: str,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (T, C), d = ids.shape, E.shape[1]
+    (T, C), (V, d) = ids.shape, E.shape
     ids, weights = ids.contiguous(), weights.contiguous()
     scores, rel, new_weights = (torch.empty_like(weights) for _ in range(3))
     gap, scale = torch.empty(T, device=E.device), torch.empty(T, device=E.device)
     z = torch.empty(T, d, dtype=E.dtype, device=E.device)
     if T == 0:
         return new_weights, z, gap
-    g = combine(G_gold, G_away, E.dtype, alpha, beta, combine_as)
+    g = combine(G_gold, G_away, torch.float32, alpha, beta, combine_as)[0]
     BC = triton.next_power_of_2(C)
-    entropic_scores[(T * C,)](
-        g, ids, weights, E, scores, T, d, C, E.stride(0), TERMS=g.shape[0], BLOCK=BLOCK, num_warps=4
+    entropic_scores[(T * triton.cdiv(C, CANDIDATES),)](
+        g, ids, weights, E, scores, V, d, C, E.stride(0), ROWS=CANDIDATES, BLOCK=BLOCK, num_warps=4
     )
     entropic_spans[(T,)](scores, weights, rel, gap, scale, C, BC=BC, num_warps=1)
     if segments is not None:
         rows = dense_labels(segments)
         scale = torch.zeros_like(scale).scatter_reduce(0, rows, scale, "amax")[rows]
     entropic_update[(T,)](
-        rel, gap, scale, ids, weights, E, new_weights, z, d, C, float(eta), E.stride(0), BC=BC, BLOCK=BLOCK, num_warps=4
-    )
+        rel, gap, scale, ids, weights, E, new_weights, z, V, d, C, float(eta), E.stride(0), BC=BC, BLOCK=SLICE,
+        num_warps=4,
+    )  # fmt: skip
     return new_weights, z, gap

@@ -68,8 +68,9 @@ def hull_step(
         allowed. No gradient flows through this op.
 
     Raises:
-        ValueError, TypeError: an argument breaks the contract, column ``slot`` is in use, or a position has no allowed
-            vertex (the last two for CPU tensors).
+        ValueError, TypeError: an argument breaks the contract, column ``slot`` is in use, an id is outside the table,
+            or a position has no allowed vertex (the last three for CPU tensors; on a GPU the vertex is then -1, and
+            ``z`` and gap are NaN where an atom of weight > 0 is outside the table).
         BackendError: the backend asked for cannot serve the call.
     """
     T, A = check_mixture_step(G_gold, G_away, E, ids, weights, combine, alpha, beta)

@@ -1,9 +1,17 @@
 """Triton implementation: combine, the oracle's parts, and one finaliser that merges them and takes the step.
 
-The combined gradient is written once, in the terms the oracle multiplies (see vertex_oracle/triton.py); scores never
-leave the oracle. The finaliser is a program a position: it merges the parts' keys, finds the vertex among the atoms,
-and in one walk over ``d`` sums the gap ``sum_a w_a <g, E_a - E_v>`` and the new ``z``. Candidate sets go through the
-reference's gather, then the same finaliser.
+Identity: ``v = argmin <g, E_v>`` for ``g = alpha gold + beta away``, gap ``sum_a w_a <g, E_a - E_v>``, new
+``z = (1 - gamma) sum_a w_a E_a + gamma E_v``.
+
+FLOPs and bytes: the oracle's (2*T*V*d a term of g) and 4*T*A*d. g is written once, in the terms the oracle multiplies:
+three of bfloat16 for a bfloat16 table, unless g is a bfloat16 gradient as it is; scores never leave the oracle. The
+finaliser reads A + 1 rows a position.
+
+Tiling: the oracle's; the combination and the finaliser are a program a position, which finds the vertex among the atoms
+and sums gap and ``z`` in one walk over ``d``.
+
+Numerics: float32 sums; the terms of g add up to it exactly. Limits: float32 and bfloat16; candidate sets are scored by
+the oracle's kernel for them, with g in float32.
 """
 
 from __future__ import annotations
@@ -14,9 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Call, only_dtypes
-from ..numerics import combine_gradients
-from ..vertex_oracle import reference as oracle_reference
-from ..vertex_oracle.triton import NOTHING, find_keys
+from ..vertex_oracle.triton import NOTHING, candidate_keys, find_keys
 
 BLOCK = 1024
 
@@ -56,11 +62,12 @@ def combine_rows(gold, away, out, T, d, gold_stride, away_stride, alpha, beta, H
         for term in tl.static_range(TERMS):
             part = g.to(out.dtype.element_ty)
             tl.store(out + (t + term * T) * d + j, part, mask=inside)
-            g -= part.to(tl.float32)
+            rest = g - part.to(tl.float32)
+            g = tl.where(rest == rest, rest, 0.0)  # inf and NaN are in the first term
 
 
 @triton.jit
-def finish_step(keys, g, ids, weights, gamma, table, new_ids, new_weights, z, vertices, gaps, T, d, A, slot,
+def finish_step(keys, g, ids, weights, gamma, table, new_ids, new_weights, z, vertices, gaps, T, V, d, A, slot,
                 PARTS, table_stride, TERMS: tl.constexpr, BP: tl.constexpr, BA: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -94,8 +101,9 @@ def finish_step(keys, g, ids, weights, gamma, table, new_ids, new_weights, z, ve
         for a in range(A):
             id = tl.load(ids + t * A + a).to(tl.int64)
             w = tl.load(weights + t * A + a)
-            reach = tl.where(w != 0, d, 0)
+            reach = tl.where(w != 0, tl.where(id >= 0, tl.where(id < V, d, 0), 0), 0)
             e = tl.load(table + id * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
+            e += tl.where(w != 0, tl.where(reach > 0, 0.0, float("nan")), 0.0)  # an atom that is no row
             gap += tl.where(w != 0, w * combined * (e - low), 0.0)
             acc += (1 - step) * w * e
         tl.store(z + t * d + j, acc.to(z.dtype.element_ty), mask=inside)
@@ -109,7 +117,10 @@ def unsupported(call: Call) -> str | None:
 def combine(
     G_gold: Tensor, G_away: Tensor | None, dtype: torch.dtype, alpha: float, beta: float, combine: str
 ) -> Tensor:
-    """``[terms, T, d]`` in ``dtype`` that sum to the combined gradient; bfloat16 takes three."""
+    """``[terms, T, d]`` in ``dtype`` that sum to the combined gradient; bfloat16 takes three, or one if that is
+    exact."""
+    if G_away is None and combine == "sum" and alpha == 1 and G_gold.dtype == dtype:
+        return G_gold.contiguous()[None]
     T, d = G_gold.shape
     out = torch.empty(1 if dtype == torch.float32 else 3, T, d, dtype=dtype, device=G_gold.device)
     gold = G_gold if G_gold.stride(1) == 1 else G_gold.contiguous()
@@ -142,15 +153,15 @@ def hull_step(
     vertex = torch.empty(T, dtype=torch.int64, device=E.device)
     if T == 0:
         return new_ids, new_weights, z, vertex, gap
-    g = combine(G_gold, G_away, E.dtype, alpha, beta, combine_as)
+    allowed = None if allowed is None else allowed.contiguous()
+    g = combine(G_gold, G_away, E.dtype if candidates is None else torch.float32, alpha, beta, combine_as)
     if candidates is None:
-        keys, parts = find_keys(g, E, None, None, None if allowed is None else allowed.contiguous())
+        keys, parts = find_keys(g, E, None, None, allowed)
     else:
-        exact = combine_gradients(G_gold, G_away, alpha, beta, combine_as)
-        found, _ = oracle_reference.vertex_oracle(exact, E, allowed, None, None, candidates)
-        keys, parts = torch.where(found < 0, 2**63 - 1, found)[None], 1
+        keys, parts = candidate_keys(g[0], E, None, None, allowed, candidates)
     finish_step[(T,)](
-        keys, g, ids, weights, gamma, E, new_ids, new_weights, z, vertex, gap, T, d, A, slot, parts, E.stride(0),
+        keys, g, ids, weights, gamma, E, new_ids, new_weights, z, vertex, gap, T, E.shape[0], d, A, slot, parts,
+        E.stride(0),
         TERMS=g.shape[0], BP=triton.next_power_of_2(parts), BA=triton.next_power_of_2(A), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return new_ids, new_weights, z, vertex, gap

@@ -1,12 +1,22 @@
 """Triton implementation: score tiles, reduced where they are to one key a row, then a finaliser over the parts.
 
-Problem: ``argmin_v <G_t, E_v>``, 2*T*V*d FLOP. Tiling: a program owns BM tokens and one part of the vocabulary, walks
-it in tiles of BN rows, and keeps one 64-bit key a token: the score's bits made order-preserving, then the id. The
-minimum of keys is associative, so neither tiles nor parts can change the result: ties go to the lowest id, NaN (the
-lowest key) below everything. Parts are the slow grid dimension: programs that run together walk the same table rows,
-which then come from L2. Numerics: float32 accumulation; a float32 table is multiplied as three tf32 products; float32
-queries against a bfloat16 table are cut into three bfloat16 terms that together are exact. Limits: candidate sets are
-gathered by torch (the reference's form), they are small.
+Identity: ``argmin_v <G_t, E_v>`` is hard attention of T queries over V keys; as the minimum of 64-bit keys (the score's
+bits made order-preserving, then the id) it is associative, so neither tiles nor parts can change the result: ties go to
+the lowest id, NaN (the lowest key) below everything.
+
+FLOPs and bytes: 2*T*V*d a bfloat16 term of the queries; the table is read once from memory and T / BM times from L2,
+8 bytes a token and part are written.
+
+Tiling: a program owns BM tokens and one part of the vocabulary, which it walks in tiles of BN rows and BK columns.
+Parts
+are the slow grid dimension: programs that run together walk the same rows, which then come from L2. Candidate sets: a
+program scores CANDIDATES gathered rows of a token, 2*T*C*d FLOPs and bytes, bound by memory.
+
+Numerics: float32 accumulation; a float32 table is multiplied as three tf32 products; float32 queries against a bfloat16
+table are cut into three bfloat16 terms that together are exact, at three times the FLOPs. Candidates are scored in
+float32 throughout.
+
+Limits: float32 and bfloat16; ids below 2**31.
 """
 
 from __future__ import annotations
@@ -17,8 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import native
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from . import reference
 
 LOWEST = tl.constexpr(-(2**31))
 NOTHING = tl.constexpr(2**63 - 1)
@@ -31,11 +41,14 @@ CONFIGS = {
     ("float32", "few"): (16, 128, 32, 4, 3, False),
     ("float32", "many"): (64, 64, 32, 4, 3, False),
 }
+CANDIDATES, BLOCK = 8, 256  # gathered rows, and columns of them, that a program holds
 
 
-def config(dtype: torch.dtype, T: int, terms: int = 1) -> tuple[int, int, int, int, int, bool]:
-    BM, *rest = CONFIGS[str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"]
-    return (min(BM, 64) if terms > 1 else BM, *rest)  # three query tiles at once: half the tokens, or registers spill
+def config(dtype: torch.dtype, T: int, terms: int = 1, second: bool = False) -> tuple[int, int, int, int, int, bool]:
+    BM, BN, BK, warps, stages, described = CONFIGS[str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"]
+    # Or registers spill: three query tiles at once, half the tokens; two tables, eight warps and three stages at most.
+    BM, warps, stages = min(BM, 64) if terms > 1 else BM, 8 if second else warps, min(stages, 3) if second else stages
+    return BM, BN, BK, warps, stages, described
 
 
 @triton.jit
@@ -65,7 +78,7 @@ def add_scores(acc, x, table, rows, valid_rows, tokens, valid_tokens, d, x_strid
             e = e.to(tl.float32)
         for term in tl.static_range(TERMS):
             q = tl.load(
-                x + term * x_term + tokens.to(tl.int64)[:, None] * x_stride + (start + k)[None, :],
+                x + tl.cast(x_term, tl.int64) * term + tokens.to(tl.int64)[:, None] * x_stride + (start + k)[None, :],
                 mask=valid_tokens[:, None] & inside[None, :],
                 other=0.0,
             )
@@ -111,27 +124,45 @@ def oracle_parts(x, table, x2, table2, allowed, keys, T, V, d, d2, x_stride, x_t
             acc = add_scores(acc, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS,
                              BK, WIDEN)  # fmt: skip
         if HAS_SECOND:
-            acc = add_scores(
-                acc,
-                x2,
-                table2,
-                rows,
-                valid,
-                tokens,
-                valid_tokens,
-                d2,
-                x2_stride,
-                x2_term,
-                table2_stride,
-                TERMS2,
-                BK,
-                WIDEN,
-            )
+            acc = add_scores(acc, x2, table2, rows, valid, tokens, valid_tokens, d2, x2_stride, x2_term, table2_stride,
+                             TERMS2, BK, WIDEN)  # fmt: skip
         if HAS_ALLOWED:
             valid = valid & (tl.load(allowed + rows, mask=valid, other=0) != 0)
         found = score_keys(acc, rows[None, :], valid[None, :] & valid_tokens[:, None])
         best = tl.minimum(best, tl.min(found, axis=1))
     tl.store(keys + part.to(tl.int64) * T + tokens, best, mask=valid_tokens)
+
+
+@triton.jit
+def gathered_scores(x, table, ids, there, d, table_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Products of one row ``x`` with the rows ``ids`` of the table; 0 where one is not ``there``."""
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, d, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        q = tl.load(x + j, mask=j < d, other=0.0).to(tl.float32)
+        row = tl.load(
+            table + ids[:, None] * table_stride + j[None, :], mask=there[:, None] & (j < d)[None, :], other=0.0
+        )
+        acc += tl.where(there[:, None], q[None, :] * row.to(tl.float32), 0.0)
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def candidate_parts(x, table, x2, table2, candidates, allowed, keys, T, V, C, d, d2, x_stride, table_stride, x2_stride,
+                    table2_stride, HAS_ALLOWED: tl.constexpr, HAS_SECOND: tl.constexpr, ROWS: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0)
+    t = (program % T).to(tl.int64)
+    part = (program // T).to(tl.int64)
+    c = part * ROWS + tl.arange(0, ROWS)
+    ids = tl.load(candidates + t * C + c, mask=c < C, other=-1).to(tl.int64)
+    there = (ids >= 0) & (ids < V)
+    if HAS_ALLOWED:
+        there = there & (tl.load(allowed + ids, mask=there, other=0) != 0)
+    scores = gathered_scores(x + t * x_stride, table, ids, there, d, table_stride, ROWS, BLOCK)
+    if HAS_SECOND:
+        scores += gathered_scores(x2 + t * x2_stride, table2, ids, there, d2, table2_stride, ROWS, BLOCK)
+    tl.store(keys + part * T + t, tl.min(score_keys(scores, ids, there), axis=0))
 
 
 @triton.jit
@@ -183,7 +214,9 @@ def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
 def find_keys(x: Tensor, E: Tensor, x2: Tensor | None, W2: Tensor | None, allowed: Tensor | None) -> tuple[Tensor, int]:
     """Keys ``[parts, T]`` of terms ``x [n, T, d]`` (and ``x2``)."""
     T, (V, d) = x.shape[1], E.shape
-    BM, BN, BK, warps, stages, described = config(E.dtype, T, x.shape[0])
+    BM, BN, BK, warps, stages, described = config(
+        E.dtype, T, max(x.shape[0], 0 if x2 is None else x2.shape[0]), x2 is not None
+    )
     blocks = triton.cdiv(T, BM)
     parts, part_rows = split(blocks, V, BN, E.device)
     keys = torch.empty(parts, T, dtype=torch.int64, device=E.device)
@@ -202,17 +235,34 @@ def find_keys(x: Tensor, E: Tensor, x2: Tensor | None, W2: Tensor | None, allowe
     return keys, parts
 
 
+def candidate_keys(
+    G: Tensor, E: Tensor, Q2: Tensor | None, W2: Tensor | None, allowed: Tensor | None, candidates: Tensor
+) -> tuple[Tensor, int]:
+    """The same for candidate sets ``[T, C]``; an id outside the table counts as padding."""
+    G, candidates, (T, C) = native.rows(G), candidates.contiguous(), candidates.shape
+    x2, table2 = (G, E) if Q2 is None or W2 is None else (native.rows(Q2), W2)
+    parts = max(1, triton.cdiv(C, CANDIDATES))
+    keys = torch.empty(parts, T, dtype=torch.int64, device=E.device)
+    candidate_parts[(T * parts,)](
+        G, E, x2, table2, candidates, E if allowed is None else allowed, keys, T, E.shape[0], C, E.shape[1],
+        table2.shape[1], G.stride(0), E.stride(0), x2.stride(0), table2.stride(0), HAS_ALLOWED=allowed is not None,
+        HAS_SECOND=Q2 is not None, ROWS=CANDIDATES, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return keys, parts
+
+
 def vertex_oracle(
     G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if candidates is not None:
-        return reference.vertex_oracle(G, E, allowed, Q2, W2, candidates)
-    T = G.shape[0]
+    T, allowed = G.shape[0], None if allowed is None else allowed.contiguous()
     ids = torch.empty(T, dtype=torch.int64, device=G.device)
     values = torch.empty(T, dtype=torch.float32, device=G.device)
     if T == 0:
         return ids, values
-    x2 = None if Q2 is None or W2 is None else terms(Q2, W2.dtype)
-    keys, parts = find_keys(terms(G, E.dtype), E, x2, W2, None if allowed is None else allowed.contiguous())
+    if candidates is not None:
+        keys, parts = candidate_keys(G, E, Q2, W2, allowed, candidates)
+    else:
+        x2 = None if Q2 is None or W2 is None else terms(Q2, W2.dtype)
+        keys, parts = find_keys(terms(G, E.dtype), E, x2, W2, allowed)
     oracle_finish[(T,)](keys, ids, values, T, parts, BP=triton.next_power_of_2(parts), num_warps=1)
     return ids, values
