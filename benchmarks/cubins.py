@@ -6,6 +6,8 @@ and shared memory are read from the cubins (cuobjdump, which triton brings along
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +24,8 @@ from benchmarks.harness import version
 
 ARCHITECTURES = (80, 90)
 # Multiples of 16 in the models this is for, as all pointers are, which is what lets loads be wide.
-WIDE = ("d", "table_stride", "x_stride", "x_term", "exps_stride", "theta_stride", "grad_stride")
+WIDE = ("d", "d2", "exps_stride", "theta_stride", "grad_stride", "gold_stride", "away_stride")
+WIDE += ("table_stride", "x_stride", "x_term", "table2_stride", "x2_stride", "x2_term")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,90 +56,84 @@ def triton_variants() -> Iterator[tuple[object, str, dict[str, str], dict[str, o
     for dtype, tokens in oracle.CONFIGS:
         p = element[dtype]
         signature = {"x": p, "table": p, "x2": p, "table2": p, "allowed": "*i1", "keys": "*i64"}
-        for terms in (1, 3) if dtype == "bfloat16" else (1,):
+        for terms, second, described in itertools.product((1, 3), (False, True), (False, True)):
+            if (terms == 3 and dtype == "float32") or (second and described):
+                continue
             T = 32 if tokens == "few" else 2048
-            BM, BN, BK, warps, stages, _ = oracle.config(getattr(torch, dtype), T, terms)
-            constants = {"HAS_ALLOWED": True, "HAS_SECOND": False, "TERMS": terms, "TERMS2": terms, "WIDEN": False}
-            constants |= {"BM": BM, "BN": BN, "BK": BK}
-            options = {"num_warps": warps, "num_stages": stages}
-            for described in (False, True):
-                blocks = {"x": f"tensordesc<{p[1:]}[{BM}, {BK}]>", "table": f"tensordesc<{p[1:]}[{BN}, {BK}]>"}
-                name = f"{dtype} {tokens} terms={terms}{' descriptors' * described}"
-                types = signature | blocks if described else signature
-                yield oracle.oracle_parts, name, types, constants | {"DESCRIPTORS": described}, options
+            BM, BN, BK, warps, stages, _ = oracle.config(getattr(torch, dtype), T, terms, second)
+            constants = {"HAS_ALLOWED": True, "HAS_SECOND": second, "TERMS": terms, "TERMS2": terms, "WIDEN": False}
+            constants |= {"BM": BM, "BN": BN, "BK": BK, "DESCRIPTORS": described}
+            blocks = {"x": f"tensordesc<{p[1:]}[{BM}, {BK}]>", "table": f"tensordesc<{p[1:]}[{BN}, {BK}]>"}
+            name = f"{dtype} {tokens} terms={terms}{' second' * second}{' descriptors' * described}"
+            types = signature | blocks if described else signature
+            yield oracle.oracle_parts, name, types, constants, {"num_warps": warps, "num_stages": stages}
+    four, eight = ({"num_warps": warps, "num_stages": 3} for warps in (4, 8))
+    for dtype, query in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+        signature = {"x": element[query], "x2": element[query], "candidates": "*i64", "allowed": "*i1", "keys": "*i64"}
+        signature |= dict.fromkeys(("table", "table2"), element[dtype])
+        constants = {"HAS_ALLOWED": True, "HAS_SECOND": True, "ROWS": oracle.CANDIDATES, "BLOCK": oracle.BLOCK}
+        yield oracle.candidate_parts, f"{dtype} queries {query}", signature, constants, four
     finish = {"keys": "*i64", "ids": "*i64", "values": "*fp32"}
     yield oracle.oracle_finish, "", finish, {"BP": 256}, {"num_warps": 1, "num_stages": 1}
+    scores = ("exponents", "sums", "moments", "target_logits", "target_slopes", "stats", "logps", "entropies", "rate")
+    signature = dict.fromkeys(scores, "*fp32") | {"rate": "fp32"}
+    for entropy in (False, True):
+        constants = {"ENTROPY": entropy, "LANES": logprob.LANES, "BM": logprob.MERGED}
+        yield logprob.merge_tiles, f"entropy={entropy}", signature, constants, four
     for dtype, p in element.items():
-        BM, BN, BK, warps, stages = logprob.SCORES[dtype]
-        floats = ("exponents", "sums", "moments", "target_logits", "target_slopes")
-        signature = {"x": p, "table": p, "bias": "*fp32", "targets": "*i64", "exps": p} | dict.fromkeys(floats, "*fp32")
-        signature |= dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32")
-        for softcap, moment, store in ((False, False, True), (True, True, True), (False, False, False)):
-            yield (
-                logprob.score_tiles,
-                f"{dtype} softcap={softcap} entropy={moment} store={store}",
-                signature,
-                {
-                    "HAS_BIAS": softcap,
-                    "HAS_SOFTCAP": softcap,
-                    "STORE": store,
-                    "MOMENT": moment,
-                    "TERMS": 1,
-                    "BM": BM,
-                    "BN": BN,
-                    "BK": BK,
-                    "WIDEN": False,
-                },
-                {"num_warps": warps, "num_stages": stages},
-            )
-        tile = {"BM": BM, "BN": BN, "BK": BK, "WIDEN": False}
-        options = {"num_warps": warps, "num_stages": stages}
-        signature = {"x": p, "table": p, "bias": "*fp32", "allowed": "*i1", "keys": "*i64", "counts": "*i32"}
-        signature |= dict.fromkeys(("exponents", "lse"), "*fp32")
-        signature |= dict.fromkeys(("scale", "softcap", "inverse_temperature", "log_p_min"), "fp32")
-        flags = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "HAS_ALLOWED": True, "TERMS": 1}
-        yield plausible.list_tiles, dtype, signature, flags | tile, options
-        floats = dict.fromkeys(("lse", "dots", "sums"), "*fp32") | {"inverse_tau": "fp32"}
-        signature = {"grad_z": p, "table": p, "theta": "*fp32", "out": "*fp32"} | floats
-        yield softmax.gradient_tiles, dtype, signature, tile, options
-        SM, SN, SK, warps, stages = softmax.MIXTURES[dtype]
-        yield (
-            softmax.mixture_tiles,
-            dtype,
-            signature,
-            {"BM": SM, "BN": SN, "BK": SK, "WIDEN": False},
-            {"num_warps": warps, "num_stages": stages},
-        )
-        signature = {"theta": p, "lse": "*fp32", "inverse_tau": "fp32"}
-        yield softmax.row_normalisers, dtype, signature, {"BLOCK": softmax.BLOCK}, {"num_warps": 8, "num_stages": 3}
+        for terms, transformed in itertools.product((1, 3) if dtype == "bfloat16" else (1,), (False, True)):
+            BM, BN, BK, warps, stages = logprob.config(getattr(torch, dtype), terms)
+            tile = {"TERMS": terms, "BM": BM, "BN": BN, "BK": BK, "WIDEN": False}
+            tile |= {"HAS_BIAS": transformed, "HAS_SOFTCAP": transformed}
+            options = {"num_warps": warps, "num_stages": stages}
+            floats = dict.fromkeys(scores[:5], "*fp32")
+            floats |= dict.fromkeys(("scale", "softcap", "inverse_temperature", "log_p_min"), "fp32")
+            signature = {"x": p, "table": p, "bias": "*fp32", "targets": "*i64", "exps": p} | floats
+            name = f"{dtype} terms={terms}{' bias softcap' * transformed}"
+            for moment, store in ((False, False), (False, True), (True, True)):
+                flags = {"STORE": store, "MOMENT": moment}
+                yield logprob.score_tiles, f"{name} entropy={moment} store={store}", signature, tile | flags, options
+            signature = {"x": p, "table": p, "bias": "*fp32", "allowed": "*i1", "keys": "*i64", "counts": "*i32"}
+            signature |= floats | {"lse": "*fp32"}
+            yield plausible.list_tiles, name, signature, tile | {"HAS_ALLOWED": True}, options
         CM, CN, warps, stages = logprob.MEANS[dtype]
         signature = {"exps": p, "exponents": "*fp32", "row_exponents": "*fp32", "table": p, "out": "*fp32"}
-        yield (
-            logprob.weighted_rows,
-            dtype,
-            signature,
-            {"BM": CM, "BN": CN, "BK": BN, "WIDEN": False},
-            {"num_warps": warps, "num_stages": stages},
-        )
-        four = {"num_warps": 4, "num_stages": 3}
+        constants = {"BM": CM, "BN": CN, "BK": logprob.config(getattr(torch, dtype))[1], "WIDEN": False}
+        yield logprob.weighted_rows, dtype, signature, constants, {"num_warps": warps, "num_stages": stages}
+        signature = {"means": "*fp32", "stats": "*fp32", "table": p, "targets": "*i64", "out": "*fp32"}
+        yield logprob.gradient_rows, dtype, signature, {"BLOCK": logprob.BLOCK}, four
+
+        BM, BN, BK, warps, stages = logprob.config(getattr(torch, dtype))
+        floats = dict.fromkeys(("lse", "dots", "sums"), "*fp32") | {"inverse_tau": "fp32"}
+        signature = {"grad_z": p, "table": p, "theta": "*fp32", "out": "*fp32"} | floats
+        constants = {"BM": BM, "BN": BN, "BK": BK, "WIDEN": False}
+        yield softmax.gradient_tiles, dtype, signature, constants, {"num_warps": warps, "num_stages": stages}
+        BM, BN, BK, warps, stages = softmax.MIXTURES[dtype]
+        constants = {"BM": BM, "BN": BN, "BK": BK, "WIDEN": False}
+        yield softmax.mixture_tiles, dtype, signature, constants, {"num_warps": warps, "num_stages": stages}
+        signature = {"theta": p, "lse": "*fp32", "inverse_tau": "fp32"}
+        yield softmax.row_normalisers, dtype, signature, {"BLOCK": softmax.BLOCK}, eight
+
         signature = {"ids": "*i64", "weights": "*fp32", "table": p, "z": p}
-        eight = {"num_warps": 8, "num_stages": 3}
         yield mixture.mixture_forward, dtype, signature, {"BLOCK": mixture.BLOCK}, four
         signature = {"ids": "*i64", "grad_z": p, "table": p, "grad_weights": "*fp32"}
         yield mixture.mixture_backward, dtype, signature, {"BLOCK": mixture.BLOCK}, eight
-        terms = 1 if dtype == "float32" else 3
-        signature = {"gold": p, "away": p, "out": p, "alpha": "fp32", "beta": "fp32"}
-        constants = {"HAS_AWAY": True, "NORMALIZED": True, "TERMS": terms, "BLOCK": hull.BLOCK}
-        yield hull.combine_rows, dtype, signature, constants, four
-        signature = dict.fromkeys(("keys", "ids", "new_ids", "vertices"), "*i64")
-        signature |= dict.fromkeys(("weights", "gamma", "new_weights", "gaps"), "*fp32") | {"g": p, "table": p, "z": p}
-        constants = {"TERMS": terms, "BP": 256, "BA": 16, "BLOCK": hull.BLOCK}
-        yield hull.finish_step, dtype, signature, constants, four
-        signature = {"g": p, "ids": "*i64", "weights": "*fp32", "table": p, "scores": "*fp32"}
-        yield entropic.entropic_scores, dtype, signature, {"TERMS": terms, "BLOCK": entropic.BLOCK}, four
+
+        for out, terms in {dtype: 1 if dtype == "float32" else 3, "float32": 1}.items():  # for candidates
+            signature = {"gold": p, "away": p, "out": element[out], "alpha": "fp32", "beta": "fp32"}
+            constants = {"HAS_AWAY": True, "NORMALIZED": True, "TERMS": terms, "BLOCK": hull.BLOCK}
+            yield hull.combine_rows, f"{dtype} to {out}", signature, constants, four
+            signature = dict.fromkeys(("keys", "ids", "new_ids", "vertices"), "*i64") | {"table": p, "z": p}
+            signature |= dict.fromkeys(("weights", "gamma", "new_weights", "gaps"), "*fp32") | {"g": element[out]}
+            constants = {"TERMS": terms, "BP": 256, "BA": 16, "BLOCK": hull.BLOCK}
+            yield hull.finish_step, f"{dtype} g {out}", signature, constants, four
+
+        signature = {"g": "*fp32", "ids": "*i64", "weights": "*fp32", "table": p, "scores": "*fp32"}
+        constants = {"ROWS": oracle.CANDIDATES, "BLOCK": oracle.BLOCK}
+        yield entropic.entropic_scores, dtype, signature, constants, four
         signature = dict.fromkeys(("rel", "gaps", "scales", "weights", "new_weights"), "*fp32")
         signature |= {"ids": "*i64", "table": p, "z": p, "eta": "fp32"}
-        yield entropic.entropic_update, dtype, signature, {"BC": 128, "BLOCK": entropic.BLOCK}, four
+        yield entropic.entropic_update, dtype, signature, {"BC": 128, "BLOCK": entropic.SLICE}, four
     spans = dict.fromkeys(("scores", "weights", "rel", "gaps", "spans"), "*fp32")
     yield entropic.entropic_spans, "", spans, {"BC": 128}, {"num_warps": 1, "num_stages": 1}
 
@@ -155,7 +152,7 @@ def compile_triton(only: str = "") -> Iterator[Resources]:
         wide = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("d", "table_stride", "x_stride", "x_term", "exps_stride")
+            if signature[name].startswith("*") or name in WIDE
         }
         for arch in ARCHITECTURES:
             if arch < 90 and any(kind.startswith("tensordesc") for kind in signature.values()):
@@ -246,29 +243,36 @@ def demangle(name: str) -> str:
     return re.sub(r"\(.*$", "", text.replace("latentrevise::cuda::", "").replace("(anonymous namespace)::", ""))
 
 
-def measure(cuda: bool = True) -> tuple[list[Resources], dict[str, str]]:
-    """All kernels, and the reasons why some were left out."""
-    found: list[Resources] = []
-    absent: dict[str, str] = {}
+def find_nvcc() -> str | None:
+    """Where the build looks for it (setup.py)."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    paths = ("nvcc", *(str(Path(home, "bin/nvcc")) for home in homes if home))
+    return next((found for path in (os.environ.get("CUDACXX"), *paths) if path and (found := shutil.which(path))), None)
+
+
+def measure(absent: dict[str, str]) -> Iterator[Resources]:
+    """All kernels; the reasons why some are left out go to ``absent``."""
     if find_spec("triton") is None:
         absent["triton"] = "triton is not installed"
     else:
-        found += compile_triton()
-    nvcc = shutil.which("nvcc")
+        yield from compile_triton()
+    nvcc = find_nvcc()
     if nvcc is None:
-        absent["cuda"] = "nvcc was not found in PATH"
-    elif cuda:
-        found += compile_cuda(nvcc)
-    return found, absent
+        absent["cuda"] = "nvcc was not found"
+    else:
+        yield from compile_cuda(nvcc)
 
 
 def main() -> tuple[dict, int]:
-    found, absent = measure()
+    absent: dict[str, str] = {}
+    found = []
+    print(f"{'kernel':34} {'variant':50} {'arch':7} {'regs':>5} {'stack':>6} {'spills':>7} {'shared':>7}")
+    for r in measure(absent):
+        found.append(r)
+        numbers = f"{r.registers:5} {r.stack:6} {r.spills:7} {r.shared:7}"
+        print(f"{r.kernel:34} {r.variant[:50]:50} {r.arch:7} {numbers}", flush=True)
     for name, why in absent.items():
         print(f"skipped {name}: {why}")
-    print(f"{'kernel':34} {'variant':46} {'arch':7} {'regs':>5} {'stack':>6} {'spills':>7} {'shared':>7}")
-    for r in found:
-        print(f"{r.kernel:34} {r.variant[:46]:46} {r.arch:7} {r.registers:5} {r.stack:6} {r.spills:7} {r.shared:7}")
     bad = [r for r in found if r.spills]
     print(f"{len(found)} compiled, {len(bad)} spill")
     document = {

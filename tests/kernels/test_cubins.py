@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,13 +26,14 @@ def check(found: list[cubins.Resources], kernels: set[str]) -> None:
 def test_triton_kernels():
     names = ("oracle_parts", "oracle_finish", "score_tiles", "weighted_rows", "mixture_forward", "mixture_backward",
              "combine_rows", "finish_step", "entropic_scores", "entropic_spans", "entropic_update", "list_tiles",
-             "row_normalisers", "mixture_tiles", "gradient_tiles")  # fmt: skip
+             "row_normalisers", "mixture_tiles", "gradient_tiles", "merge_tiles", "gradient_rows",
+             "candidate_parts")  # fmt: skip
     check(list(cubins.compile_triton()), {f"triton {name}" for name in names})
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found in PATH")
+@pytest.mark.skipif(cubins.find_nvcc() is None, reason="nvcc was not found")
 def test_cuda_kernels():
     names = ("linear_logprob", "mixture_embed", "vertex_oracle", "vertex_oracle_sm90")
-    found = list(cubins.compile_cuda(shutil.which("nvcc")))
+    found = list(cubins.compile_cuda(cubins.find_nvcc()))
     check(found, {f"cuda {name}" for name in names})
