@@ -44,8 +44,8 @@ typedef struct lr_mixture_args {
 } lr_mixture_args;
 
 /* The operations below run on the CPU library unless a CUDA form is declared further down. Tables are float32 or
- * bfloat16 and so are queries; sums are float32. A score <x_t, row_v> is one chain of fused multiply-adds over the
- * dimensions in rising order, whatever the block, thread or split, so results are bitwise the same under all of them. */
+ * bfloat16 and so are queries; sums are float32. A score <x_t, row_v> is summed in an order that follows from the shapes
+ * alone, whatever the block, thread or split, so results are bitwise the same under all of them. */
 
 /* ids[t] = argmin over allowed v of <queries[t], table[v]> (+ <queries2[t], table2[v]>), lowest id on ties, NaN below
  * everything; -1 and +inf where nothing competes. With candidates (padded with -1) only those compete. */
@@ -161,7 +161,8 @@ int lr_cpu_mixture_embed_backward(const lr_mixture_args *args);
 /* Rows that screening left to be scored exactly in this thread's last oracle or hull_step, all tokens together; -1 if
  * any of its tokens had the full pass. */
 int64_t lr_cpu_rescored(void);
-const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512": what this machine (or LATENTREVISE_ISA) selects */
+const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512", "avx512vnni", "avx512bf16": as this machine (or
+                                 LATENTREVISE_ISA) selects */
 
 /* CUDA library; `stream` is a cudaStream_t */
 int lr_cuda_mixture_embed(const lr_mixture_args *args, void *stream);
