@@ -1,4 +1,8 @@
-"""C++ implementation: the gradients are combined while they are packed for the oracle's micro-kernel (csrc/cpu)."""
+"""C++ implementation: the gradients are combined while they are packed for the oracle's micro-kernel (csrc/cpu).
+
+2TVd FLOP as in vertex_oracle, its chunks, tiles and screening included, and 4TAd for the gap and the new ``z``, which
+gather a token's A + 1 rows and its A rows. Limits: float32 and bfloat16, V < 2^31.
+"""
 
 from __future__ import annotations
 

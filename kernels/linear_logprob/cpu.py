@@ -1,8 +1,11 @@
 """C++ implementation: scores, online softmax and the gradient's mean row, block of the table by block (csrc/cpu).
 
+4NVd FLOP with the gradient, 2NVd without. Tiles as in vertex_oracle, but the table is read once for every 256 tokens,
+serving both products while a block is in cache; 4 bytes a token are written, 4 for its entropy and 4d for its gradient.
 The target is left out of the online sums: with ``odds = logsumexp(z_v, v != y) - z_y``, ``logp = -softplus(odds)`` and
 ``dlogp/dH = (1 - p_y) (W_y - mean of W_v under the rest)``, all accurate for ``p_y`` near 1 as well as near 0. The
-vocabulary is cut into parts that follow from the shapes alone and are merged in order, in float64.
+vocabulary is cut into parts that follow from the shapes alone and are merged in order, in float64; their sums take at
+most 24 MiB. Limits: float32 and bfloat16, V < 2^31; gradients of W, bias and entropy are blocked.py's.
 """
 
 from __future__ import annotations

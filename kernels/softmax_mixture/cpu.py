@@ -1,4 +1,9 @@
-"""C++ implementation: online softmax over blocks of the table, probabilities never leave the cache (csrc/cpu)."""
+"""C++ implementation: online softmax over blocks of the table, probabilities never leave the cache (csrc/cpu).
+
+2TVd FLOP and TV exponentials, forward and backward. Theta is read once (and its gradient written once), the table once
+for every 256 tokens forward and for every 16 MiB of them backward; tiles as in vertex_oracle. Limits: float32 and
+bfloat16, a frozen table, V < 2^31.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 """C++ implementation: own micro-kernel over blocks of the table, best vertex kept in registers (csrc/cpu).
 
-Against ``torch.mm`` on chunks of the table with a fused argmin it measures faster in float32 and, where the CPU has
-no bfloat16 products, several times faster in bfloat16 (docs/kernels.md). Every score is one chain of multiply-adds in
-the order of the dimensions: which thread, block or part computes it cannot change a bit of it, which a library matmul
-does not promise.
+2TVd FLOP (2TV(d + d2) with a second pair). Tokens are packed as float32, 16 MiB at a time; for each such chunk the
+table is read once, in blocks of up to 128 rows that all of the chunk's tokens are scored for, 32 at a time (fewer on
+narrower units), and 12 bytes a token are written. 64 and more tokens are screened by 8-bit products first where the CPU
+has them. Candidate sets: 2TCd FLOP over T*C gathered rows. Limits: float32 and bfloat16, V < 2^31.
+
+Not ``torch.mm`` on chunks of the table: which thread, block or part computes a score cannot change a bit of it here,
+which a library matmul does not promise, and torch emulates the bfloat16 product on CPUs without one.
 """
 
 from __future__ import annotations

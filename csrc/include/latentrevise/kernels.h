@@ -29,7 +29,8 @@ typedef enum lr_status {
 typedef enum lr_dtype { LR_FLOAT32 = 0, LR_BFLOAT16 = 1, LR_FLOAT16 = 2, LR_INT32 = 3, LR_INT64 = 4 } lr_dtype;
 
 /* z[t] = sum_a weights[t, a] * table[ids[t, a]]; float32 accumulation in the order of a, output in the table's dtype.
- * Slots of weight 0 are skipped. Backward: grad_weights[t, a] = <grad_z[t], table[ids[t, a]]> for every slot. */
+ * Slots of weight 0 are skipped. Backward: grad_weights[t, a] = <grad_z[t], table[ids[t, a]]> for every slot. Either is
+ * 2 * rows * atoms * dim operations over table rows that are read once a slot, and bound by that. */
 typedef struct lr_mixture_args {
   size_t size;
   const void *table;    /* [vocab, dim] of table_dtype, row stride table_stride */
@@ -48,7 +49,9 @@ typedef struct lr_mixture_args {
  * alone, whatever the block, thread or split, so results are bitwise the same under all of them. */
 
 /* ids[t] = argmin over allowed v of <queries[t], table[v]> (+ <queries2[t], table2[v]>), lowest id on ties, NaN below
- * everything; -1 and +inf where nothing competes. With candidates (padded with -1) only those compete. */
+ * everything; -1 and +inf where nothing competes. With candidates (padded with -1) only those compete.
+ * 2 * rows * vocab * dim operations. The table is read once for every 16 MiB of queries in float32 (CPU) or 128 queries
+ * (CUDA), a gathered row once a candidate. */
 typedef struct lr_oracle_args {
   size_t size;
   const void *queries, *table;   /* [rows, dim], [vocab, dim] */
@@ -68,7 +71,10 @@ typedef struct lr_oracle_args {
 
 /* Softmax over the vocabulary of z = softcap * tanh(scale * (<queries, table> + bias) / softcap) / temperature.
  *   logp[n] = log p(targets[n]); entropy[n] in nats (or null);
- *   gradient[n] = d logp[n] / d queries[n] [rows, dim] (or null). */
+ *   gradient[n] = d logp[n] / d queries[n] [rows, dim] (or null).
+ * 2 * rows * vocab * dim operations, twice that with the gradient. On the CPU the table is read once for every 256
+ * queries and serves both products; on CUDA once for every 128 queries and product, with the exponentials in the
+ * workspace between. */
 typedef struct lr_logprob_args {
   size_t size;
   const void *queries, *table;
@@ -83,7 +89,8 @@ typedef struct lr_logprob_args {
   int64_t workspace_bytes; /* at least what lr_cuda_linear_logprob_workspace says */
 } lr_logprob_args;
 
-/* Tokens with log p >= log_p_min under the same softmax, most probable first, equal ones by rising id. */
+/* Tokens with log p >= log_p_min under the same softmax, most probable first, equal ones by rising id. Operations and
+ * bytes of linear_logprob without its gradient. */
 typedef struct lr_plausible_args {
   size_t size;
   const void *queries, *table;
@@ -98,7 +105,8 @@ typedef struct lr_plausible_args {
 } lr_plausible_args;
 
 /* z[t] = softmax(theta[t] / tau) @ table in the table's dtype, lse[t] the log of the normaliser. Backward:
- * grad_theta[t, v] = p_tv * (<grad_z[t], table[v]> - <grad_z[t], z[t]>) / tau, with dots[t] = <grad_z[t], z[t]>. */
+ * grad_theta[t, v] = p_tv * (<grad_z[t], table[v]> - <grad_z[t], z[t]>) / tau, with dots[t] = <grad_z[t], z[t]>.
+ * Either is 2 * rows * vocab * dim operations; theta is read (and its gradient written) once, the table as above. */
 typedef struct lr_softmax_args {
   size_t size;
   const void *theta, *table;
@@ -113,7 +121,8 @@ typedef struct lr_softmax_args {
 } lr_softmax_args;
 
 /* One Frank-Wolfe step on mixtures: g = alpha * gold + beta * away (each row divided by its norm first if normalized),
- * vertex and gap as in lr_oracle_args, then the step of size gamma and z = mixture of the new atoms. */
+ * vertex as in lr_oracle_args, gap sum_a w_a <g, row_a - row_vertex>, then the step of size gamma and z = mixture of
+ * the new atoms. Operations and bytes of the oracle, and 4 * rows * atoms * dim with every atom's row read twice. */
 typedef struct lr_hull_args {
   size_t size;
   const void *gold, *away; /* [rows, dim]; away may be null */
@@ -134,7 +143,7 @@ typedef struct lr_hull_args {
 } lr_hull_args;
 
 /* One exponentiated-gradient step over the candidates of positive weight; segment[t] in [0, segments) labels rows that
- * share their scale (null: each row its own). */
+ * share their scale (null: each row its own). 4 * rows * atoms * dim operations, every candidate's row read twice. */
 typedef struct lr_entropic_args {
   size_t size;
   const void *gold, *away, *table, *ids;
