@@ -131,7 +131,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 
 def write(path: Path, document: object) -> None:
-    """Whole or not at all. Not ``records.write_json``, which needs pyarrow: kernels are measured where torch alone is."""
+    """Whole or not at all; ``records.write_json`` needs pyarrow, and kernels are measured where only torch is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "w") as file:

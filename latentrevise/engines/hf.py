@@ -29,6 +29,7 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
+from latentrevise.memory import out_of_memory
 from latentrevise.models import check_model, input_embedding, position_limit
 from latentrevise.records import row_seed
 
@@ -125,7 +126,7 @@ class HFEngine:
             try:
                 completions = self._sample(requests, batch, params, progress, reported)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(batch) == 1:
                     raise RunError(
@@ -343,8 +344,3 @@ def _completions(
         Completion(tuple(i[:n]), tuple(p[:n]) if with_logprobs else None, "stop" if stopped else "length")
         for i, p, n, stopped in rows
     ]
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # On a CPU the allocator raises a bare RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
