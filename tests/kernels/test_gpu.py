@@ -1,5 +1,6 @@
 """What only a GPU can show: no op waits for the device, every op can be captured in a CUDA graph and replayed on other
-values, and torch's own checks of the registered ops hold for CUDA tensors."""
+values, tables may be larger than 2**31 elements and lie on any device, and torch's own checks of the registered ops hold
+for CUDA tensors."""
 
 from __future__ import annotations
 
@@ -122,6 +123,26 @@ def test_a_cuda_graph_of_it_replays_on_other_values(name, backend):
     torch.cuda.synchronize()
     for replayed, eager in zip(captured, CALLS[name](x, backend), strict=True):
         assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_offsets_beyond_two_to_the_31(name, backend):
+    x = inputs(0)
+    stride = 2**31 // 2048  # the last third of the rows lies behind 2**31 elements, 4 GiB
+    far = torch.empty(len(x["E"]) * stride, dtype=BF16, device="cuda").as_strided(x["E"].shape, (stride, 1))
+    far.copy_(x["E"])
+    for a, b in zip(CALLS[name](x | {"E": far}, backend), CALLS[name](x, backend), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_tensors_on_another_device_than_the_current_one(name, backend):
+    x = inputs(0)
+    there = CALLS[name]({key: value.to("cuda:1") for key, value in x.items()}, backend)
+    for a, b in zip(there, CALLS[name](x, backend), strict=True):
+        assert a.device.index == 1
+        assert torch.equal(a.cpu(), b.cpu())
 
 
 @pytest.mark.parametrize("name", cases())
