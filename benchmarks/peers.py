@@ -23,8 +23,10 @@ def eager_oracle(G: Tensor, E: Tensor) -> Tensor:
     return (G @ E.T).argmin(1)
 
 
-def blocked_oracle(G: Tensor, E: Tensor, rows: int = 8192) -> Tensor:
-    """Matmul on parts of the table whose scores stay in cache, and a running minimum."""
+def blocked_oracle(G: Tensor, E: Tensor, rows: int = 8192, tokens: int = 2048) -> Tensor:
+    """Matmul on parts of tokens and table whose scores (32 MiB of bfloat16) stay in cache, and a running minimum."""
+    if len(G) > tokens:
+        return torch.cat([blocked_oracle(part, E, rows, tokens) for part in G.split(tokens)])
     best = torch.full((G.shape[0],), torch.inf, device=G.device)
     ids = torch.zeros(G.shape[0], dtype=torch.int64, device=G.device)
     for start in range(0, E.shape[0], rows):

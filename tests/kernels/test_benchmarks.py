@@ -10,11 +10,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as cli
-from benchmarks import harness
+from benchmarks import harness, peers
 from benchmarks.ops import BENCHMARKS
 
 
@@ -29,6 +30,11 @@ def test_the_list_names_every_benchmark(capsys):
     assert listed == set(cli.DESCRIPTIONS) >= set(BENCHMARKS) | {"cubins"}
     with pytest.raises(SystemExit):
         cli.main(["matmul"])
+
+
+def test_the_blocked_peer_is_blocked_in_tokens_too():
+    G, E = torch.randn(7, 8), torch.randn(50, 8)
+    assert torch.equal(peers.blocked_oracle(G, E, rows=20, tokens=3), peers.eager_oracle(G, E))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
