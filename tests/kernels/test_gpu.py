@@ -1,6 +1,6 @@
 """What only a GPU can show: no op waits for the device, every op can be captured in a CUDA graph and replayed on other
-values, tables may be larger than 2**31 elements and lie on any device, and torch's own checks of the registered ops hold
-for CUDA tensors."""
+values, tables may be larger than 2**31 elements and lie on any device, and torch's own checks of the registered ops
+hold for CUDA tensors."""
 
 from __future__ import annotations
 
