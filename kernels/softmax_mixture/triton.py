@@ -1,14 +1,19 @@
 """Triton implementation: the normaliser of each row, then a matmul whose left operand is made from theta in registers.
 
-Problem: ``z = softmax(theta / tau) @ E`` and its gradient, 2*T*V*d FLOP each; probabilities never reach memory.
+Identity: ``z = softmax(theta / tau) @ E``, ``dtheta = p * (<dz, E_v> - <dz, z>) / tau``.
+
+FLOPs and bytes: 2*T*V*d, forward and backward each; theta is read twice (backward once, and dtheta written), the table
+once a block of tokens, from L2 where it fits. Probabilities never reach memory.
 
 1. ``row_normalisers``: a program a row, online softmax in one walk over the row, to ``log sum exp(theta / tau)``.
-2. ``mixture_tiles``: ``exp(theta / tau - lse) @ E`` for BM tokens, BN columns and one part of the vocabulary. The
-   probabilities are already normalised, so parts simply add, in order; there is more than one where tokens and
-   columns alone would leave the device idle. In bfloat16 a probability has a relative error of 2**-9; the result is
-   divided by the sum of the rounded ones, so that it is still a convex combination of rows.
-3. ``gradient_tiles``: ``p * (<grad_z, E_v> - <grad_z, z>) / tau`` a tile, p made again from theta. grad_z holds values
-   of E's dtype, as z does, so one term of it is exact.
+2. ``mixture_tiles``: ``exp(theta / tau - lse) @ E`` for BM tokens, BN columns and one part of the vocabulary, BK rows
+   at a time. The probabilities are already normalised, so parts simply add, in order; there is more than one where
+   tokens and columns alone would leave the device idle.
+3. ``gradient_tiles``: a [BM, BN] tile of tokens and rows, p made again from theta. grad_z holds values of E's dtype,
+   as z does, so one term of it is exact.
+
+Numerics: float32 sums; in bfloat16 a probability has a relative error of 2**-9, and the result is divided by the sum of
+the rounded ones, so that it is still a convex combination of rows. Limits: float32 and bfloat16; E is frozen.
 """
 
 from __future__ import annotations
