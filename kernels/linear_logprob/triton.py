@@ -3,8 +3,9 @@
 Identity: ``logp`` and ``dlogp/dH = (1 - p_y)(s_y W_y - R)`` with ``R`` the mean of ``s_v W_v`` under the softmax
 without the target (s: slope of the head transform).
 
-FLOPs and bytes: 4*N*V*d FLOPs (2*N*V*d without gradient) and as many again a further bfloat16 term of the hidden
-states; the table is read once a chunk of tokens for each half, and N*V exponentials are written and read in its dtype.
+FLOPs and bytes: 4*N*V*d FLOPs (2*N*V*d without gradient), and 2*N*V*d more a further bfloat16 term of the hidden
+states; the table is read once a chunk of tokens for each half; N*V exponentials are written in its dtype, and read once
+a block of columns.
 
 1. ``score_tiles``: logits of a [BM, BN] tile, transformed; the target's column is taken out (its exact logit and
    slope are stored). Per row and tile an integer k with ``2**k >= max exp(z)``, the sum of ``x = 2**(z log2(e) - k)``,

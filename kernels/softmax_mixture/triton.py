@@ -2,8 +2,8 @@
 
 Identity: ``z = softmax(theta / tau) @ E``, ``dtheta = p * (<dz, E_v> - <dz, z>) / tau``.
 
-FLOPs and bytes: 2*T*V*d, forward and backward each; theta is read twice (backward once, and dtheta written), the table
-once a block of tokens, from L2 where it fits. Probabilities never reach memory.
+FLOPs and bytes: 2*T*V*d, forward and backward each; theta is read once, and again once a block of columns (backward
+once, and dtheta written), the table once a block of tokens. Probabilities never reach memory.
 
 1. ``row_normalisers``: a program a row, online softmax in one walk over the row, to ``log sum exp(theta / tau)``.
 2. ``mixture_tiles``: ``exp(theta / tau - lse) @ E`` for BM tokens, BN columns and one part of the vocabulary, BK rows
