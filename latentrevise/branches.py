@@ -92,13 +92,13 @@ def score_branches(
         def run_rows(chosen: list[int]) -> None:
             _later_tokens(policy, work, [rows[r] for r in chosen], place, cache, scores)
 
-        memory.in_batches(sizes, budget, share, run_rows, "row of branches")
+        memory.in_batches(policy, sizes, budget, share, run_rows, "row of branches")
         found.update({i: torch.cat(parts) for i, parts in scores.items()})
 
     with policy.frozen(), torch.no_grad():
         budget = token_budget or memory.token_budget(policy)
         share = memory.cached_share(policy)
-        memory.in_batches([(0, n) for n in needed], budget, share, run, "trunk")
+        memory.in_batches(policy, [(0, n) for n in needed], budget, share, run, "trunk")
     trunk_tokens = [0] * len(trunks)
     for t, n in zip(used, needed, strict=True):
         trunk_tokens[t] = n

@@ -329,7 +329,7 @@ class Evaluates:
         return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     def _sampled(self) -> dict[str, Any]:
-        from accelerate.utils import gather_object
+        from accelerate.utils import broadcast_object_list, gather_object
 
         accelerator = self.accelerator  # type: ignore[attr-defined]
         # A pass through sharded weights takes all processes, so there each does all the work.
@@ -337,4 +337,7 @@ class Evaluates:
         count = 1 if together else accelerator.num_processes
         own = list(self._evaluated[0 if together else accelerator.process_index :: count])
         scores, _ = evaluate(self._base, self.processing_class, own, self._evaluation)  # type: ignore[attr-defined]
+        if together:  # a verdict may be in time on one of them alone
+            broadcast_object_list(told := [scores])
+            scores = told[0]
         return summary(scores if count == 1 else gather_object(scores), self._evaluation)

@@ -65,7 +65,8 @@ def _heads(policy: Policy) -> int:
 def token_budget(policy: Policy, recompute: bool = False) -> int:
     """Padded tokens to feed in one batch: as many as pay, halved until they fit into half of the free memory.
 
-    Halving keeps the batches, and so the last bits of the results, the same while free memory varies a little.
+    Halving keeps the batches, and so the last bits of the results, the same while free memory varies a little. Where
+    weights are spread over processes all get the least of theirs, and must ask together.
     """
     size = activation_bytes(policy, recompute)
     if policy.device.type == "cuda":
@@ -77,17 +78,27 @@ def token_budget(policy: Policy, recompute: bool = False) -> int:
         budget = max(_CPU_TOKENS[policy.dtype.itemsize], _CPU_BYTES // size)
     while budget > 1 and budget * size > free // 2:
         budget //= 2
+    if policy.sharded:
+        least = torch.tensor(budget, device=policy.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        budget = int(least)
     return budget
 
 
 def in_batches(
-    sizes: Sequence[tuple[int, int]], budget: int, share: float, work: Callable[[list[int]], None], what: str
+    policy: Policy,
+    sizes: Sequence[tuple[int, int]],
+    budget: int,
+    share: float,
+    work: Callable[[list[int]], None],
+    what: str,
 ) -> int:
     """Call ``work`` on batches of rows until all are done; where memory runs out, halve the budget and go on.
 
-    sizes: (cached, fed) tokens of each row; share: how much of a fed token a cached one counts in the budget.
-    ``work`` is handed indices and must keep nothing of a batch that failed.
-    Returns the budget at the end. Raises RunError if one row alone does not fit.
+    policy: what ``work`` runs. sizes: (cached, fed) tokens of each row; share: how much of a fed token a cached one
+    counts in the budget. ``work`` is handed indices and must keep nothing of a batch that failed.
+    Returns the budget at the end. Raises RunError if one row alone does not fit, or if the policy's weights are spread
+    over processes, of which the others would go on with larger batches.
     """
     pending = batches(sizes, budget, share)
     while pending:
@@ -97,6 +108,11 @@ def in_batches(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            if policy.sharded:
+                raise RunError(
+                    f"memory does not suffice for a batch of {len(batch)} rows ({budget} tokens) of a sharded model,"
+                    " and no process can make smaller ones alone; set token_budget lower"
+                ) from error
             cached, fed = (max(sizes[i][part] for i in batch) for part in (0, 1))
             if len(batch) == 1:
                 raise RunError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
@@ -163,7 +164,11 @@ class Policy:
         self._check_attention()
         self._check_forward()
         # Under FSDP2 parameters are gathered by hooks on the root, so the pass must go through it.
-        self._whole_model = sharded(model)
+        self.sharded = sharded(model)
+        for module in model.modules():
+            # The root keeps its parameters gathered after a pass; what was read from them would vanish with them.
+            if isinstance(module, FSDPModule):
+                module.reshard()
         self._derived: list[tuple[Tensor, Callable[[], Tensor]]] = []
         # A GPU gains from shapes that repeat (allocation, choice of kernels); on a CPU padding costs what tokens cost.
         self.buckets = self.device.type == "cuda"
@@ -188,9 +193,9 @@ class Policy:
         Copies made of the weights (a scaled table, a head with LoRA) are brought up to date on the way in.
         """
         training = [module for module in self.model.modules() if module.training]
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         try:
-            for parameter in trained:
+            for parameter in trained.values():
                 parameter.requires_grad_(False)
             self.model.eval()
             with torch.no_grad():
@@ -199,8 +204,11 @@ class Policy:
             yield
         finally:
             release()
-            for parameter in trained:
+            for parameter in trained.values():
                 parameter.requires_grad_(True)
+            for name, parameter in self.model.named_parameters():
+                # FSDP2 may have put gathered parameters in the place of the shards, with the flags those had.
+                parameter.requires_grad_(parameter.requires_grad or name in trained)
             for module in training:
                 module.training = True
 
@@ -359,7 +367,7 @@ class Policy:
             "use_cache": True,
         }
         with self._arithmetic():
-            if self._whole_model:
+            if self.sharded:
                 hidden, _ = self._whole(**inputs)
             else:
                 hidden = self.body(**inputs).last_hidden_state

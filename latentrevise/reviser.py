@@ -120,7 +120,7 @@ class Reviser:
         with self._scope():
             recompute = self.config.recompute
             budget = self.config.token_budget or memory.token_budget(self.policy, recompute)
-            memory.in_batches(sizes, budget, memory.cached_share(self.policy, recompute), work, "rollout")
+            memory.in_batches(self.policy, sizes, budget, memory.cached_share(self.policy, recompute), work, "rollout")
 
     @contextmanager
     def _scope(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,13 +18,14 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, SFTConfig
 
-from latentrevise import strategies
+from latentrevise import memory, strategies
 from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.evaluate import EvalConfig
+from latentrevise.models import sharded
+from latentrevise.revision import ReviseConfig
 from latentrevise.train import logprob
 from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_rlvr
@@ -96,6 +98,24 @@ class Seeded(RecoveringGRPOTrainer):
         return [ids + [TOKENIZER.eos_token_id] * (len(ids) < self.max_completion_length) for ids in own], None
 
 
+class Undecided:
+    def verify(self, pairs: Any) -> list[Judgement]:
+        return [Judgement("unknown", None) for _ in pairs]
+
+
+class Skewed(Seeded):
+    """With sharded weights the second process has next to no memory, samples nothing but the end, and no verdict of a
+    repair is in time there: each alone would have it run other passes than the first."""
+
+    def _ready(self) -> Any:
+        repairer = super()._ready()
+        if self.accelerator.process_index and sharded(self._base):
+            memory._CPU_TOKENS, memory._CPU_BYTES = {4: 1}, 1
+            repairer.verifier = Undecided()
+            repairer.engine._choose = lambda logits, *_: torch.full((len(logits),), TOKENIZER.eos_token_id)
+        return repairer
+
+
 def sft(out: Path, processes: int) -> Any:
     trainer = LinearSFTTrainer(
         model=tiny_model(),
@@ -122,7 +142,7 @@ def evaluated(out: Path, processes: int) -> Any:
     return train_sft(tiny_model(), TOKENIZER, sft_rows(16), out / "evaluated", settings, PROMPTS[:3])
 
 
-def rlvr(settings: RLVRSettings, **changes: Any) -> Callable[[Path, int], Any]:
+def rlvr(settings: RLVRSettings, cls: type[Seeded] = Seeded, **changes: Any) -> Callable[[Path, int], Any]:
     """12 rows a generation batch: 3 groups of 4, the second of which lies on both processes."""
 
     def check(out: Path, processes: int) -> Any:
@@ -132,7 +152,7 @@ def rlvr(settings: RLVRSettings, **changes: Any) -> Callable[[Path, int], Any]:
             "max_completion_length": 16,  # most groups fail
         }
         model = tiny_model()
-        trainer = Seeded(
+        trainer = cls(
             model=model,
             args=trl_arguments(GRPOConfig, out, ARGUMENTS | COMMON | own | changes),
             train_dataset=rows(),
@@ -184,13 +204,14 @@ CHECKS = {
     ),
     "whole": whole,
     "resumed": resumed,
+    "skewed": rlvr(RLVRSettings(repair=replace(REPAIR, strategy="latent", latent=ReviseConfig(steps=2))), Skewed),
 }
 
 
-def seen(trainer: Any, sharded: bool) -> dict[str, Any]:
+def seen(trainer: Any, mode: str) -> dict[str, Any]:
     """What a check leaves, the same on every process."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    assert any(isinstance(m, FSDPModule) for m in model.modules()) == sharded
+    assert sharded(model) == (mode == "fsdp2")
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
     return {
         "log": [e for e in trainer.state.log_history if "loss" in e],
@@ -208,7 +229,7 @@ def main(mode: str, out: Path) -> None:
     for name, check in CHECKS.items():
         trainer = check(out, processes)
         assert trainer.accelerator.num_processes == processes
-        found = seen(trainer, mode == "fsdp2")
+        found = seen(trainer, mode)
         if trainer.accelerator.is_main_process:
             torch.save(found, out / f"{name}.pt")
     if processes > 1:

@@ -196,6 +196,11 @@ def test_what_does_not_fit_alone_is_named():
     Scarce(reviser.policy, 4, ERRORS[0])
     with pytest.raises(RunError, match="one rollout of 5 cached"):
         reviser.revise([FailedRollout([5] * 5, [6] * 9, [7], [8])])
+    spread = Reviser(build("qwen3"), ReviseConfig(token_budget=1000))
+    Scarce(spread.policy, 4, ERRORS[0])
+    spread.policy.sharded = True  # the other processes would not know
+    with pytest.raises(RunError, match=r"batch of 1 rows .* of a sharded model"):
+        spread.revise([FailedRollout([5] * 5, [6] * 9, [7], [8])])
     Scarce(reviser.policy, 10**9, RuntimeError("something else"))
     other = Reviser(build("qwen3"))
     Scarce(other.policy, 4, RuntimeError("something else"))

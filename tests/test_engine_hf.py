@@ -177,6 +177,16 @@ def test_out_of_memory_makes_smaller_batches_and_changes_nothing():
         engine.generate(requests, params)
 
 
+def test_no_process_makes_smaller_batches_of_a_sharded_model_alone(monkeypatch):
+    model = tiny_model(seed=1)
+    monkeypatch.setattr("latentrevise.engines.hf.sharded", lambda model: True)
+    engine = HFEngine(model)
+    model.forward = _OutOfMemoryAbove(model, 0)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: None)
+    with pytest.raises(RunError, match="4 sequences of a sharded model; make the engine with a lower max_rows"):
+        engine.generate([Request([5, 6])], SamplingParams(n=4, max_new_tokens=4))
+
+
 def test_other_runtime_errors_are_not_swallowed(monkeypatch):
     model = tiny_model(seed=1)
 

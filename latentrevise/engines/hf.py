@@ -30,7 +30,7 @@ from latentrevise.engines.base import (
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.memory import out_of_memory
-from latentrevise.models import check_model, input_embedding, position_limit
+from latentrevise.models import check_model, input_embedding, position_limit, sharded
 from latentrevise.records import row_seed
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class HFEngine:
     stop strings, and to keep ids that it cannot decode (padding rows of the table) from being sampled. max_rows,
     token_budget: sequences, and tokens with padding and all that may be generated, in one batch; where memory runs out,
     half as many sequences are tried.
+
+    Weights may be spread over processes by FSDP2: all must then ask for the same, and all get the tokens that the first
+    one samples, since a step takes all of them.
 
     The global random state is neither read nor changed. On one machine the same list of requests gives the same
     completions; a row's random numbers do not depend on the other rows, but the last bits of its logits may.
@@ -85,7 +88,7 @@ class HFEngine:
         params: SamplingParams | Sequence[SamplingParams],
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """See Engine. Raises RunError if even one sequence does not fit into memory."""
+        """See Engine. Raises RunError if even one sequence does not fit into memory, or a batch of a sharded model."""
         per_request, limit = each(requests, params), self.limit
         for index, (request, p) in enumerate(zip(requests, per_request, strict=True)):
             check(index, request, p, table=self._embedding.weight, limit=limit, tokenizer=self.tokenizer)
@@ -128,6 +131,11 @@ class HFEngine:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
+                if sharded(self.model):  # the other processes would go on with more rows
+                    raise RunError(
+                        f"memory does not suffice for {len(batch)} sequences of a sharded model; make the engine with a"
+                        " lower max_rows or token_budget"
+                    ) from error
                 if len(batch) == 1:
                     raise RunError(
                         f"memory does not suffice for one sequence of {batch[0].length} + {batch[0].most}"
@@ -171,7 +179,7 @@ class HFEngine:
         cache.batch_select_indices(parents)
 
         most = torch.tensor([row.most for row in batch], device=device)
-        count, steps = len(batch), max(row.most for row in batch)
+        count, steps, together = len(batch), max(row.most for row in batch), sharded(self.model)
         ids = torch.zeros(count, steps, dtype=torch.long, device=device)
         logprobs = torch.zeros(count, steps, device=device)
         produced = most.clone()  # tokens that are kept
@@ -186,6 +194,8 @@ class HFEngine:
                 broken = batch[int(held[~good][0])]
                 raise not_finite(broken.request, step)
             tokens = self._choose(logits, params, None if uniform is None else uniform[held, step])
+            if together:
+                torch.distributed.broadcast(tokens, 0)
             ids[held, step] = tokens
             logprobs[held, step] = logits.gather(1, tokens[:, None])[:, 0] - normalizer
 

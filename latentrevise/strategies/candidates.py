@@ -170,7 +170,8 @@ def read(
 
     with policy.frozen(), torch.no_grad():
         budget = tools.token_budget or memory.token_budget(policy)
-        memory.in_batches([(0, len(x) + len(y) - 1) for x, y in contexts], budget, 1.0, run, "failed rollout")
+        sizes = [(0, len(x) + len(y) - 1) for x, y in contexts]
+        memory.in_batches(policy, sizes, budget, 1.0, run, "failed rollout")
     return [found[i] for i in range(len(contexts))]
 
 

@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from accelerate.utils import broadcast_object_list
 
 from latentrevise.audit import Candidate, GuardConfig, guard, signals
 from latentrevise.cases import chosen_cuts, request_of, tokens_with
@@ -23,6 +25,8 @@ from latentrevise.verify import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,10 @@ class Repair:
 
 
 class Repairer:
-    """policy, engine: of the model as it is now. sampling: as the trainer samples, one sample a request."""
+    """policy, engine: of the model as it is now. sampling: as the trainer samples, one sample a request.
+
+    Where the weights are spread over processes all of them make the same repairs, and what the first one finds counts.
+    """
 
     def __init__(
         self,
@@ -116,7 +123,7 @@ class Repairer:
         work = [self._work(prompt, failed, seed) for prompt, failed, seed in groups]
         able = [i for i, item in enumerate(work) if item.cuts]
         samples, asked = self.settings.samples, [work[i] for i in able]
-        proposals = self._strategy.propose(self._tools, asked, samples) if able else []
+        proposals = self._agreed(self._strategy.propose(self._tools, asked, samples)) if able else []
         # Seeds by a proposal's place in its own group: which groups are repaired together changes nothing.
         flat = [
             (i, p, row_seed(work[i].seed, k))
@@ -131,7 +138,16 @@ class Repairer:
         for i, repair in enumerate(found):
             best = sorted(repair.rescues, key=lambda r: -r.plain)[: self.settings.replace]
             found[i] = replace(repair, rescues=best)
-        return found, time.perf_counter() - began
+        return self._agreed(found), time.perf_counter() - began
+
+    def _agreed(self, value: T) -> T:
+        """The first process's value, where all must run the same passes: a verdict that is in time on one alone, or a
+        last bit, would leave the others waiting."""
+        if not self.policy.sharded:
+            return value
+        told = [value]
+        broadcast_object_list(told)
+        return told[0]
 
     def _work(self, prompt: Prompt, failed: Sequence[Rollout], seed: int) -> Work:
         s = self.settings
@@ -178,7 +194,7 @@ class Repairer:
     def _correct(self, item: Work, completions: Sequence[Completion]) -> list[bool]:
         """Which continuations come to the answer by themselves: as in a recovery, a prefix that holds it is no help."""
         pairs = [(item.target, decoded(self.tokenizer, c.ids)) for c in completions]
-        return [judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)]
+        return self._agreed([judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)])
 
     def _judged(self, item: Work, proposal: Proposal, completions: Sequence[Completion], known: Repair) -> Repair:
         prefix, trained = self._prefix(proposal)
