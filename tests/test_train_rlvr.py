@@ -532,6 +532,22 @@ def test_the_repairs_are_seeded_by_the_seed_of_the_run(tmp_path, verifier, told,
     assert not set(seeds[0]) & set(seeds[1])
 
 
+def test_a_strategy_sees_the_conversation_that_the_ids_are_of(tmp_path, told, monkeypatch):
+    seen = []
+
+    class Asked(Told):
+        def propose(self, tools, work, samples):
+            seen.extend(item.prompt for item in work)
+            return super().propose(tools, work, samples)
+
+    monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Asked())
+    said = [{"role": "system", "content": "be"}, {"role": "user", "content": "qa"}]
+    prompts = [replace(PROMPTS[0], messages=said), PROMPTS[1]]
+    settings = RLVRSettings(repair=told, trainer=ARGUMENTS | {"max_steps": 1})
+    train_rlvr(tiny_model(), TOKENIZER, prompts, tmp_path, settings)
+    assert {p.id: p.messages for p in seen} == {"p0": said, "p1": []}
+
+
 def test_settings_are_checked():
     settings = load_config(RLVRSettings, overrides=["loss=nft", "loss_options.q_min=0.1", "repair.strategy=none"])
     assert settings.loss_options == {"q_min": 0.1}

@@ -112,8 +112,9 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
 
     verifier: started when first needed; the caller closes it. settings: RLVRSettings without the trainer's. engine:
     where the repairs' continuations are sampled; by default the model that is trained. It must take embeddings if the
-    strategy feeds mixtures. Rows of the data set need ``prompt`` and ``answer``; ``prompt_ids`` (used as they are) and
-    ``prompt_id`` are optional. Without reward functions the reward is the verdict.
+    strategy feeds mixtures. Rows of the data set need ``prompt`` and ``answer``; ``prompt_ids`` (used as they are),
+    ``prompt_id`` and ``conversation`` (the messages that the ids are of) are optional. Without reward functions the
+    reward is the verdict.
     """
 
     def __init__(
@@ -289,8 +290,9 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         places = range(group * groups.size, (group + 1) * groups.size)
         prompt_ids, _, row = rows[places[0]]
         name = str(row.get("prompt_id", group))
-        text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        prompt = Prompt(name, text, prompt_ids, str(row["answer"]))
+        given = row["prompt"]
+        text, messages = (given, row.get("conversation")) if isinstance(given, str) else (given[-1]["content"], given)
+        prompt = Prompt(name, text, prompt_ids, str(row["answer"]), messages=list(messages or ()))
         judged = groups.judged[places.start : places.stop]
         return prompt, judged_rollouts(prompt, [rows[i][1] for i in places], judged, self._tokenizer)
 
@@ -409,7 +411,16 @@ def train_rlvr(
 
     def rows(of: Sequence[Prompt]) -> Dataset:
         return Dataset.from_list(
-            [{"prompt": p.text, "prompt_ids": list(p.ids), "answer": p.answer, "prompt_id": p.id} for p in of]
+            [
+                {
+                    "prompt": p.text,
+                    "prompt_ids": list(p.ids),
+                    "answer": p.answer,
+                    "prompt_id": p.id,
+                    "conversation": p.messages,
+                }
+                for p in of
+            ]
         )
 
     arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)
