@@ -48,30 +48,25 @@ class Head:
 
     def logprob(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probability of ``targets [N]`` under ``hidden [N, d]``, float32 ``[N]``, without ``[N, V]``."""
-        logprobs = kernels.linear_logprob(
-            hidden.to(self.weight.device),
-            self.weight,
-            targets.to(self.weight.device),
-            bias=self.bias,
-            scale=self.scale,
-            softcap=self.softcap,
-            temperature=temperature,
-        )
-        assert isinstance(logprobs, Tensor)  # a pair only with entropy=True
-        return logprobs.to(hidden.device)
+        return self._scored(hidden, targets, temperature=temperature).to(hidden.device)
 
     def logprob_and_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """As ``logprob``, and the entropy of each distribution in nats, float32 ``[N]``."""
-        logprobs, entropies = kernels.linear_logprob(
-            hidden.to(self.weight.device),
+        logprobs, entropies = self._scored(hidden, targets, entropy=True)
+        return logprobs.to(hidden.device), entropies.to(hidden.device)
+
+    def _scored(self, hidden: Tensor, targets: Tensor, **options: Any) -> Any:
+        """``linear_logprob`` on the head's device: a tensor, or a pair of them with ``entropy``."""
+        device = self.weight.device
+        return kernels.linear_logprob(
+            hidden.to(device),
             self.weight,
-            targets.to(self.weight.device),
+            targets.to(device),
             bias=self.bias,
             scale=self.scale,
             softcap=self.softcap,
-            entropy=True,
+            **options,
         )
-        return logprobs.to(hidden.device), entropies.to(hidden.device)
 
     def plausible(self, hidden: Tensor, p_min: float, count: int, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens with probability of at least ``p_min``: ids ``[T, C]`` (padded -1), logprobs, counts."""
@@ -644,23 +639,14 @@ class Policy:
 
     def _transform(self, weight: Tensor, bias: Tensor | None, hidden: Tensor, own: Tensor, exact: bool) -> Head:
         """The head whose logits are the model's own: ``hidden [1, n, d]``, ``own [1, n, V]``."""
-        raw = nn.functional.linear(hidden.to(weight), weight, bias).float()
-        own = own.float().to(raw.device)
         if not torch.isfinite(own).all():
             raise ModelError(
                 f"{type(self.model).__name__} gives NaN or infinite logits on plain tokens; check its weights"
             )
-        closest = float("inf")
-        for scale, softcap in logit_transforms(self.config):
-            logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
-            difference = float((logits - own).abs().max() / own.abs().max().clamp_min(1e-6))
-            if difference < (1e-4 if exact else 2e-2):
-                return Head(weight, bias, scale, softcap)
-            closest = min(closest, difference)
-        raise ModelError(
-            f"{type(self.model).__name__} computes its logits in a way not understood here (closest form differs by"
-            f" {closest:.1e}): neither plain, scaled nor soft-capped h W^T"
-        )
+        found = fitting_transform(nn.functional.linear(hidden.to(weight), weight, bias), own, self.config, exact)
+        if found is None:
+            raise strange_logits(self.model)
+        return Head(weight, bias, *found)
 
 
 def _floats(output: Any) -> list[Tensor]:
@@ -676,7 +662,7 @@ def _rows(values: Tensor, rows: Tensor) -> Tensor:
     return values.index_select(0, rows.to(values.device))
 
 
-def logit_transforms(config: Any) -> Iterator[tuple[float, float | None]]:
+def _logit_transforms(config: Any) -> Iterator[tuple[float, float | None]]:
     """Candidate (scale, softcap) pairs from what configurations call them; a measurement picks the true one."""
     softcap = getattr(config, "final_logit_softcapping", None)
     scales = [1.0]
@@ -686,6 +672,26 @@ def logit_transforms(config: Any) -> Iterator[tuple[float, float | None]]:
         scales[:0] = [1.0 / float(config.logits_scaling), float(config.logits_scaling)]
     for scale in scales:
         yield scale, None if softcap is None else float(softcap)
+
+
+def fitting_transform(raw: Tensor, own: Tensor, config: Any, exact: bool) -> tuple[float, float | None] | None:
+    """The (scale, softcap) that make a model's ``own`` logits of ``raw = h W^T + bias``, of the same shape; None where
+    no known form does. exact: in full precision."""
+    raw = raw.float()
+    own = own.to(raw)
+    most = own.abs().max().clamp_min(1e-6) * (1e-4 if exact else 2e-2)
+    for scale, softcap in _logit_transforms(config):
+        logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+        if (logits - own).abs().max() < most:
+            return scale, softcap
+    return None
+
+
+def strange_logits(model: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} computes its logits in a way not understood here: neither plain, scaled nor"
+        " soft-capped h W^T"
+    )
 
 
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

@@ -24,9 +24,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
 from latentrevise import kernels
-from latentrevise.errors import ConfigError, ModelError
+from latentrevise.engines.base import evaluating
+from latentrevise.errors import ConfigError
 from latentrevise.models import sharded
-from latentrevise.policy import logit_transforms
+from latentrevise.policy import fitting_transform, strange_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -289,10 +290,7 @@ def _transform(model: PreTrainedModel) -> tuple[float, float | None]:
     if torch.distributed.is_initialized():
         broadcast_object_list(found)
     if found[0] is None:
-        raise ModelError(
-            f"{type(model).__name__} computes its logits in a way not understood here: neither plain, scaled nor"
-            " soft-capped h W^T"
-        )
+        raise strange_logits(model)
     return found[0]
 
 
@@ -301,18 +299,8 @@ def _measured(model: PreTrainedModel) -> tuple[float, float | None] | None:
     head = model.get_output_embeddings()
     text = model.config.get_text_config(decoder=True)
     ids = torch.linspace(0, text.vocab_size - 1, 8, device=head.weight.device).long()[None]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        own = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        for module in training:
-            module.training = True
-    raw = torch.nn.functional.linear(hidden.to(head.weight), head.weight, head.bias).float().to(own.device)
-    for scale, softcap in logit_transforms(text):
-        logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
-        exact = own.abs().max().clamp_min(1e-6) * (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2)
-        if (logits - own).abs().max() < exact:
-            return scale, softcap
-    return None
+        own = model(input_ids=ids, use_cache=False).logits
+    raw = torch.nn.functional.linear(hidden.to(head.weight), head.weight, head.bias)
+    return fitting_transform(raw, own, text, model.dtype in (torch.float32, torch.float64))
