@@ -136,7 +136,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.tools or self._is_vlm:
             raise ConfigError("repairing groups is for text without tools; train such a model with TRL's own trainer")
-        if self.args.cast_lm_head_to_fp32:
+        if cast(GRPOConfig, self.args).cast_lm_head_to_fp32:
             raise ConfigError(
                 "trainer.cast_lm_head_to_fp32 has no effect on linear_logprob, which sums in float32 in any case; leave"
                 " it out"
@@ -352,7 +352,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         if self.beta:
             gap = inputs["ref_per_token_logps"] - logp
             kl = gap.exp() - gap - 1
-            if self.args.use_bias_correction_kl:
+            if cast(GRPOConfig, self.args).use_bias_correction_kl:
                 kl = kl * batch.ratio
             loss = loss + self.beta * batch.token_mean(kl)
             self._metrics[mode]["kl"].append(float(batch.sum(kl.detach()).sum() / mask.sum().clamp(min=1)))
