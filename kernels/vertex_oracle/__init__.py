@@ -48,8 +48,8 @@ def vertex_oracle(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or layouts break the contract; a position has no allowed
-            vertex or a candidate is outside the table (CPU tensors; on a GPU such a position returns id -1 and value
-            +inf).
+            vertex or a candidate is outside the table (CPU tensors; on a GPU such a candidate counts as padding, and a
+            position without a vertex returns id -1 and value +inf).
         BackendError: the backend asked for cannot serve the call.
     """
     checks.table("E", E)

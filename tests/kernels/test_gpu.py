@@ -135,6 +135,26 @@ def test_offsets_beyond_two_to_the_31(name, backend):
         assert torch.equal(a, b)
 
 
+def test_ids_outside_the_table_are_no_error_and_read_nothing():
+    x = inputs(0)
+    V = len(x["E"])
+    x["y"][:2] = torch.tensor([-100, V])
+    x["ids"][:2, 0] = torch.tensor([-1, V])
+    wrong = torch.arange(70, device="cuda") < 2
+    names = ("linear_logprob", "linear_logprob entropy", "mixture_embed", "entropic_step")
+    for name, backend in (pair for pair in PAIRS if pair[0] in names):
+        found = CALLS[name](x, backend)
+        z = found[1] if name == "entropic_step" else found[0]
+        assert torch.equal(z.flatten(1).isnan().all(1) if z.dim() > 1 else z.isnan(), wrong), (name, backend)
+    step = CALLS["hull_step"](x, "triton")
+    assert torch.equal(step[2].isnan().any(1), wrong)
+    assert torch.equal(step[4].isnan(), wrong)
+    candidates = torch.where(wrong[:, None], V, x["ids"])
+    ids, values = vertex_oracle(x["G"], x["E"], candidates=candidates, backend="triton")
+    assert torch.equal(ids == -1, wrong)
+    assert torch.equal(values == torch.inf, wrong)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_tensors_on_another_device_than_the_current_one(name, backend):
