@@ -58,12 +58,12 @@ def ids_in_table(name: str, ids: Tensor, rows: int) -> None:
 
 
 def positive(name: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
+    if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
 def finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, got {value}")
 
 

@@ -74,10 +74,11 @@ def everything(G, E, y, ids, weights, theta, gamma):
     return loss, step.z + moved.z, listed
 
 
-def test_compile_without_graph_breaks_and_with_gradients():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks_and_with_gradients(dynamic):
     torch._dynamo.reset()
     results = []
-    for function in (everything, torch.compile(everything, fullgraph=True, backend="aot_eager")):
+    for function in (everything, torch.compile(everything, fullgraph=True, dynamic=dynamic, backend="aot_eager")):
         x = operands()
         for name in ("G", "weights", "theta"):
             x[name].requires_grad_()
