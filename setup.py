@@ -74,7 +74,10 @@ class CMakeBuild(build_ext):
         self.call(command)
         destination = Path(self.get_ext_fullpath(ext.name))
         destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tree / "modules" / destination.name, destination)
+        # By a rename: a process that has the old module loaded keeps it.
+        new = destination.with_name(destination.name + ".new")
+        shutil.copyfile(tree / "modules" / destination.name, new)
+        new.replace(destination)
 
     def configure(self) -> Path:
         import pybind11

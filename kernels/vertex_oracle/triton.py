@@ -8,9 +8,8 @@ FLOPs and bytes: 2*T*V*d a bfloat16 term of the queries; the table is read once 
 8 bytes a token and part are written.
 
 Tiling: a program owns BM tokens and one part of the vocabulary, which it walks in tiles of BN rows and BK columns.
-Parts
-are the slow grid dimension: programs that run together walk the same rows, which then come from L2. Candidate sets: a
-program scores CANDIDATES gathered rows of a token, 2*T*C*d FLOPs and bytes, bound by memory.
+Parts are the slow grid dimension: programs that run together walk the same rows, which then come from L2. Candidate
+sets: a program scores CANDIDATES gathered rows of a token, 2*T*C*d FLOPs and bytes, bound by memory.
 
 Numerics: float32 accumulation; a float32 table is multiplied as three tf32 products; float32 queries against a bfloat16
 table are cut into three bfloat16 terms that together are exact, at three times the FLOPs. Candidates are scored in
