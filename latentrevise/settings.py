@@ -1,9 +1,9 @@
-"""The settings of a recovery."""
+"""The settings of a recovery, and what it shares with repairs inside RLVR."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from latentrevise.audit import GuardConfig
 from latentrevise.data import PromptSettings
@@ -16,15 +16,51 @@ from latentrevise.strategies import StrategySettings, build
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverConfig(StrategySettings, PromptSettings):
-    """Settings of a recovery: the pipeline's, all our own decision, and every strategy's.
+class CutSettings(StrategySettings):
+    """How a zero-hit prompt is worked on, in a recovery or in a trainer; and every strategy's settings.
 
-    strategies: by name, in the order of the table. rollouts: mined for each prompt. samples: continuations for each
-    zero-hit prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the samples are spread
-    over them.
+    samples: continuations for each prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the
+    samples are spread over them.
     prefix_fraction: where a failed rollout is cut; prefix_boundary: move the cut behind the nearest token with this
     text (a newline, or whatever ends a step). answer_template: text between prefix and answer under which the answer
-    is scored.
+    is scored. guards: what may become a label, see ``GuardConfig``. token_budget: padded tokens in one batch of plain
+    log-probs and branch scores.
+    """
+
+    samples: int = 8
+    revised_rollouts: int = 1
+    prefix_fraction: float = 0.5
+    prefix_boundary: str | None = None
+    answer_template: str = "\n\nThe final answer is \\boxed{"
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    token_budget: int = 16384
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "samples", "revised_rollouts", "token_budget")
+        if self.revised_rollouts > self.samples:
+            raise ConfigError(
+                f"{type(self).__name__}: {self.revised_rollouts} revised rollouts share {self.samples} samples; raise"
+                " `samples` to at least `revised_rollouts`"
+            )
+        if not 0.0 <= self.prefix_fraction < 1.0:
+            raise ConfigError(
+                f"{type(self).__name__}.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)"
+            )
+
+
+def at_least_one(settings: Any, *names: str) -> None:
+    """Raises ConfigError that names the first of these settings that is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            value = getattr(settings, name)
+            raise ConfigError(f"{type(settings).__name__}.{name} = {value!r}: it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverConfig(CutSettings, PromptSettings):
+    """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings`` and ``PromptSettings``.
+
+    strategies: by name, in the order of the table. rollouts: mined for each prompt.
     temperature, top_p, max_new_tokens: of sampling. stop: strings that end a rollout.
     rendering: the text that stands for a revised prefix in training rows: ``argmax`` (heaviest atoms, in the loss),
     ``original`` (the failed tokens), ``continuation`` (heaviest atoms, masked from the loss).
@@ -34,19 +70,12 @@ class RecoverConfig(StrategySettings, PromptSettings):
     stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
     brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
     trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
-    label: what the report calls this run. chunk: prompts in one part. token_budget: padded tokens in one batch of plain
-    log-probs and branch scores. guards: see ``GuardConfig``. gate: see ``GateConfig``. vllm: of that engine, see
-    ``VLLMConfig``. How prompts are read: see ``PromptSettings``. The strategies' own settings: see
-    ``StrategySettings``.
+    label: what the report calls this run. chunk: prompts in one part. gate: see ``GateConfig``. vllm: of that engine,
+    see ``VLLMConfig``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
     rollouts: int = 16
-    samples: int = 8
-    revised_rollouts: int = 1
-    prefix_fraction: float = 0.5
-    prefix_boundary: str | None = None
-    answer_template: str = "\n\nThe final answer is \\boxed{"
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 1024
@@ -62,39 +91,19 @@ class RecoverConfig(StrategySettings, PromptSettings):
     verify_timeout: float = 5.0
     label: str | None = None
     chunk: int = 64
-    token_budget: int = 16384
     seed: int = 0
-    guards: GuardConfig = field(default_factory=GuardConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "rollouts", "max_new_tokens", "chunk", "equal_compute_cap")
         for name in self.strategies:
             build(name, self)
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
             raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
-        positive = (
-            "rollouts",
-            "samples",
-            "revised_rollouts",
-            "max_new_tokens",
-            "chunk",
-            "token_budget",
-            "equal_compute_cap",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"RecoverConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
-        if self.revised_rollouts > self.samples:
-            raise ConfigError(
-                f"RecoverConfig: {self.revised_rollouts} revised rollouts share {self.samples} samples; raise"
-                " `samples` to at"
-                " least `revised_rollouts`"
-            )
         if self.keep is not None and self.keep < 1:
             raise ConfigError(f"RecoverConfig.keep = {self.keep!r}: it must be at least 1, or null to keep all")
-        if not 0.0 <= self.prefix_fraction < 1.0:
-            raise ConfigError(f"RecoverConfig.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
 
     def sampling(self, n: int, greedy: bool = False, left: int | None = None) -> SamplingParams:
         """How ``n`` continuations are drawn; left: positions that the model has for them."""

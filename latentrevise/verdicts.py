@@ -16,6 +16,8 @@ from latentrevise.strategies import Strategy, Tools
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from latentrevise.settings import RecoverConfig
 
 Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Completion]]]
@@ -85,7 +87,7 @@ class Judge:
                     answer_ids=case.answer_ids,
                     completion_ids=sample.completion_ids,
                     completion=sample.completion,
-                    before_answer=self._before_answer(sample),
+                    before_answer=before_answer(self.tokenizer, sample.completion_ids, sample.completion),
                     plain_logprobs=plain_of[i],
                     aimed=strategy.uses_answer,
                     told=bool(start.context_ids),
@@ -120,12 +122,6 @@ class Judge:
             return None
         return self.checker(prompt.text, decoded(self.tokenizer, start.plain_ids), sample.completion, prompt.answer)
 
-    def _before_answer(self, sample: Sample) -> int:
-        """Tokens of a continuation in front of its final answer."""
-        before = sample.completion.rfind("\\boxed")
-        head = sample.completion[:before] if before >= 0 else sample.completion
-        return min(len(self.tokenizer.encode(head, add_special_tokens=False)), len(sample.completion_ids))
-
     def _agreement(self, rows: Sequence[tuple[Prompt, Start, Sample]], generate: Generate) -> list[float | None]:
         """The share of new continuations, behind the plain prefix and the first steps of each sample, that come to its
         answer; None where no guard asks for it."""
@@ -135,7 +131,7 @@ class Judge:
         requests, params = [], []
         for prompt, start, sample in rows:
             ids = sample.completion_ids
-            cut = int(guards.agreement_cut * self._before_answer(sample))
+            cut = int(guards.agreement_cut * before_answer(self.tokenizer, ids, sample.completion))
             cut = max((i + 1 for i in range(cut) if ids[i] in self.boundary), default=cut)
             context = (*prompt.ids, *self.config.rendered(start), *ids[:cut])
             left = self.tools.left(len(context))
@@ -154,6 +150,13 @@ class Judge:
 
 def _steps(derivation: Derivation) -> list[dict[str, Any]]:
     return [{"text": step.text, "ok": step.ok} for step in derivation.steps]
+
+
+def before_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> int:
+    """Tokens of a continuation (ids, and their text) in front of its final answer; all where it boxes none."""
+    before = text.rfind("\\boxed")
+    head = text[:before] if before >= 0 else text
+    return min(len(tokenizer.encode(head, add_special_tokens=False)), len(ids))
 
 
 def load_checker(name: str | None) -> Checker | None:

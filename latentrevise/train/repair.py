@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from latentrevise.audit import Candidate, GuardConfig, guard, signals
+from latentrevise.audit import Candidate, guard, signals
 from latentrevise.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.policy import Policy
 from latentrevise.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
-from latentrevise.strategies import Proposal, StrategySettings, Tools, Work, build
+from latentrevise.settings import CutSettings, at_least_one
+from latentrevise.strategies import Proposal, Tools, Work, build
+from latentrevise.verdicts import before_answer
 from latentrevise.verify import Judgement, Verifier
 
 if TYPE_CHECKING:
@@ -30,30 +32,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairSettings(StrategySettings):
-    """How zero-hit groups are repaired.
+class RepairSettings(CutSettings):
+    """How zero-hit groups are repaired; see also CutSettings.
 
-    strategy: by name; ``none`` repairs nothing (the groups are still counted). samples: continuations for a group.
-    replace: failed rows of a group that may be replaced, duplicates and then the longest first. revised_rollouts,
-    prefix_fraction, prefix_boundary, answer_template: as in RecoverConfig. rendering: the tokens that stand for a
-    revised prefix, as in RecoverConfig; ``auto`` is ``argmax`` where those tokens were fed, and ``continuation`` (they
-    are context, not trained) where a mixture was. guards: what may become a row. max_groups: repaired in one
-    generation batch (0: all). The strategies' own settings: see StrategySettings.
+    strategy: by name; ``none`` repairs nothing (the groups are still counted). replace: failed rows of a group that may
+    be replaced, duplicates and then the longest first. rendering: the tokens that stand for a revised prefix, as in
+    RecoverConfig; ``auto`` is ``argmax`` where those tokens were fed, and ``continuation`` (they are context, not
+    trained) where a mixture was. max_groups: repaired in one generation batch (0: all).
     """
 
     strategy: str = "latent-plausible"
-    samples: int = 8
     replace: int = 1
-    revised_rollouts: int = 1
-    prefix_fraction: float = 0.5
-    prefix_boundary: str | None = None
-    answer_template: str = "\n\nThe final answer is \\boxed{"
     rendering: Literal["auto", "argmax", "original", "continuation"] = "auto"
-    guards: GuardConfig = field(default_factory=GuardConfig)
     max_groups: int = 0
-    token_budget: int = 16384
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "replace")
         if self.strategy == "hint":
             raise ConfigError(
                 "repair.strategy = hint: no reference solution reaches a trainer; recover with it, and train by"
@@ -61,13 +56,6 @@ class RepairSettings(StrategySettings):
             )
         if self.strategy != "none":
             build(self.strategy, self)
-        for name in ("samples", "replace", "revised_rollouts", "token_budget"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"RepairSettings.{name} = {getattr(self, name)!r}: it must be at least 1")
-        if self.revised_rollouts > self.samples:
-            raise ConfigError(f"{self.revised_rollouts} revised rollouts share {self.samples} samples; raise `samples`")
-        if not 0.0 <= self.prefix_fraction < 1.0:
-            raise ConfigError(f"RepairSettings.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -205,8 +193,6 @@ class Repairer:
         for i, logprobs in zip(right, plain, strict=True):
             completion = completions[i]
             text = decoded(self.tokenizer, completion.ids)
-            head = text[: text.rfind("\\boxed")] if "\\boxed" in text else text
-            before = len(self.tokenizer.encode(head, add_special_tokens=False))
             found = signals(
                 Candidate(
                     prompt_ids=item.prompt.ids,
@@ -216,7 +202,7 @@ class Repairer:
                     answer_ids=item.answer_ids,
                     completion_ids=completion.ids,
                     completion=text,
-                    before_answer=min(before, len(completion.ids)),
+                    before_answer=before_answer(self.tokenizer, completion.ids, text),
                     plain_logprobs=logprobs.tolist(),
                     aimed=self._strategy.uses_answer,
                     told=bool(proposal.context_ids),
