@@ -157,7 +157,8 @@ def oreal(b: Rollouts, *, negative: float = 0.5) -> Tensor:
     mean over tokens of its kind; ``A`` is leave-one-out, ``r - (mean of the others)``.
 
     Published with one correct and one wrong row a prompt; here with all of them. Its KL term on wrong rows is the
-    trainer's ``beta``. A group of one outcome has ``A = 0``.
+    trainer's ``beta``; the optional weights of a token-level reward model are left out. A group of one outcome has
+    ``A = 0``.
     """
     A = b.outcome - (b.correct - b.outcome) / (b.judged - 1).clamp(min=1)
     A = torch.where(b.judged > 1, A, 0.0)

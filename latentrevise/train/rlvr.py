@@ -115,6 +115,9 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     strategy feeds mixtures. Rows of the data set need ``prompt`` and ``answer``; ``prompt_ids`` (used as they are),
     ``prompt_id`` and ``conversation`` (the messages that the ids are of) are optional. Without reward functions the
     reward is the verdict.
+
+    Raises ConfigError for tools, images, ZeRO-3 and arguments that would be ignored, ModelError for a model whose
+    logits are not understood.
     """
 
     def __init__(
@@ -406,7 +409,9 @@ def train_rlvr(
 ) -> RecoveringGRPOTrainer:
     """Train on prompts with verifiable answers; resumed from ``out`` where it holds a checkpoint.
 
-    The trained model, or its adapter, is left in ``out/model``.
+    The trained model, or its adapter, is left in ``out/model``. Raises ConfigError for settings that TRL refuses, that
+    would be ignored or do not go together; ModelError for a model whose logits or layers are not understood; RunError
+    if memory does not suffice for one row.
     """
 
     def rows(of: Sequence[Prompt]) -> Dataset:

@@ -169,7 +169,8 @@ def train_sft(
 ) -> LinearSFTTrainer:
     """Fine-tune on rows with ``input_ids`` and ``completion_mask``; resumed from ``out`` where it holds a checkpoint.
 
-    The trained model, or its adapter, is left in ``out/model``.
+    The trained model, or its adapter, is left in ``out/model``. Raises ConfigError for settings that TRL refuses or
+    that do not go together, ModelError for a model whose logits are not understood.
     """
     # TRL cuts rows to 1024 tokens without a word, and their answers with them. Packed rows need some length.
     lengths = [len(row["input_ids"]) for row in rows]
