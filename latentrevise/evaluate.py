@@ -33,7 +33,7 @@ from latentrevise.records import (
     write_records,
 )
 from latentrevise.rundir import RunDirectory, run_header
-from latentrevise.verdicts import load_checker
+from latentrevise.verdicts import load_checker, warn_of_missing_answers
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
@@ -279,6 +279,7 @@ def evaluate_run(
                     write_records(part, found, Score)
                 scores += read_records(part, Score)
                 bar.update(len(chunk))
+        warn_of_missing_answers([r for part in run.parts("rollouts") for r in read_records(part, Rollout)])
         metrics = {
             "data": str(data),
             "model": str(model.config._name_or_path),

@@ -59,7 +59,7 @@ from latentrevise.rundir import RunDirectory, run_header
 from latentrevise.selection import select
 from latentrevise.settings import RecoverConfig
 from latentrevise.strategies import Proposal, Strategy, Tools, Work, build
-from latentrevise.verdicts import Judge, load_checker
+from latentrevise.verdicts import Judge, load_checker, warn_of_missing_answers
 from latentrevise.verify import Verifier
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class Recovery:
             self._work = [self._case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
             self._aim_wrong(self._work)
             self._report_uncut([name for name, own in long.items() if not own])
-            _warn_of_missing_answers([r for own in rollouts.values() for r in own])
+            warn_of_missing_answers([r for own in rollouts.values() for r in own])
         return self._work
 
     def _report_uncut(self, prompts: Sequence[str]) -> None:
@@ -665,19 +665,6 @@ def recover(
     return Recovery(model, tokenizer, config or RecoverConfig(), place, engine=engine, progress=progress).recover(
         prompts
     )
-
-
-def _warn_of_missing_answers(rollouts: Sequence[Rollout]) -> None:
-    """A model that does not know where the answer goes seems to fail everywhere."""
-    without = [r for r in rollouts if r.extracted is None]
-    if 2 * len(without) > len(rollouts):
-        log.warning(
-            "%d of %d rollouts hold no \\boxed{} answer and count as wrong (%d of them ended at max_new_tokens); ask"
-            " for one in the prompts or with `instruction`, or raise max_new_tokens",
-            len(without),
-            len(rollouts),
-            sum(r.finish_reason == "length" for r in without),
-        )
 
 
 def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Start:

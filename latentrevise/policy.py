@@ -208,6 +208,7 @@ class Policy:
                 module.training = True
 
     def check_ids(self, ids: Sequence[int], what: str) -> None:
+        """Raises InputError if ``what`` holds an id that is no row of the model's table."""
         top = max(ids, default=0)
         if top >= self.table.shape[0]:
             raise InputError(
@@ -216,6 +217,7 @@ class Policy:
             )
 
     def check_length(self, length: int, what: str) -> None:
+        """Raises InputError if ``what`` needs more positions than the model has."""
         if self.limit is not None and length > self.limit:
             raise InputError(
                 f"{what}: {length} tokens exceed the model's {self.limit} positions; shorten the prompt or the prefix"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +12,7 @@ from latentrevise.cases import Case
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.hull import Mixture
-from latentrevise.records import Prompt, Sample, Start, Verdict, decoded, row_seed
+from latentrevise.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.strategies import Strategy, Tools
 from latentrevise.verify import Verifier
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from latentrevise.settings import RecoverConfig
+
+log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Completion]]]
 
@@ -159,7 +162,21 @@ def before_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: 
     return min(len(tokenizer.encode(head, add_special_tokens=False)), len(ids))
 
 
+def warn_of_missing_answers(rollouts: Sequence[Rollout]) -> None:
+    """A model that does not know where the answer goes seems to fail everywhere."""
+    without = [r for r in rollouts if r.extracted is None]
+    if 2 * len(without) > len(rollouts):
+        log.warning(
+            "%d of %d rollouts hold no \\boxed{} answer and count as wrong (%d of them ended at max_new_tokens); ask"
+            " for one in the prompts or with `instruction`, or raise max_new_tokens",
+            len(without),
+            len(rollouts),
+            sum(r.finish_reason == "length" for r in without),
+        )
+
+
 def load_checker(name: str | None) -> Checker | None:
+    """What ``module:attribute`` names, imported; None for None. Raises ConfigError if it cannot be imported."""
     if name is None:
         return None
     module, colon, attribute = name.partition(":")

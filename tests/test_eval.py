@@ -156,7 +156,7 @@ def test_the_command_takes_up_what_was_stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("own", ["", "Box it."])
-def test_the_problems_of_a_benchmark_ask_for_a_box(own, tmp_path):
+def test_the_problems_of_a_benchmark_ask_for_a_box(own, tmp_path, caplog):
     write_jsonl(tmp_path / "problems.jsonl", [{"problem": "1+1", "answer": 2}])
     config = EvalRunConfig(max_new_tokens=4, instruction=own)
     source = tmp_path / "problems.jsonl"
@@ -164,6 +164,7 @@ def test_the_problems_of_a_benchmark_ask_for_a_box(own, tmp_path):
     (prompt,) = read_records(tmp_path / "out" / "prompts.parquet", Prompt)
     assert prompt.text == "1+1\n\n" + (own or INSTRUCTION)
     assert found["config"]["instruction"] == (own or INSTRUCTION)
+    assert "1 of 1 rollouts hold no \\boxed{} answer" in caplog.text
 
 
 def test_rows_are_read_by_the_settings_and_one_too_long_is_left_out(tmp_path):
