@@ -12,11 +12,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -144,36 +147,41 @@ def compile_triton(only: str = "") -> Iterator[Resources]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    def read(done: Any, kernel: Any, variant: str, arch: int) -> list[Resources]:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(done.asm["cubin"])
+            file.flush()
+            found = list(read_cubin(str(tool), file.name))
+        spills, shared = spilled(done.asm["ptx"], arch), done.metadata.shared
+        name = f"triton {kernel.fn.__name__}"
+        return [
+            Resources(name, variant, f"sm_{arch}", registers, stack, spills, shared) for _, registers, stack, _ in found
+        ]
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for kernel, variant, types, constants, options in triton_variants():
-        if only not in kernel.fn.__name__:
-            continue
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-        wide = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in WIDE
-        }
-        for arch in ARCHITECTURES:
-            if arch < 90 and any(kind.startswith("tensordesc") for kind in signature.values()):
-                continue  # never launched there
-            source = ASTSource(kernel, signature, constexprs=constants, attrs=wide)
-            done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(done.asm["cubin"])
-                file.flush()
-                found = list(read_cubin(str(tool), file.name))
-                spills = spilled(done.asm["ptx"], arch)
-            for _, registers, stack, _ in found:
-                yield Resources(
-                    f"triton {kernel.fn.__name__}",
-                    variant,
-                    f"sm_{arch}",
-                    registers,
-                    stack,
-                    spills,
-                    done.metadata.shared,
-                )
+    with ThreadPoolExecutor() as pool:  # what one kernel takes is read while the next is compiled
+        reading: deque[Future[list[Resources]]] = deque()
+        for kernel, variant, types, constants, options in triton_variants():
+            if only not in kernel.fn.__name__:
+                continue
+            signature = {
+                name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
+            }
+            wide = {
+                (i,): [["tt.divisibility", 16]]
+                for i, name in enumerate(kernel.arg_names)
+                if signature[name].startswith("*") or name in WIDE
+            }
+            for arch in ARCHITECTURES:
+                if arch < 90 and any(kind.startswith("tensordesc") for kind in signature.values()):
+                    continue  # never launched there
+                source = ASTSource(kernel, signature, constexprs=constants, attrs=wide)
+                done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                reading.append(pool.submit(read, done, kernel, variant, arch))
+                while reading and reading[0].done():
+                    yield from reading.popleft().result()
+        for future in reading:
+            yield from future.result()
 
 
 def spilled(ptx: str, arch: int) -> int:
@@ -199,31 +207,23 @@ def read_cubin(tool: str, path: str) -> Iterator[tuple[str, int, int, int]]:
 
 
 def compile_cuda(nvcc: str) -> Iterator[Resources]:
-    """nvcc with -Xptxas -v, one file and architecture at a time."""
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        for arch in ("80", "90a"):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [
-                    nvcc,
-                    "-std=c++17",
-                    "-O3",
-                    "-Xptxas",
-                    "-v",
-                    "-I",
-                    str(ROOT / "csrc"),
-                    "-I",
-                    str(ROOT / "csrc/include"),
-                    "-gencode",
-                    f"arch=compute_{arch},code=sm_{arch}",
-                    "-c",
-                    str(source),
-                    "-o",
-                    str(Path(folder, "k.o")),
-                ]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
-            yield from read_ptxas(source.stem, done.stderr, f"sm_{arch}")
+    """nvcc with -Xptxas -v, each file and architecture by itself."""
+
+    def log(work: tuple[Path, str]) -> str:
+        source, arch = work
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *include]
+            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", f"{folder}/k.o"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
+        return done.stderr
+
+    work = [(source, arch) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for arch in ("80", "90a")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (source, arch), text in zip(work, pool.map(log, work), strict=True):
+            yield from read_ptxas(source.stem, text, f"sm_{arch}")
 
 
 def read_ptxas(stem: str, log: str, arch: str) -> Iterator[Resources]:
