@@ -14,6 +14,7 @@ from latentrevise.errors import ConfigError, LatentReviseError
 from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
+    from latentrevise.engines import Engine, VLLMConfig
     from latentrevise.pipeline import Recovery
 
 app = typer.Typer(
@@ -199,13 +200,10 @@ def evaluate(
 ) -> None:
     """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
     from latentrevise.config import load_config
-    from latentrevise.engines import engine_factory
     from latentrevise.evaluate import EvalRunConfig, evaluate_run
-    from latentrevise.models import load_model
 
-    make, chosen = engine_factory(engine), load_config(EvalRunConfig, config, settings or [])
-    policy, tokenizer = load_model(model, dtype=dtype, device=device)
-    sampler = make(policy, tokenizer, chosen.vllm)
+    chosen = load_config(EvalRunConfig, config, settings or [])
+    policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
     found = evaluate_run(policy, tokenizer, data, chosen, out, source=source, engine=sampler, progress=not quiet)
     for name, value in found.items():
         if isinstance(value, list):
@@ -248,30 +246,35 @@ def _recovery(
     quiet: bool,
 ) -> Recovery:
     from latentrevise.config import load_config
-    from latentrevise.engines import engine_factory
-    from latentrevise.models import load_model
     from latentrevise.pipeline import Recovery
     from latentrevise.settings import RecoverConfig
 
-    make, chosen = engine_factory(engine), load_config(RecoverConfig, config, settings or [])
-    policy, tokenizer = load_model(model, dtype=dtype, device=device)
-    sampler = make(policy, tokenizer, chosen.vllm)
+    chosen = load_config(RecoverConfig, config, settings or [])
+    policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
     return Recovery(policy, tokenizer, chosen, out, engine=sampler, progress=not quiet)
 
 
 def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery:
     from latentrevise.config import from_dict
-    from latentrevise.engines import engine_factory
-    from latentrevise.models import load_model
     from latentrevise.pipeline import Recovery
     from latentrevise.rundir import RunDirectory
     from latentrevise.settings import RecoverConfig
 
     header = RunDirectory(out).read_header()
-    stored, make, chosen = header["model"], engine_factory(header["engine"]), from_dict(RecoverConfig, header["config"])
-    policy, tokenizer = load_model(stored["path"], dtype=stored["dtype"] if dtype == "auto" else dtype, device=device)
-    sampler = make(policy, tokenizer, chosen.vllm)
+    stored, chosen = header["model"], from_dict(RecoverConfig, header["config"])
+    dtype = stored["dtype"] if dtype == "auto" else dtype
+    policy, tokenizer, sampler = _loaded(stored["path"], header["engine"], chosen.vllm, dtype, device)
     return Recovery(policy, tokenizer, chosen, out, engine=sampler, progress=not quiet)
+
+
+def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str | None) -> tuple[Any, Any, Engine]:
+    """A model, its tokenizer, and what samples from it."""
+    from latentrevise.engines import engine_factory
+    from latentrevise.models import load_model
+
+    make = engine_factory(engine)  # a wrong name is told before anything is loaded
+    policy, tokenizer = load_model(model, dtype=dtype, device=device)
+    return policy, tokenizer, make(policy, tokenizer, vllm)
 
 
 def _finish(recovered: Any, jsonl: bool) -> None:

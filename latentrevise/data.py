@@ -39,9 +39,10 @@ class PromptSettings:
     """How prompts are read, wherever they are: by a recovery, a trainer, an evaluation.
 
     chat: whether prompts go through the tokenizer's chat template: ``auto`` when it has one. prompt_column,
-    answer_column: where the usual names don't find them. max_prompt_tokens: longer prompts are left out (None: what
-    leaves room for a completion). instruction: put behind each prompt (behind the last message of a conversation), a
-    blank line between: the verifier reads an answer only in ``\\boxed{}``, so a model must know to give it there.
+    answer_column: where the usual names don't find them. max_prompt_tokens: longer prompts are left out, as are those
+    that leave no room for a completion. instruction: put behind each prompt (behind the last message of a
+    conversation), a blank line between: the verifier reads an answer only in ``\\boxed{}``, so a model must know to
+    give it there.
     """
 
     chat: Chat = "auto"
@@ -58,13 +59,14 @@ class PromptSettings:
         verifier: Verifier | None = None,
     ) -> tuple[list[Prompt], list[RowError]]:
         """``load_prompts`` by these settings. room: tokens that a prompt may have beside its completion, if known."""
+        limits = [limit for limit in (self.max_prompt_tokens, room) if limit is not None]
         return load_prompts(
             source,
             tokenizer=tokenizer,
             prompt_column=self.prompt_column,
             answer_column=self.answer_column,
             chat=self.chat,
-            max_prompt_tokens=self.max_prompt_tokens or room,
+            max_prompt_tokens=min(limits, default=None),
             instruction=self.instruction,
             verifier=verifier,
         )

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentrevise.data import load_prompts
+from latentrevise.data import PromptSettings, load_prompts
 from latentrevise.errors import InputError
 from latentrevise.verify import Verifier
 from tests.tiny import BOS, tiny_tokenizer
@@ -112,6 +112,13 @@ def test_an_instruction_stands_behind_the_last_message():
     assert messages[1]["content"] == "1+1"  # the rows are the caller's
     assert [m["content"] for m in many.messages] == ["be", "1+1\n\nbox it"]
     assert reasons(load([{"prompt": " ", "answer": "2"}], instruction="box it")[1]) == [(0, "empty-prompt")]
+
+
+def test_a_setting_does_not_make_room_that_the_model_lacks():
+    rows = [{"prompt": "1" * n, "answer": "2"} for n in (4, 8, 12)]
+    for most, room, left in ((None, 10, 2), (100, 10, 2), (6, 10, 1), (100, None, 3)):
+        prompts, errors = PromptSettings(max_prompt_tokens=most).load(rows, TOKENIZER, room)
+        assert (len(prompts), {e.reason for e in errors} <= {"over-long-prompt"}) == (left, True)
 
 
 def test_the_chat_template_is_applied_once():
