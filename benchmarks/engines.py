@@ -20,11 +20,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import harness
-from latentrevise.branches import Branch
+from latentrevise.model.branches import Branch
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine
 from latentrevise.engines.vllm import unavailable
-from latentrevise.models import input_embedding
-from latentrevise.policy import Policy
+from latentrevise.model.loading import input_embedding
+from latentrevise.model.policy import Policy
 
 SHAPES = {
     "1M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},

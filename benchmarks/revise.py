@@ -25,10 +25,12 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import harness
-from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser, kernels, memory, solver
-from latentrevise.objective import away_terms, branch_losses
-from latentrevise.packing import batches, suffix_length
-from latentrevise.reviser import _Batch
+from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser, kernels
+from latentrevise.model import memory
+from latentrevise.revise import solver
+from latentrevise.revise.objective import away_terms, branch_losses
+from latentrevise.model.packing import batches, suffix_length
+from latentrevise.revise.reviser import _Batch
 
 SHAPES = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import kernels as kernels  # latentrevise.kernels, where type checkers find it in the source tree
-    from latentrevise.branches import Branch, BranchScores
-    from latentrevise.hull import Mixture, VocabularyHull
-    from latentrevise.pipeline import Recovered, recover
-    from latentrevise.reviser import Reviser
-    from latentrevise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
-    from latentrevise.settings import RecoverConfig
+    from latentrevise.model.branches import Branch, BranchScores
+    from latentrevise.revise.hull import Mixture, VocabularyHull
+    from latentrevise.recover.pipeline import Recovered, recover
+    from latentrevise.revise.reviser import Reviser
+    from latentrevise.revise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
+    from latentrevise.recover.settings import RecoverConfig
 
 __version__ = "0.1.0.dev0"
 

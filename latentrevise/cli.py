@@ -15,7 +15,7 @@ from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
-    from latentrevise.pipeline import Recovery
+    from latentrevise.recover.pipeline import Recovery
 
 app = typer.Typer(
     help="Recover zero-hit prompts: revise failed reasoning in embedding space, continue, verify (arXiv 2606.29938).",
@@ -152,7 +152,7 @@ def export(
     valid_only: Annotated[bool, typer.Option("--valid-only", help="Only those with a derivation found valid.")] = False,
 ) -> None:
     """Write a run's trajectories as a trainer's data set."""
-    from latentrevise.exports import export_run
+    from latentrevise.data.exports import export_run
 
     count = export_run(run, to, out, strategy=strategy, valid_only=valid_only)
     typer.echo(f"{count} rows in {out}")
@@ -200,7 +200,7 @@ def evaluate(
 ) -> None:
     """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
     from latentrevise.config import load_config
-    from latentrevise.evaluate import EvalRunConfig, evaluate_run
+    from latentrevise.recover.evaluate import EvalRunConfig, evaluate_run
 
     chosen = load_config(EvalRunConfig, config, settings or [])
     policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
@@ -246,8 +246,8 @@ def _recovery(
     quiet: bool,
 ) -> Recovery:
     from latentrevise.config import load_config
-    from latentrevise.pipeline import Recovery
-    from latentrevise.settings import RecoverConfig
+    from latentrevise.recover.pipeline import Recovery
+    from latentrevise.recover.settings import RecoverConfig
 
     chosen = load_config(RecoverConfig, config, settings or [])
     policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
@@ -256,9 +256,9 @@ def _recovery(
 
 def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery:
     from latentrevise.config import from_dict
-    from latentrevise.pipeline import Recovery
-    from latentrevise.rundir import RunDirectory
-    from latentrevise.settings import RecoverConfig
+    from latentrevise.recover.pipeline import Recovery
+    from latentrevise.recover.rundir import RunDirectory
+    from latentrevise.recover.settings import RecoverConfig
 
     header = RunDirectory(out).read_header()
     stored, chosen = header["model"], from_dict(RecoverConfig, header["config"])
@@ -270,7 +270,7 @@ def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery
 def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str | None) -> tuple[Any, Any, Engine]:
     """A model, its tokenizer, and what samples from it."""
     from latentrevise.engines import engine_factory
-    from latentrevise.models import load_model
+    from latentrevise.model.loading import load_model
 
     make = engine_factory(engine)  # a wrong name is told before anything is loaded
     policy, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -280,7 +280,7 @@ def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str |
 def _finish(recovered: Any, jsonl: bool) -> None:
     from rich.console import Console
 
-    from latentrevise.records import write_jsonl
+    from latentrevise.data.records import write_jsonl
     from latentrevise.report import console_table, write_report
 
     Console().print(console_table(recovered.metrics))

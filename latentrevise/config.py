@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from latentrevise.errors import ConfigError
-from latentrevise.records import stable_hash
+from latentrevise.data.records import stable_hash
 
 Config = TypeVar("Config")
 

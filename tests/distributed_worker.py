@@ -21,17 +21,19 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, SFTConfig
 
-from latentrevise import memory, strategies
+from latentrevise import strategies
+
+from latentrevise.model import memory
 from latentrevise.engines import HFEngine, Request, SamplingParams
-from latentrevise.evaluate import EvalConfig
-from latentrevise.models import sharded
-from latentrevise.revision import ReviseConfig
+from latentrevise.recover.evaluate import EvalConfig
+from latentrevise.model.loading import sharded
+from latentrevise.revise.revision import ReviseConfig
 from latentrevise.train import logprob
 from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_rlvr
 from latentrevise.train.settings import begin, trl_arguments
 from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, train_sft
-from latentrevise.verify import Judgement
+from latentrevise.verify.verifier import Judgement
 from tests.test_train_rlvr import ARGUMENTS, PROMPTS, TOKENIZER, UNGUARDED, Boxing, Told, rows
 from tests.test_train_sft import rows as sft_rows
 from tests.tiny import tiny_model

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from latentrevise.demo import Family, make_prompts
 from latentrevise.engines import HFEngine, Request, SamplingParams
-from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, row_seed
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import Prompt, Rollout, row_seed
 from latentrevise.strategies import Cut, Tools, Work
 
 

@@ -7,10 +7,10 @@ import torch
 
 from latentrevise import FailedRollout, ReviseConfig
 from latentrevise.errors import ConfigError
-from latentrevise.hull import Mixture, VocabularyHull
-from latentrevise.policy import Policy
-from latentrevise.records import read_atoms, read_offsets, write_atoms
-from latentrevise.reviser import Reviser
+from latentrevise.revise.hull import Mixture, VocabularyHull
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import read_atoms, read_offsets, write_atoms
+from latentrevise.revise.reviser import Reviser
 from tests.tiny import tiny_model
 
 

@@ -20,9 +20,9 @@ from latentrevise.adapters import core, slime
 from latentrevise.adapters.core import AdapterSettings, Group, Recovery
 from latentrevise.engines import SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.policy import Policy
+from latentrevise.model.policy import Policy
 from latentrevise.train.repair import Repairer, RepairSettings
-from latentrevise.verify import Verifier
+from latentrevise.verify.verifier import Verifier
 from tests.test_train_rlvr import TOKENIZER, UNGUARDED, Boxing, Told, encode
 from tests.tiny import BOS, EOS, tiny_model
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from latentrevise import Branch, ReviseConfig, Reviser
 from latentrevise.engines import HFEngine
 from latentrevise.errors import InputError, ModelError
-from latentrevise.models import keep_softcap
-from latentrevise.policy import Policy
+from latentrevise.model.loading import keep_softcap
+from latentrevise.model.policy import Policy
 from tests.test_reviser import plain_passes, rollouts
 from tests.tiny import BOS, EOS, PAD
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from latentrevise.audit import (
+from latentrevise.recover.guards import (
     Candidate,
     GuardConfig,
     guard,
@@ -18,7 +18,7 @@ from latentrevise.audit import (
     wilson,
 )
 from latentrevise.errors import ConfigError
-from latentrevise.hull import Mixture
+from latentrevise.revise.hull import Mixture
 
 
 @pytest.mark.parametrize(

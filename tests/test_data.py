@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentrevise.data import PromptSettings, load_prompts
+from latentrevise.data.prompts import PromptSettings, load_prompts
 from latentrevise.errors import InputError
-from latentrevise.verify import Verifier
+from latentrevise.verify.verifier import Verifier
 from tests.tiny import BOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

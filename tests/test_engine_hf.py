@@ -12,7 +12,7 @@ from torch import nn
 
 from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, InputError, ModelError, RunError
-from latentrevise.models import check_model, load_model
+from latentrevise.model.loading import check_model, load_model
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["qwen3", "qwen2", "llama", "gemma3"]

@@ -13,7 +13,7 @@ import torch
 from latentrevise.engines import HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine, engine_factory
 from latentrevise.engines.vllm import unavailable
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.models import load_model
+from latentrevise.model.loading import load_model
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 V, ROWS = 97, 130  # the tokenizer's tokens, the table's rows

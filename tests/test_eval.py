@@ -14,7 +14,7 @@ from latentrevise.cli import app
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.engines import HFEngine
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.evaluate import (
+from latentrevise.recover.evaluate import (
     BENCHMARKS,
     INSTRUCTION,
     EvalConfig,
@@ -25,9 +25,9 @@ from latentrevise.evaluate import (
     evaluate_run,
     summary,
 )
-from latentrevise.models import load_model
-from latentrevise.records import Prompt, Rollout, read_records, write_jsonl
-from latentrevise.verify import Verifier
+from latentrevise.model.loading import load_model
+from latentrevise.data.records import Prompt, Rollout, read_records, write_jsonl
+from latentrevise.verify.verifier import Verifier
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentrevise.errors import ConfigError, InputError, ModelError, RunError
-from latentrevise.exports import FORMATS, export_run, message_rows, preference_rows, rl_rows, sft_rows, verl_rl_rows
-from latentrevise.records import Prompt, Rollout, Trajectory, write_json, write_records
+from latentrevise.data.exports import FORMATS, export_run, message_rows, preference_rows, rl_rows, sft_rows, verl_rl_rows
+from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json, write_records
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -11,15 +11,15 @@ import time
 import pytest
 
 from latentrevise import RecoverConfig, recover
-from latentrevise.audit import wilson
-from latentrevise.cases import chosen_cuts
+from latentrevise.recover.guards import wilson
+from latentrevise.recover.cases import chosen_cuts
 from latentrevise.config import to_dict
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, InputError, RunError
-from latentrevise.models import load_model
-from latentrevise.pipeline import Recovery
-from latentrevise.records import (
+from latentrevise.model.loading import load_model
+from latentrevise.recover.pipeline import Recovery
+from latentrevise.data.records import (
     Prompt,
     Rollout,
     Sample,
@@ -30,7 +30,7 @@ from latentrevise.records import (
     read_records,
     write_jsonl,
 )
-from latentrevise.rundir import RunDirectory
+from latentrevise.recover.rundir import RunDirectory
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -316,7 +316,7 @@ def test_a_run_in_which_nothing_failed(tmp_path):
 
 
 def _correct():
-    from latentrevise.verify import Judgement
+    from latentrevise.verify.verifier import Judgement
 
     return Judgement("correct", "5")
 
@@ -376,7 +376,7 @@ def test_a_gold_that_is_parsed_one_time_and_not_the_next_does_not_lose_a_run(rul
 
 
 def test_an_undecided_prompt_is_not_called_zero_hit(tmp_path):
-    from latentrevise.verify import Judgement
+    from latentrevise.verify.verifier import Judgement
 
     model, tokenizer = tiny_model("qwen3", vocab=97, seed=0), tiny_tokenizer()
     config = RecoverConfig(

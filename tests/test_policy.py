@@ -8,9 +8,15 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from latentrevise import ReviseConfig, Reviser, lean, memory, policy
+from latentrevise import ReviseConfig, Reviser
+
+from latentrevise.model import lean
+
+from latentrevise.model import memory
+
+from latentrevise.model import policy
 from latentrevise.errors import ModelError
-from latentrevise.packing import batches, bucket, suffix_length
+from latentrevise.model.packing import batches, bucket, suffix_length
 from tests.test_architectures import CONFIG, build, relative
 from tests.test_branches import task
 from tests.test_reviser import plain_passes, rollouts

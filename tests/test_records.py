@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from latentrevise.errors import InputError, LatentReviseError, RunError
-from latentrevise.records import (
+from latentrevise.data.records import (
     Prompt,
     Rollout,
     RowError,
@@ -184,7 +184,7 @@ def test_a_killed_write_keeps_the_old_file(tmp_path):
     write_records(target, [ROWS[0]])
     code = """
         import os, signal, sys
-        from latentrevise.records import atomic_write
+        from latentrevise.data.records import atomic_write
         with atomic_write(sys.argv[1]) as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)

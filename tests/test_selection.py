@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from latentrevise.records import Trajectory
-from latentrevise.selection import select
+from latentrevise.data.records import Trajectory
+from latentrevise.recover.selection import select
 
 
 def trajectory(name, ids, logprob=-1.0, prefix=(1, 2)):

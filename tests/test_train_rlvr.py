@@ -9,17 +9,17 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from latentrevise import strategies
-from latentrevise.audit import GuardConfig
+from latentrevise.recover.guards import GuardConfig
 from latentrevise.config import load_config
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.evaluate import EvalConfig
-from latentrevise.hull import Mixture
-from latentrevise.models import load_model
-from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout
+from latentrevise.recover.evaluate import EvalConfig
+from latentrevise.revise.hull import Mixture
+from latentrevise.model.loading import load_model
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import Prompt, Rollout
 from latentrevise.strategies import Proposal
 from latentrevise.train.repair import Repair, Repairer, RepairSettings, Rescue, replaced
 from latentrevise.train.rlvr import (
@@ -30,7 +30,7 @@ from latentrevise.train.rlvr import (
     train_rlvr,
 )
 from latentrevise.train.settings import trl_arguments
-from latentrevise.verify import Judgement, Verifier
+from latentrevise.verify.verifier import Judgement, Verifier
 from tests.tiny import BOS, EOS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -478,7 +478,7 @@ def test_command(tmp_path):
     from typer.testing import CliRunner
 
     from latentrevise.cli import app
-    from latentrevise.records import write_jsonl
+    from latentrevise.data.records import write_jsonl
 
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

@@ -13,9 +13,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from latentrevise.config import load_config
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.evaluate import EvalConfig
-from latentrevise.records import Prompt, Rollout, Start, Trajectory, write_json, write_records
-from latentrevise.rundir import FORMAT, RunDirectory
+from latentrevise.recover.evaluate import EvalConfig
+from latentrevise.data.records import Prompt, Rollout, Start, Trajectory, write_json, write_records
+from latentrevise.recover.rundir import FORMAT, RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import trl_arguments
 from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, ordinary_rollouts, rendered, sft_dataset, train_sft
@@ -328,7 +328,7 @@ def test_rows_of_a_run(run):
 
 
 def test_ordinary_rollouts_are_spread_over_prompts(run):
-    from latentrevise.records import read_records
+    from latentrevise.data.records import read_records
 
     found = ordinary_rollouts(read_records(run.path / "rollouts", Rollout), 2, seed=0)
     assert {r.prompt_id for r in found} == {"p2", "p3"}

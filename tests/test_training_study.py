@@ -8,7 +8,7 @@ from benchmarks import harness, training
 from benchmarks.__main__ import main
 from latentrevise.demo import check, get_family, make_prompts, model_dir
 from latentrevise.errors import RunError
-from latentrevise.models import load_model
+from latentrevise.model.loading import load_model
 
 
 def cell(arm, scores, kind="sft", order=0, **more):

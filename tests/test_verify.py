@@ -10,7 +10,7 @@ import time
 import pytest
 
 from latentrevise.errors import ConfigError, RunError
-from latentrevise.verify import Verifier, last_boxed
+from latentrevise.verify.verifier import Verifier, last_boxed
 
 SLOW = (
     sys.executable,
@@ -126,7 +126,7 @@ for line in sys.stdin:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr("latentrevise.verify._REMEMBERED", 3)
+    monkeypatch.setattr("latentrevise.verify.verifier._REMEMBERED", 3)
     with Verifier(timeout=20, workers=1, command=SLOW) as it:
         for k in range(4):
             pairs = [(f"g{k}{i}", "\\boxed{yes}") for i in range(3)]
@@ -180,7 +180,7 @@ def test_a_real_expression_without_end_is_unknown():
 
 def test_the_worker_answers_on_a_clean_line_and_within_its_memory():
     code = (
-        "import resource, sys, latentrevise.judge as j\n"
+        "import resource, sys, latentrevise.verify.judge as j\n"
         "def judge(task):\n"
         "    print('noise')\n"
         "    bytearray(task['bytes'])\n"
@@ -199,7 +199,7 @@ def test_the_worker_answers_on_a_clean_line_and_within_its_memory():
 def test_a_killed_parent_leaves_no_worker_behind():
     code = """
 import glob, os, threading, time
-from latentrevise.verify import Verifier
+from latentrevise.verify.verifier import Verifier
 it = Verifier(timeout=600, workers=1)
 threading.Thread(target=it.verify, args=([("2", "\\\\boxed{9^{9^{9^{9}}}}")],), daemon=True).start()
 while not (found := "".join(open(p).read() for p in glob.glob("/proc/self/task/*/children")).split()):
@@ -228,7 +228,7 @@ def _runs(pid):
 
 
 def test_the_worker_imports_no_torch():
-    code = "import sys, latentrevise.judge, math_verify; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, latentrevise.verify.judge, math_verify; print('torch' in sys.modules, 'transformers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["False", "False"]
 

@@ -13,14 +13,14 @@ import typer
 import yaml
 from rich.console import Console
 
-from latentrevise.audit import GuardConfig
+from latentrevise.recover.guards import GuardConfig
 from latentrevise.config import to_dict
 from latentrevise.demo import Family, get_family, make_prompts, model_dir
-from latentrevise.models import load_model
-from latentrevise.pipeline import Recovered, Recovery
-from latentrevise.records import atomic_write, write_jsonl
+from latentrevise.model.loading import load_model
+from latentrevise.recover.pipeline import Recovered, Recovery
+from latentrevise.data.records import atomic_write, write_jsonl
 from latentrevise.report import console_table, write_report
-from latentrevise.settings import RecoverConfig
+from latentrevise.recover.settings import RecoverConfig
 
 FAMILIES = ("rule", "chain")  # the one built for the method, and its control
 

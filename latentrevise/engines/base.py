@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from latentrevise.records import FinishReason
+    from latentrevise.data.records import FinishReason
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of sequences and of tokens that were finished since the last call."""

@@ -29,9 +29,9 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.memory import out_of_memory
-from latentrevise.models import check_model, input_embedding, position_limit, sharded
-from latentrevise.records import row_seed
+from latentrevise.model.memory import out_of_memory
+from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
+from latentrevise.data.records import row_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -38,15 +38,15 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.models import check_model, input_embedding, position_limit
-from latentrevise.records import row_seed
+from latentrevise.model.loading import check_model, input_embedding, position_limit
+from latentrevise.data.records import row_seed
 
 if TYPE_CHECKING:
     import vllm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from vllm.outputs import CompletionOutput
 
-    from latentrevise.records import FinishReason
+    from latentrevise.data.records import FinishReason
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from latentrevise.errors import ConfigError
-from latentrevise.revision import ReviseConfig
+from latentrevise.revise.revision import ReviseConfig
 from latentrevise.strategies.base import Choice, Cut, Proposal, Strategy, Tools, Work
 from latentrevise.strategies.beam import Beam
 from latentrevise.strategies.branching import Branching

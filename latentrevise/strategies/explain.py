@@ -18,7 +18,7 @@ from latentrevise.strategies.base import Proposal, Tools, Work
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from latentrevise.records import Prompt
+    from latentrevise.data.records import Prompt
 
 
 @dataclass(frozen=True)

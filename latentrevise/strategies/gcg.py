@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from latentrevise import kernels
-from latentrevise.branches import Branch
+from latentrevise.model.branches import Branch
 from latentrevise.errors import ConfigError
-from latentrevise.packing import suffix_length
-from latentrevise.reviser import Reviser
-from latentrevise.revision import Compute, FailedRollout, ReviseConfig
+from latentrevise.model.packing import suffix_length
+from latentrevise.revise.reviser import Reviser
+from latentrevise.revise.revision import Compute, FailedRollout, ReviseConfig
 from latentrevise.strategies.base import Proposal, Tools, Work, shares
 
 

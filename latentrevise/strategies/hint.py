@@ -15,7 +15,7 @@ from latentrevise.errors import ConfigError, InputError
 from latentrevise.strategies.base import Proposal, Tools, Work, shares
 
 if TYPE_CHECKING:
-    from latentrevise.records import Prompt
+    from latentrevise.data.records import Prompt
 
 COLUMNS = ("solution", "reference_solution", "gold_solution", "rationale", "answer")
 

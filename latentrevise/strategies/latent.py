@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentrevise.reviser import Reviser
-from latentrevise.revision import Compute, ReviseConfig
+from latentrevise.revise.reviser import Reviser
+from latentrevise.revise.revision import Compute, ReviseConfig
 from latentrevise.strategies.base import Cut, Proposal, Tools, Work, shares
 from latentrevise.strategies.candidates import ForkConfig, Reader, read, room
 

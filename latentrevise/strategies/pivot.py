@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from latentrevise.errors import ConfigError
-from latentrevise.records import Rollout, row_seed
-from latentrevise.reviser import Reviser
-from latentrevise.revision import Compute, FailedRollout, ReviseConfig
+from latentrevise.data.records import Rollout, row_seed
+from latentrevise.revise.reviser import Reviser
+from latentrevise.revise.revision import Compute, FailedRollout, ReviseConfig
 from latentrevise.strategies.base import Proposal, Tools, Work
 from latentrevise.strategies.candidates import (
     Fork,

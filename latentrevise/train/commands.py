@@ -13,8 +13,8 @@ from latentrevise.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from latentrevise.data import PromptSettings
-    from latentrevise.records import Prompt
+    from latentrevise.data.prompts import PromptSettings
+    from latentrevise.data.records import Prompt
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -94,13 +94,13 @@ def _begin(out: Path, kind: str, settings: Any, data: Any) -> None:
 
 def _loaded(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """On the CPU: the trainer places the model, on as many devices as there are."""
-    from latentrevise.models import load_model
+    from latentrevise.model.loading import load_model
 
     return load_model(name, dtype=dtype, device="cpu")
 
 
 def _model_of(run: Path) -> str:
-    from latentrevise.rundir import RunDirectory
+    from latentrevise.recover.rundir import RunDirectory
 
     return str(RunDirectory(run).read_header()["model"]["path"])
 
@@ -121,7 +121,7 @@ def _prompts(
     new: int,
 ) -> list[Prompt]:
     """The usable prompts of a file, with room for ``new`` tokens behind each; how many are not is said."""
-    from latentrevise.models import position_limit
+    from latentrevise.model.loading import position_limit
 
     limit = position_limit(model)
     found, errors = settings.load(path, tokenizer, None if limit is None else limit - new)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from latentrevise.audit import Candidate, guard, signals
-from latentrevise.cases import chosen_cuts, request_of, tokens_with
+from latentrevise.recover.guards import Candidate, guard, signals
+from latentrevise.recover.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
-from latentrevise.settings import CutSettings, at_least_one
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
+from latentrevise.recover.settings import CutSettings, at_least_one
 from latentrevise.strategies import Proposal, Tools, Work, build
-from latentrevise.verdicts import before_answer
-from latentrevise.verify import Judgement, Verifier
+from latentrevise.recover.verdicts import before_answer
+from latentrevise.verify.verifier import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,13 +21,13 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from latentrevise.data import PromptSettings
+from latentrevise.data.prompts import PromptSettings
 from latentrevise.engines import Engine, HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.evaluate import EvalConfig, Evaluates
-from latentrevise.models import sharded
-from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, VerdictName, row_seed
+from latentrevise.recover.evaluate import EvalConfig, Evaluates
+from latentrevise.model.loading import sharded
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import Prompt, Rollout, VerdictName, row_seed
 from latentrevise.train import losses
 from latentrevise.train.logprob import add_linear_logprob
 from latentrevise.train.repair import (
@@ -41,7 +41,7 @@ from latentrevise.train.repair import (
     zero_hit,
 )
 from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
-from latentrevise.verify import Judgement, Verifier
+from latentrevise.verify.verifier import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

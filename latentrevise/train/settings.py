@@ -17,13 +17,13 @@ from accelerate import PartialState
 
 from latentrevise.config import to_dict
 from latentrevise.errors import ConfigError, RunError
-from latentrevise.records import stable_hash, write_json
+from latentrevise.data.records import stable_hash, write_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-    from latentrevise.records import Prompt
+    from latentrevise.data.records import Prompt
 
 Arguments = TypeVar("Arguments")
 

@@ -18,9 +18,9 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.evaluate import EvalConfig, Evaluates
-from latentrevise.exports import Row, rollout_row, sft_rows
-from latentrevise.records import (
+from latentrevise.recover.evaluate import EvalConfig, Evaluates
+from latentrevise.data.exports import Row, rollout_row, sft_rows
+from latentrevise.data.records import (
     PrefixRendering,
     Prompt,
     Rollout,
@@ -30,7 +30,7 @@ from latentrevise.records import (
     read_records,
     row_seed,
 )
-from latentrevise.rundir import RunDirectory
+from latentrevise.recover.rundir import RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
 

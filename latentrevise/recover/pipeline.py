@@ -29,14 +29,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from latentrevise.cases import Case, chosen_cuts, request_of, tokens_with
+from latentrevise.recover.cases import Case, chosen_cuts, request_of, tokens_with
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import InputError, RunError
-from latentrevise.gate import implicit_value
-from latentrevise.hull import Mixture
-from latentrevise.metrics import POOL, WRONG, Outcome, run_metrics
-from latentrevise.policy import Policy
-from latentrevise.records import (
+from latentrevise.recover.gate import implicit_value
+from latentrevise.revise.hull import Mixture
+from latentrevise.recover.metrics import POOL, WRONG, Outcome, run_metrics
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import (
     Prompt,
     Rollout,
     RowError,
@@ -54,13 +54,13 @@ from latentrevise.records import (
     write_jsonl,
     write_records,
 )
-from latentrevise.revision import Compute
-from latentrevise.rundir import RunDirectory, run_header
-from latentrevise.selection import select
-from latentrevise.settings import RecoverConfig
+from latentrevise.revise.revision import Compute
+from latentrevise.recover.rundir import RunDirectory, run_header
+from latentrevise.recover.selection import select
+from latentrevise.recover.settings import RecoverConfig
 from latentrevise.strategies import Proposal, Strategy, Tools, Work, build
-from latentrevise.verdicts import Judge, load_checker, warn_of_missing_answers
-from latentrevise.verify import Verifier
+from latentrevise.recover.verdicts import Judge, load_checker, warn_of_missing_answers
+from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from latentrevise import kernels
 from latentrevise.errors import InputError
 
 if TYPE_CHECKING:
-    from latentrevise.policy import Policy
+    from latentrevise.model.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentrevise.revision import FailedRollout, ReviseConfig
+from latentrevise.revise.revision import FailedRollout, ReviseConfig
 
 PAD, PREFIX, FAILED, GOLD = -1, 0, 1, 2
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentrevise.revision import ReviseConfig
+from latentrevise.revise.revision import ReviseConfig
 
 # Below this distance of p from 1, -log(1 - p) is flat: float32 cannot tell such a probability from 1.
 _CERTAIN = 1e-6

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import config_hash, to_dict
 from latentrevise.errors import RunError
-from latentrevise.records import write_json
+from latentrevise.data.records import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from latentrevise.errors import RunError
-from latentrevise.packing import batches
+from latentrevise.model.packing import batches
 
 if TYPE_CHECKING:
-    from latentrevise.policy import Policy
+    from latentrevise.model.policy import Policy
 
 # On a CPU a product of some hundred rows is near its best rate already, and larger batches only take memory; a small
 # model gains from more rows until the calls themselves cost nothing. By bytes a number: half precision, half the rows.

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from latentrevise import memory
+from latentrevise.model import memory
 from latentrevise.errors import InputError
-from latentrevise.packing import bucket, pack_branches
-from latentrevise.revision import Compute
+from latentrevise.model.packing import bucket, pack_branches
+from latentrevise.revise.revision import Compute
 
 if TYPE_CHECKING:
-    from latentrevise.policy import Policy, PromptCache
+    from latentrevise.model.policy import Policy, PromptCache
 
 # A row's branches attend to the whole row, mask or not, so a row is closed at about this many tokens.
 _ROW = 256

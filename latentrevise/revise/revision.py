@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.hull import Mixture, VocabularyHull
+from latentrevise.revise.hull import Mixture, VocabularyHull
 
 
 @dataclass(frozen=True)

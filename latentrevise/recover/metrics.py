@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from latentrevise.audit import (
+from latentrevise.recover.guards import (
     GUARDS,
     guard_curves,
     guard_rates,
@@ -17,8 +17,8 @@ from latentrevise.audit import (
     pass_at_k,
     wilson,
 )
-from latentrevise.records import Rollout, Sample, Start, Verdict
-from latentrevise.revision import Compute
+from latentrevise.data.records import Rollout, Sample, Start, Verdict
+from latentrevise.revise.revision import Compute
 
 # Names of the side arms: a strategy aimed at a wrong answer, and the equal-compute control.
 WRONG, POOL = "@wrong", "resample@equal"

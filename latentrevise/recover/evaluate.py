@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm.auto import tqdm
 
-from latentrevise.audit import bootstrap_mean, pass_at_k
+from latentrevise.recover.guards import bootstrap_mean, pass_at_k
 from latentrevise.config import to_dict
-from latentrevise.data import PromptSettings
+from latentrevise.data.prompts import PromptSettings
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.models import sharded
-from latentrevise.records import (
+from latentrevise.model.loading import sharded
+from latentrevise.data.records import (
     Prompt,
     Rollout,
     decoded,
@@ -32,9 +32,9 @@ from latentrevise.records import (
     write_jsonl,
     write_records,
 )
-from latentrevise.rundir import RunDirectory, run_header
-from latentrevise.verdicts import load_checker, warn_of_missing_answers
-from latentrevise.verify import Verifier
+from latentrevise.recover.rundir import RunDirectory, run_header
+from latentrevise.recover.verdicts import load_checker, warn_of_missing_answers
+from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The verifier's worker process: one JSON object a line in, one out. Run as ``python -m latentrevise.judge``.
+"""The verifier's worker process: one JSON object a line in, one out. Run as ``python -m latentrevise.verify.judge``.
 
 It is a plain child process, not a ``multiprocessing`` one, so that it can be killed at any moment without harm, never
 imports the caller's ``__main__``, and never forks a process that has threads. math-verify's own timeouts need signals

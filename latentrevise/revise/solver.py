@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentrevise import kernels
-from latentrevise.hull import Mixture, VocabularyHull
-from latentrevise.records import row_seed
-from latentrevise.revision import ReviseConfig
+from latentrevise.revise.hull import Mixture, VocabularyHull
+from latentrevise.data.records import row_seed
+from latentrevise.revise.revision import ReviseConfig
 
 
 @dataclass(frozen=True)

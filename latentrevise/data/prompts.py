@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from latentrevise.errors import InputError
-from latentrevise.records import Prompt, RowError, stable_hash
-from latentrevise.verify import Verifier, last_boxed
+from latentrevise.data.records import Prompt, RowError, stable_hash
+from latentrevise.verify.verifier import Verifier, last_boxed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

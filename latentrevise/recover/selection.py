@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from latentrevise.records import Trajectory
+from latentrevise.data.records import Trajectory
 
 Select = Literal["first", "shortest", "surprising", "diverse"]
 

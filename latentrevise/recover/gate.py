@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from latentrevise.audit import auc, bootstrap_mean
+from latentrevise.recover.guards import auc, bootstrap_mean
 from latentrevise.engines import Request
 from latentrevise.errors import ConfigError
-from latentrevise.records import decoded, row_seed
-from latentrevise.revision import Compute
+from latentrevise.data.records import decoded, row_seed
+from latentrevise.revise.revision import Compute
 from latentrevise.strategies.base import Tools, Work
 from latentrevise.strategies.candidates import Fork, ForkConfig, Forks, Reader, chosen, find_forks, score
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentrevise.errors import ConfigError, InputError, ModelError
-from latentrevise.records import Prompt, Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
+from latentrevise.data.records import Prompt, Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from latentrevise import kernels, memory, solver
+from latentrevise import kernels
+
+from latentrevise.model import memory
+
+from latentrevise.revise import solver
 from latentrevise.errors import InputError, ModelError
-from latentrevise.hull import Mixture, VocabularyHull
-from latentrevise.objective import branch_losses
-from latentrevise.packing import Packing, pack, suffix_length
-from latentrevise.policy import Policy, PromptCache, Ready
-from latentrevise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
+from latentrevise.revise.hull import Mixture, VocabularyHull
+from latentrevise.revise.objective import branch_losses
+from latentrevise.model.packing import Packing, pack, suffix_length
+from latentrevise.model.policy import Policy, PromptCache, Ready
+from latentrevise.revise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from latentrevise.errors import ConfigError, RunError
-from latentrevise.records import VerdictName
+from latentrevise.data.records import VerdictName
 
 _NUMBER = re.compile(r"[+-]?(\d+(,\d{3})*|\d*)(\.\d+)?")
 _TIMEOUT = {"error": "timeout"}
@@ -52,7 +52,7 @@ class Verifier:
         timeout: float = 5.0,
         workers: int | None = None,
         anchorless: bool = False,
-        command: Sequence[str] = (sys.executable, "-m", "latentrevise.judge"),
+        command: Sequence[str] = (sys.executable, "-m", "latentrevise.verify.judge"),
     ) -> None:
         if timeout <= 0:
             raise ConfigError(f"verifier timeout = {timeout!r}: it must be a positive number of seconds")

@@ -10,9 +10,9 @@ import torch
 
 from latentrevise.engines import Request
 from latentrevise.errors import ConfigError
-from latentrevise.hull import Mixture
-from latentrevise.policy import Policy
-from latentrevise.records import Prompt, Rollout, Start
+from latentrevise.revise.hull import Mixture
+from latentrevise.model.policy import Policy
+from latentrevise.data.records import Prompt, Rollout, Start
 from latentrevise.strategies import Cut, Proposal, Work
 
 if TYPE_CHECKING:
