@@ -119,10 +119,11 @@ def modules() -> list[Extension]:
     return [CMakeExtension(name) for name in names]
 
 
-kernels = ["latentrevise.kernels", *(f"latentrevise.kernels.{name}" for name in find_packages("kernels"))]
+# latentrevise/kernels is a link to kernels/, so that the package is whole wherever it stands: installed, in an editable
+# install (by a plain path, which type checkers follow), and in a clone that was never built.
 setup(
-    packages=[*find_packages(include=["latentrevise", "latentrevise.*"], exclude=["latentrevise.kernels*"]), *kernels],
-    package_dir={"latentrevise": "latentrevise", "latentrevise.kernels": "kernels"},
+    packages=find_packages(include=["latentrevise", "latentrevise.*"]),
+    package_dir={"": "."},
     ext_modules=modules(),
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from latentrevise.kernels.dispatch import IMPLEMENTATIONS
 from torch import Tensor
 
 from benchmarks.harness import describe
 from latentrevise import kernels
+from latentrevise.kernels.dispatch import IMPLEMENTATIONS
 
 TRANSFORM = {"softcap": 9.0, "scale": 0.9, "temperature": 1.1}
 TINY = (1, 300, 64)

@@ -20,9 +20,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import harness
-from latentrevise.model.branches import Branch
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine
 from latentrevise.engines.vllm import unavailable
+from latentrevise.model.branches import Branch
 from latentrevise.model.loading import input_embedding
 from latentrevise.model.policy import Policy
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from latentrevise.kernels import native
 from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.harness import Absent, Report, Task, Thunk, compare
 from latentrevise import kernels
+from latentrevise.kernels import native
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,16 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from latentrevise.recover.guards import GUARDS, guard_trade_off, wilson
+from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
 from latentrevise.demo import Family, get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.run import demo_config
 from latentrevise.demo.train import model_for
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
-from latentrevise.recover.pipeline import Recovery
-from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
-from latentrevise.recover.rundir import RunDirectory
+from latentrevise.recovery.guards import GUARDS, guard_trade_off, wilson
+from latentrevise.recovery.pipeline import Recovery
+from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.explain import ExplainConfig

@@ -27,9 +27,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks import harness
 from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser, kernels
 from latentrevise.model import memory
+from latentrevise.model.packing import batches, suffix_length
 from latentrevise.revise import solver
 from latentrevise.revise.objective import away_terms, branch_losses
-from latentrevise.model.packing import batches, suffix_length
 from latentrevise.revise.reviser import _Batch
 
 SHAPES = {

@@ -45,17 +45,17 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery import publish, refuse_part
-from latentrevise.recover.guards import GuardConfig, bootstrap_mean, pass_at_k
+from latentrevise.data.exports import Row, rollout_row, sft_rows
 from latentrevise.data.prompts import load_prompts
+from latentrevise.data.records import Prompt, Rollout, Trajectory, atomic_write, read_records, row_seed, write_json
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.data import Split
 from latentrevise.demo.run import FAMILIES, demo_config
-from latentrevise.recover.evaluate import EvalConfig, Score, evaluate
-from latentrevise.data.exports import Row, rollout_row, sft_rows
 from latentrevise.model.loading import load_model
-from latentrevise.recover.pipeline import Recovery
-from latentrevise.data.records import Prompt, Rollout, Trajectory, atomic_write, read_records, row_seed, write_json
-from latentrevise.recover.rundir import RunDirectory
+from latentrevise.recovery.evaluate import EvalConfig, Score, evaluate
+from latentrevise.recovery.guards import GuardConfig, bootstrap_mean, pass_at_k
+from latentrevise.recovery.pipeline import Recovery
+from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RLVRSettings, train_rlvr
 from latentrevise.train.settings import begin

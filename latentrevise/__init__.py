@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import kernels as kernels  # latentrevise.kernels, where type checkers find it in the source tree
+    from latentrevise import kernels as kernels
     from latentrevise.model.branches import Branch, BranchScores
+    from latentrevise.model.compute import Compute
+    from latentrevise.recovery.pipeline import Recovered, recover
+    from latentrevise.recovery.settings import RecoverConfig
     from latentrevise.revise.hull import Mixture, VocabularyHull
-    from latentrevise.recover.pipeline import Recovered, recover
     from latentrevise.revise.reviser import Reviser
-    from latentrevise.revise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
-    from latentrevise.recover.settings import RecoverConfig
+    from latentrevise.revise.revision import Evaluation, FailedRollout, ReviseConfig, Revision, Trace
 
 __version__ = "0.1.0.dev0"
 
@@ -34,14 +35,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Branch": "branches",
-    "BranchScores": "branches",
-    "Mixture": "hull",
-    "VocabularyHull": "hull",
-    "Reviser": "reviser",
-    "RecoverConfig": "settings",
-    "Recovered": "pipeline",
-    "recover": "pipeline",
+    "Branch": "model.branches",
+    "BranchScores": "model.branches",
+    "Mixture": "revise.hull",
+    "VocabularyHull": "revise.hull",
+    "Reviser": "revise.reviser",
+    "RecoverConfig": "recovery.settings",
+    "Recovered": "recovery.pipeline",
+    "recover": "recovery.pipeline",
 }
 
 
@@ -49,4 +50,4 @@ def __getattr__(name: str) -> Any:
     # Imported on first use: `latentrevise.kernels` alone must not cost the import of transformers.
     if name not in __all__:
         raise AttributeError(f"module 'latentrevise' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"latentrevise.{_HOME.get(name, 'revision')}"), name)
+    return getattr(importlib.import_module(f"latentrevise.{_HOME.get(name, 'revise.revision')}"), name)

@@ -15,7 +15,7 @@ from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
-    from latentrevise.recover.pipeline import Recovery
+    from latentrevise.recovery.pipeline import Recovery
 
 app = typer.Typer(
     help="Recover zero-hit prompts: revise failed reasoning in embedding space, continue, verify (arXiv 2606.29938).",
@@ -200,7 +200,7 @@ def evaluate(
 ) -> None:
     """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
     from latentrevise.config import load_config
-    from latentrevise.recover.evaluate import EvalRunConfig, evaluate_run
+    from latentrevise.recovery.evaluate import EvalRunConfig, evaluate_run
 
     chosen = load_config(EvalRunConfig, config, settings or [])
     policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
@@ -246,8 +246,8 @@ def _recovery(
     quiet: bool,
 ) -> Recovery:
     from latentrevise.config import load_config
-    from latentrevise.recover.pipeline import Recovery
-    from latentrevise.recover.settings import RecoverConfig
+    from latentrevise.recovery.pipeline import Recovery
+    from latentrevise.recovery.settings import RecoverConfig
 
     chosen = load_config(RecoverConfig, config, settings or [])
     policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
@@ -256,9 +256,9 @@ def _recovery(
 
 def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery:
     from latentrevise.config import from_dict
-    from latentrevise.recover.pipeline import Recovery
-    from latentrevise.recover.rundir import RunDirectory
-    from latentrevise.recover.settings import RecoverConfig
+    from latentrevise.recovery.pipeline import Recovery
+    from latentrevise.recovery.rundir import RunDirectory
+    from latentrevise.recovery.settings import RecoverConfig
 
     header = RunDirectory(out).read_header()
     stored, chosen = header["model"], from_dict(RecoverConfig, header["config"])

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
-from latentrevise.errors import ConfigError
 from latentrevise.data.records import stable_hash
+from latentrevise.errors import ConfigError
 
 Config = TypeVar("Config")
 

@@ -22,11 +22,10 @@ from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, SFTConfig
 
 from latentrevise import strategies
-
-from latentrevise.model import memory
 from latentrevise.engines import HFEngine, Request, SamplingParams
-from latentrevise.recover.evaluate import EvalConfig
+from latentrevise.model import memory
 from latentrevise.model.loading import sharded
+from latentrevise.recovery.evaluate import EvalConfig
 from latentrevise.revise.revision import ReviseConfig
 from latentrevise.train import logprob
 from latentrevise.train.repair import RepairSettings

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from latentrevise.data.records import Prompt, Rollout, row_seed
 from latentrevise.demo import Family, make_prompts
 from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, Rollout, row_seed
 from latentrevise.strategies import Cut, Tools, Work
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from latentrevise import FailedRollout, ReviseConfig
-from latentrevise.errors import ConfigError
-from latentrevise.revise.hull import Mixture, VocabularyHull
-from latentrevise.model.policy import Policy
 from latentrevise.data.records import read_atoms, read_offsets, write_atoms
+from latentrevise.errors import ConfigError
+from latentrevise.model.policy import Policy
+from latentrevise.revise.hull import Mixture, VocabularyHull
 from latentrevise.revise.reviser import Reviser
 from tests.tiny import tiny_model
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from latentrevise.recover.guards import (
+from latentrevise.errors import ConfigError
+from latentrevise.recovery.guards import (
     Candidate,
     GuardConfig,
     guard,
@@ -17,7 +18,6 @@ from latentrevise.recover.guards import (
     signals,
     wilson,
 )
-from latentrevise.errors import ConfigError
 from latentrevise.revise.hull import Mixture
 
 

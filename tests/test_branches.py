@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from latentrevise import FailedRollout, ReviseConfig, Reviser
-
-from latentrevise.model import lean
-
-from latentrevise.model import memory
-from latentrevise.model.branches import Branch
 from latentrevise.errors import InputError, RunError
+from latentrevise.model import lean, memory
+from latentrevise.model.branches import Branch
 from latentrevise.model.policy import Policy
 from tests.test_architectures import build, relative
 from tests.test_reviser import rollouts

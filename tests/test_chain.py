@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from latentrevise import RecoverConfig, recover
-from latentrevise.recover.guards import GuardConfig, guard, wilson
+from latentrevise.data.records import Start, Trajectory, Verdict, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.model.loading import load_model
-from latentrevise.recover.pipeline import Recovery
-from latentrevise.data.records import Start, Trajectory, Verdict, read_records
+from latentrevise.recovery.guards import GuardConfig, guard, wilson
+from latentrevise.recovery.pipeline import Recovery
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 
 from latentrevise import recover
 from latentrevise.cli import app
+from latentrevise.data.records import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine
 from latentrevise.engines.vllm import named_weights, unavailable
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import load_model
-from latentrevise.data.records import write_jsonl
 from tests.test_pipeline import content
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -11,10 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from latentrevise.cli import app
+from latentrevise.data.records import Prompt, Rollout, read_records, write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.engines import HFEngine
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.recover.evaluate import (
+from latentrevise.model.loading import load_model
+from latentrevise.recovery.evaluate import (
     BENCHMARKS,
     INSTRUCTION,
     EvalConfig,
@@ -25,8 +27,6 @@ from latentrevise.recover.evaluate import (
     evaluate_run,
     summary,
 )
-from latentrevise.model.loading import load_model
-from latentrevise.data.records import Prompt, Rollout, read_records, write_jsonl
 from latentrevise.verify.verifier import Verifier
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -5,9 +5,17 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from latentrevise.errors import ConfigError, InputError, ModelError, RunError
-from latentrevise.data.exports import FORMATS, export_run, message_rows, preference_rows, rl_rows, sft_rows, verl_rl_rows
+from latentrevise.data.exports import (
+    FORMATS,
+    export_run,
+    message_rows,
+    preference_rows,
+    rl_rows,
+    sft_rows,
+    verl_rl_rows,
+)
 from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json, write_records
+from latentrevise.errors import ConfigError, InputError, ModelError, RunError
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

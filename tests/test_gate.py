@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from latentrevise.recover.guards import auc, bootstrap_mean
 from latentrevise.config import to_dict
+from latentrevise.data.records import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError
-from latentrevise.recover.gate import CHARGED, FREE, GateConfig, _recommended, _verdict
-from latentrevise.data.records import write_jsonl
+from latentrevise.recovery.gate import CHARGED, FREE, GateConfig, _recommended, _verdict
+from latentrevise.recovery.guards import auc, bootstrap_mean
 from latentrevise.strategies.candidates import Fork
 
 

@@ -11,14 +11,7 @@ import time
 import pytest
 
 from latentrevise import RecoverConfig, recover
-from latentrevise.recover.guards import wilson
-from latentrevise.recover.cases import chosen_cuts
 from latentrevise.config import to_dict
-from latentrevise.demo import get_family, make_prompts, model_dir
-from latentrevise.demo.run import demo_config
-from latentrevise.errors import ConfigError, InputError, RunError
-from latentrevise.model.loading import load_model
-from latentrevise.recover.pipeline import Recovery
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -30,7 +23,14 @@ from latentrevise.data.records import (
     read_records,
     write_jsonl,
 )
-from latentrevise.recover.rundir import RunDirectory
+from latentrevise.demo import get_family, make_prompts, model_dir
+from latentrevise.demo.run import demo_config
+from latentrevise.errors import ConfigError, InputError, RunError
+from latentrevise.model.loading import load_model
+from latentrevise.recovery.cases import chosen_cuts
+from latentrevise.recovery.guards import wilson
+from latentrevise.recovery.pipeline import Recovery
+from latentrevise.recovery.rundir import RunDirectory
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

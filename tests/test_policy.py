@@ -9,13 +9,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from latentrevise import ReviseConfig, Reviser
-
-from latentrevise.model import lean
-
-from latentrevise.model import memory
-
-from latentrevise.model import policy
 from latentrevise.errors import ModelError
+from latentrevise.model import lean, memory, policy
 from latentrevise.model.packing import batches, bucket, suffix_length
 from tests.test_architectures import CONFIG, build, relative
 from tests.test_branches import task

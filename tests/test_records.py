@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentrevise.errors import InputError, LatentReviseError, RunError
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -33,6 +32,7 @@ from latentrevise.data.records import (
     write_jsonl,
     write_records,
 )
+from latentrevise.errors import InputError, LatentReviseError, RunError
 
 
 def trajectory(**changes):

@@ -8,12 +8,12 @@ import pytest
 
 from benchmarks import harness, recovery, training
 from benchmarks.__main__ import folder, main
-from latentrevise.recover.guards import wilson
+from latentrevise.data.records import Verdict, write_json, write_records
 from latentrevise.demo import get_family
 from latentrevise.demo.joint import JointFamily
 from latentrevise.errors import ConfigError
-from latentrevise.data.records import Verdict, write_json, write_records
-from latentrevise.recover.rundir import RunDirectory
+from latentrevise.recovery.guards import wilson
+from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies.pair import PairConfig
 
 

@@ -17,8 +17,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from latentrevise.errors import InputError, RunError
-from latentrevise.recover.metrics import Outcome, run_metrics
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -31,11 +29,13 @@ from latentrevise.data.records import (
     write_jsonl,
     write_records,
 )
+from latentrevise.errors import InputError, RunError
+from latentrevise.model.compute import Compute
+from latentrevise.recovery.metrics import Outcome, run_metrics
+from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.report import console_table, write_report
 from latentrevise.report.audits import audit_table, guard_table
 from latentrevise.report.cases import TokenTexts
-from latentrevise.revise.revision import Compute
-from latentrevise.recover.rundir import RunDirectory
 
 WEIRD = '<script>alert("1")</script> & 5 < 7 $x_1$ \u202e {{ 7 * 7 }}'
 WORDS = ["check", "so", "wait", ",", "however", ";", "=", "+", "-", *(str(number) for number in range(100))]

@@ -8,8 +8,8 @@ import torch
 
 from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser
 from latentrevise.errors import ConfigError, InputError, ModelError
-from latentrevise.revise.objective import away_terms
 from latentrevise.model.packing import batches, pack, suffix_length
+from latentrevise.revise.objective import away_terms
 from tests.tiny import tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3", "llama", "gemma3"]

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from latentrevise.data.records import Trajectory
-from latentrevise.recover.selection import select
+from latentrevise.recovery.selection import select
 
 
 def trajectory(name, ids, logprob=-1.0, prefix=(1, 2)):

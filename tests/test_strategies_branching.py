@@ -6,10 +6,10 @@ import json
 import pytest
 
 from latentrevise import recover
+from latentrevise.data.records import Start, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.model.loading import load_model
-from latentrevise.data.records import Start, read_records
 from latentrevise.report.runs import FinishedRun
 from latentrevise.strategies import ForkConfig
 from latentrevise.strategies.branching import Branching

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 import torch
 
-from latentrevise.model.branches import BranchScores
 from latentrevise.config import from_dict
 from latentrevise.errors import ConfigError
-from latentrevise.recover.settings import RecoverConfig
+from latentrevise.model.branches import BranchScores
+from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.strategies import Choice, ForkConfig, PairConfig, build
 from latentrevise.strategies.beam import Beam
 from latentrevise.strategies.candidates import Reader, target_values

@@ -9,7 +9,7 @@ from latentrevise.config import from_dict, to_dict
 from latentrevise.demo import get_family, model_dir
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
-from latentrevise.recover.settings import RecoverConfig
+from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.strategies import Choice, ForkConfig, PivotConfig, build
 from latentrevise.strategies.candidates import Reader, Reading, _off_trie, find_forks, score
 from latentrevise.strategies.pivot import Pivot, PivotRandom, _gains

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from latentrevise import RecoverConfig, recover
+from latentrevise.data.records import Prompt, Sample, Start, Verdict, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, SamplingParams
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, Sample, Start, Verdict, read_records
 from latentrevise.revise.reviser import Reviser
 from latentrevise.revise.revision import ReviseConfig
 from latentrevise.strategies import Cut, Tools, Work, build, names

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from latentrevise import FailedRollout, RecoverConfig, ReviseConfig
-from latentrevise.recover.cases import request_of
+from latentrevise.data.exports import preference_rows, sft_rows
+from latentrevise.data.records import Start, read_atoms, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
-from latentrevise.data.exports import preference_rows, sft_rows
-from latentrevise.revise.hull import Mixture
 from latentrevise.model.loading import load_model
-from latentrevise.recover.pipeline import Recovery
-from latentrevise.data.records import Start, read_atoms, read_records
+from latentrevise.recovery.cases import request_of
+from latentrevise.recovery.pipeline import Recovery
+from latentrevise.revise.hull import Mixture
 from latentrevise.revise.reviser import Reviser
 from latentrevise.strategies import Cut, ForkConfig, Latent, build
 from latentrevise.strategies.candidates import Reader

@@ -9,17 +9,17 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from latentrevise import strategies
-from latentrevise.recover.guards import GuardConfig
 from latentrevise.config import load_config
+from latentrevise.data.records import Prompt, Rollout
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.recover.evaluate import EvalConfig
-from latentrevise.revise.hull import Mixture
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, Rollout
+from latentrevise.recovery.evaluate import EvalConfig
+from latentrevise.recovery.guards import GuardConfig
+from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal
 from latentrevise.train.repair import Repair, Repairer, RepairSettings, Rescue, replaced
 from latentrevise.train.rlvr import (

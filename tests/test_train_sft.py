@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from latentrevise.kernels.linear_logprob import blocked
 from torch.nn.functional import embedding
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from latentrevise.config import load_config
-from latentrevise.errors import ConfigError, InputError
-from latentrevise.recover.evaluate import EvalConfig
 from latentrevise.data.records import Prompt, Rollout, Start, Trajectory, write_json, write_records
-from latentrevise.recover.rundir import FORMAT, RunDirectory
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.kernels.linear_logprob import blocked
+from latentrevise.recovery.evaluate import EvalConfig
+from latentrevise.recovery.rundir import FORMAT, RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import trl_arguments
 from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, ordinary_rollouts, rendered, sft_dataset, train_sft

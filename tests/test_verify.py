@@ -228,7 +228,10 @@ def _runs(pid):
 
 
 def test_the_worker_imports_no_torch():
-    code = "import sys, latentrevise.verify.judge, math_verify; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, latentrevise.verify.judge, math_verify;"
+        " print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["False", "False"]
 

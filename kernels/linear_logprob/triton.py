@@ -43,8 +43,8 @@ MEANS = {"bfloat16": (128, 128, 8, 3), "float32": (64, 64, 8, 3)}
 
 
 def config(dtype: torch.dtype, terms: int = 1) -> tuple[int, int, int, int, int]:
-    BM, *rest = SCORES[str(dtype).removeprefix("torch.")]
-    return (min(BM, 64) if terms > 1 else BM, *rest)  # three query tiles at once: half the tokens
+    BM, BN, BK, warps, stages = SCORES[str(dtype).removeprefix("torch.")]
+    return (min(BM, 64) if terms > 1 else BM), BN, BK, warps, stages  # three query tiles at once: half the tokens
 
 
 LOG2E = tl.constexpr(math.log2(math.e))

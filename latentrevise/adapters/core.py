@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from latentrevise.config import load_config
+from latentrevise.data.records import Prompt, VerdictName, decoded, row_seed
 from latentrevise.engines import HFEngine, SamplingParams
 from latentrevise.engines.base import stop_ids
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, VerdictName, decoded, row_seed
 from latentrevise.train.repair import Repairer, RepairSettings, judged_rollouts, repair_metrics, replaced, zero_hit
 from latentrevise.verify.verifier import Verifier
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentrevise.errors import ConfigError, InputError, ModelError
 from latentrevise.data.records import Prompt, Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
+from latentrevise.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

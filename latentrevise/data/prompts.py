@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from latentrevise.errors import InputError
 from latentrevise.data.records import Prompt, RowError, stable_hash
+from latentrevise.errors import InputError
 from latentrevise.verify.verifier import Verifier, last_boxed
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ import typer
 import yaml
 from rich.console import Console
 
-from latentrevise.recover.guards import GuardConfig
 from latentrevise.config import to_dict
+from latentrevise.data.records import atomic_write, write_jsonl
 from latentrevise.demo import Family, get_family, make_prompts, model_dir
 from latentrevise.model.loading import load_model
-from latentrevise.recover.pipeline import Recovered, Recovery
-from latentrevise.data.records import atomic_write, write_jsonl
+from latentrevise.recovery.guards import GuardConfig
+from latentrevise.recovery.pipeline import Recovered, Recovery
+from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.report import console_table, write_report
-from latentrevise.recover.settings import RecoverConfig
 
 FAMILIES = ("rule", "chain")  # the one built for the method, and its control
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from latentrevise.data.records import row_seed
 from latentrevise.engines.base import (
     Completion,
     Progress,
@@ -29,9 +30,8 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.model.memory import out_of_memory
 from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
-from latentrevise.data.records import row_seed
+from latentrevise.model.memory import out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

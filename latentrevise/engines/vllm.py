@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from latentrevise.data.records import row_seed
 from latentrevise.engines.base import (
     Completion,
     Progress,
@@ -39,7 +40,6 @@ from latentrevise.engines.base import (
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import check_model, input_embedding, position_limit
-from latentrevise.data.records import row_seed
 
 if TYPE_CHECKING:
     import vllm

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from latentrevise.model import memory
 from latentrevise.errors import InputError
+from latentrevise.model import memory
+from latentrevise.model.compute import Compute
 from latentrevise.model.packing import bucket, pack_branches
-from latentrevise.revise.revision import Compute
 
 if TYPE_CHECKING:
     from latentrevise.model.policy import Policy, PromptCache

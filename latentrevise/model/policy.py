@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise import kernels
-from latentrevise.model.branches import Branch, BranchScores, score_branches
 from latentrevise.errors import InputError, ModelError
+from latentrevise.model.branches import Branch, BranchScores, score_branches
 from latentrevise.model.lean import Widened, activations_made_again, release, slow
 from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
 from latentrevise.model.packing import PAD, PREFIX, bucket, visible

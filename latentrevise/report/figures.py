@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from latentrevise.recover.guards import markers
+from latentrevise.recovery.guards import markers
 from latentrevise.report.runs import FinishedRun
 from latentrevise.report.summary import CONTROL_STRATEGY, Rate, Row, number, rows_of
 

@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from latentrevise.errors import InputError
 from latentrevise.data.records import atomic_write
+from latentrevise.errors import InputError
 from latentrevise.report.audits import TradeOff, gate_text, trade_offs
 from latentrevise.report.cases import Case, TokenTexts, cases_of
 from latentrevise.report.figures import PALETTE, Group, figure_groups, png, styles_for, svg

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from latentrevise.errors import RunError
-from latentrevise.recover.rundir import RunDirectory
+from latentrevise.recovery.rundir import RunDirectory
 
 ROLLOUT_COLUMNS = ("prompt_id", "sample_id", "completion", "extracted", "verdict", "finish_reason")
 VERDICT_COLUMNS = ("sample_id", "start_id", "prompt_id", "verdict", "hits_target", "valid", "guard")

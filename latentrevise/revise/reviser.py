@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from latentrevise import kernels
-
-from latentrevise.model import memory
-
-from latentrevise.revise import solver
 from latentrevise.errors import InputError, ModelError
-from latentrevise.revise.hull import Mixture, VocabularyHull
-from latentrevise.revise.objective import branch_losses
+from latentrevise.model import memory
+from latentrevise.model.compute import Compute
 from latentrevise.model.packing import Packing, pack, suffix_length
 from latentrevise.model.policy import Policy, PromptCache, Ready
-from latentrevise.revise.revision import Compute, Evaluation, FailedRollout, ReviseConfig, Revision, Trace
+from latentrevise.revise import solver
+from latentrevise.revise.hull import Mixture, VocabularyHull
+from latentrevise.revise.objective import branch_losses
+from latentrevise.revise.revision import Evaluation, FailedRollout, ReviseConfig, Revision, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

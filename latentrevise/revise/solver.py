@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from latentrevise import kernels
-from latentrevise.revise.hull import Mixture, VocabularyHull
 from latentrevise.data.records import row_seed
+from latentrevise.revise.hull import Mixture, VocabularyHull
 from latentrevise.revise.revision import ReviseConfig
 
 

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from latentrevise.revise.hull import Mixture
 from latentrevise.data.records import shared_head
-from latentrevise.revise.revision import Compute, FailedRollout, Trace
+from latentrevise.model.compute import Compute
+from latentrevise.revise.hull import Mixture
+from latentrevise.revise.revision import FailedRollout, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from latentrevise.data.records import Prompt, Rollout
     from latentrevise.engines import Engine, SamplingParams
     from latentrevise.model.policy import Policy
-    from latentrevise.data.records import Prompt, Rollout
 
 
 @dataclass(frozen=True)

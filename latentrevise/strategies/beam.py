@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentrevise.revise.revision import Compute
+from latentrevise.model.compute import Compute
 from latentrevise.strategies.base import Tools
 from latentrevise.strategies.candidates import Reader, target_values
 from latentrevise.strategies.pair import Combination, Decisions, Pair

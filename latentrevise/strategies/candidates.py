@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from latentrevise.model import memory
-from latentrevise.model.branches import Branch
+from latentrevise.data.records import Rollout
 from latentrevise.engines import Request, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.data.records import Rollout
-from latentrevise.revise.revision import Compute
+from latentrevise.model import memory
+from latentrevise.model.branches import Branch
+from latentrevise.model.compute import Compute
 from latentrevise.strategies.base import Choice, Proposal, Tools, Work, shares
 
 

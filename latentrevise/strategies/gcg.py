@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from latentrevise import kernels
-from latentrevise.model.branches import Branch
 from latentrevise.errors import ConfigError
+from latentrevise.model.branches import Branch
+from latentrevise.model.compute import Compute
 from latentrevise.model.packing import suffix_length
 from latentrevise.revise.reviser import Reviser
-from latentrevise.revise.revision import Compute, FailedRollout, ReviseConfig
+from latentrevise.revise.revision import FailedRollout, ReviseConfig
 from latentrevise.strategies.base import Proposal, Tools, Work, shares
 
 

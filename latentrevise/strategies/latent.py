@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latentrevise.model.compute import Compute
 from latentrevise.revise.reviser import Reviser
-from latentrevise.revise.revision import Compute, ReviseConfig
+from latentrevise.revise.revision import ReviseConfig
 from latentrevise.strategies.base import Cut, Proposal, Tools, Work, shares
 from latentrevise.strategies.candidates import ForkConfig, Reader, read, room
 

@@ -16,12 +16,13 @@ from itertools import islice, product
 
 import torch
 
-from latentrevise.model.branches import Branch
-from latentrevise.errors import ConfigError
-from latentrevise.revise.hull import Mixture
 from latentrevise.data.records import Rollout, row_seed
+from latentrevise.errors import ConfigError
+from latentrevise.model.branches import Branch
+from latentrevise.model.compute import Compute
+from latentrevise.revise.hull import Mixture
 from latentrevise.revise.reviser import Reviser
-from latentrevise.revise.revision import Compute, FailedRollout, ReviseConfig
+from latentrevise.revise.revision import FailedRollout, ReviseConfig
 from latentrevise.strategies.base import Choice, Proposal, Tools, Work
 from latentrevise.strategies.candidates import (
     ForkConfig,

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from latentrevise.errors import ConfigError
 from latentrevise.data.records import Rollout, row_seed
+from latentrevise.errors import ConfigError
+from latentrevise.model.compute import Compute
 from latentrevise.revise.reviser import Reviser
-from latentrevise.revise.revision import Compute, FailedRollout, ReviseConfig
+from latentrevise.revise.revision import FailedRollout, ReviseConfig
 from latentrevise.strategies.base import Proposal, Tools, Work
 from latentrevise.strategies.candidates import (
     Fork,

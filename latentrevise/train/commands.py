@@ -100,7 +100,7 @@ def _loaded(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def _model_of(run: Path) -> str:
-    from latentrevise.recover.rundir import RunDirectory
+    from latentrevise.recovery.rundir import RunDirectory
 
     return str(RunDirectory(run).read_header()["model"]["path"])
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from latentrevise.recover.guards import Candidate, guard, signals
-from latentrevise.recover.cases import chosen_cuts, request_of, tokens_with
+from latentrevise.data.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
-from latentrevise.recover.settings import CutSettings, at_least_one
+from latentrevise.recovery.cases import chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.guards import Candidate, guard, signals
+from latentrevise.recovery.settings import CutSettings, at_least_one
+from latentrevise.recovery.verdicts import before_answer
 from latentrevise.strategies import Proposal, Tools, Work, build
-from latentrevise.recover.verdicts import before_answer
 from latentrevise.verify.verifier import Judgement, Verifier
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from latentrevise.data.prompts import PromptSettings
+from latentrevise.data.records import Prompt, Rollout, VerdictName, row_seed
 from latentrevise.engines import Engine, HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
-from latentrevise.recover.evaluate import EvalConfig, Evaluates
 from latentrevise.model.loading import sharded
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, Rollout, VerdictName, row_seed
+from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.train import losses
 from latentrevise.train.logprob import add_linear_logprob
 from latentrevise.train.repair import (

@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 
 from latentrevise.config import to_dict
-from latentrevise.errors import ConfigError, RunError
 from latentrevise.data.records import stable_hash, write_json
+from latentrevise.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -17,8 +17,6 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from latentrevise.errors import ConfigError, InputError
-from latentrevise.recover.evaluate import EvalConfig, Evaluates
 from latentrevise.data.exports import Row, rollout_row, sft_rows
 from latentrevise.data.records import (
     PrefixRendering,
@@ -30,7 +28,9 @@ from latentrevise.data.records import (
     read_records,
     row_seed,
 )
-from latentrevise.recover.rundir import RunDirectory
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.recovery.evaluate import EvalConfig, Evaluates
+from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
 

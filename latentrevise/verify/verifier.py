@@ -22,8 +22,8 @@ from decimal import Decimal, InvalidOperation
 from types import TracebackType
 from typing import Any
 
-from latentrevise.errors import ConfigError, RunError
 from latentrevise.data.records import VerdictName
+from latentrevise.errors import ConfigError, RunError
 
 _NUMBER = re.compile(r"[+-]?(\d+(,\d{3})*|\d*)(\.\d+)?")
 _TIMEOUT = {"error": "timeout"}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from latentrevise.kernels import BackendError, dispatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # helpers beside the tests

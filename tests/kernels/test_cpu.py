@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from latentrevise.kernels import (
     entropic_step,
     hull_step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import emulated_cuda
 import pytest
 import torch
+
 from latentrevise.kernels import dispatch, linear_logprob, vertex_oracle
 
 WHY = dispatch.unavailable("cuda")

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from latentrevise.kernels import dispatch, native
-from latentrevise.kernels.dispatch import Call, choose
 
 from latentrevise import kernels
+from latentrevise.kernels import dispatch, native
+from latentrevise.kernels.dispatch import Call, choose
 
 ROOT = str(Path(dispatch.__file__).resolve().parents[1])
 CPU = Call(torch.device("cpu"), (torch.float32,))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from latentrevise.kernels import entropic_step, mixture_embed
 
 OP = "entropic_step"

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_torch_ops import cases, ops
+
 from latentrevise.kernels import (
     dispatch,
     entropic_step,
@@ -18,7 +20,6 @@ from latentrevise.kernels import (
     softmax_mixture,
     vertex_oracle,
 )
-from test_torch_ops import cases, ops
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentrevise.kernels import hull_step, mixture_embed, vertex_oracle
 
 OP = "hull_step"

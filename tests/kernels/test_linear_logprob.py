@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentrevise.kernels import linear_logprob, table_gradient
 
 OP = "linear_logprob"

@@ -4,6 +4,7 @@ import mmap
 
 import pytest
 import torch
+
 from latentrevise.kernels import dispatch, mixture_embed
 
 OP = "mixture_embed"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from latentrevise.kernels import linear_logprob, plausible_vertices
 
 OP = "plausible_vertices"

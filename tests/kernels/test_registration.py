@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from latentrevise.kernels import hull_step, linear_logprob, mixture_embed, softmax_mixture, vertex_oracle
 from latentrevise.kernels.registration import register
 

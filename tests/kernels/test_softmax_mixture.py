@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentrevise.kernels import softmax_mixture
 
 OP = "softmax_mixture"

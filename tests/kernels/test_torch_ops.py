@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from latentrevise.kernels import (
     entropic_step,
     hull_step,

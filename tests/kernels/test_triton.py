@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+
 from latentrevise.kernels import vertex_oracle
 from latentrevise.kernels.dispatch import IMPLEMENTATIONS, interpreting_triton
 from latentrevise.kernels.entropic_step import reference as entropic_reference

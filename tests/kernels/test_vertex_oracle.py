@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from latentrevise.kernels import vertex_oracle
 
 OP = "vertex_oracle"

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from latentrevise.recover.guards import auc, bootstrap_mean
+from latentrevise.data.records import decoded, row_seed
 from latentrevise.engines import Request
 from latentrevise.errors import ConfigError
-from latentrevise.data.records import decoded, row_seed
-from latentrevise.revise.revision import Compute
+from latentrevise.model.compute import Compute
+from latentrevise.recovery.guards import auc, bootstrap_mean
 from latentrevise.strategies.base import Tools, Work
 from latentrevise.strategies.candidates import Fork, ForkConfig, Forks, Reader, chosen, find_forks, score
 

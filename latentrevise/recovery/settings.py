@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentrevise.recover.guards import GuardConfig
 from latentrevise.data.prompts import PromptSettings
+from latentrevise.data.records import Start, original_prefix
 from latentrevise.engines import SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError
-from latentrevise.recover.gate import GateConfig
-from latentrevise.data.records import Start, original_prefix
-from latentrevise.recover.selection import Select
+from latentrevise.recovery.gate import GateConfig
+from latentrevise.recovery.guards import GuardConfig
+from latentrevise.recovery.selection import Select
 from latentrevise.strategies import StrategySettings, build
 
 

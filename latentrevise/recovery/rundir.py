@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import config_hash, to_dict
-from latentrevise.errors import RunError
 from latentrevise.data.records import write_json
+from latentrevise.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from latentrevise.data.records import Prompt, Rollout, Start
 from latentrevise.engines import Request
 from latentrevise.errors import ConfigError
-from latentrevise.revise.hull import Mixture
 from latentrevise.model.policy import Policy
-from latentrevise.data.records import Prompt, Rollout, Start
+from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Cut, Proposal, Work
 
 if TYPE_CHECKING:

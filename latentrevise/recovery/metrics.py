@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from latentrevise.recover.guards import (
+from latentrevise.data.records import Rollout, Sample, Start, Verdict
+from latentrevise.model.compute import Compute
+from latentrevise.recovery.guards import (
     GUARDS,
     guard_curves,
     guard_rates,
@@ -17,8 +19,6 @@ from latentrevise.recover.guards import (
     pass_at_k,
     wilson,
 )
-from latentrevise.data.records import Rollout, Sample, Start, Verdict
-from latentrevise.revise.revision import Compute
 
 # Names of the side arms: a strategy aimed at a wrong answer, and the equal-compute control.
 WRONG, POOL = "@wrong", "resample@equal"

@@ -15,12 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm.auto import tqdm
 
-from latentrevise.recover.guards import bootstrap_mean, pass_at_k
 from latentrevise.config import to_dict
 from latentrevise.data.prompts import PromptSettings
-from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
-from latentrevise.errors import ConfigError, InputError
-from latentrevise.model.loading import sharded
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -32,8 +28,12 @@ from latentrevise.data.records import (
     write_jsonl,
     write_records,
 )
-from latentrevise.recover.rundir import RunDirectory, run_header
-from latentrevise.recover.verdicts import load_checker, warn_of_missing_answers
+from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.model.loading import sharded
+from latentrevise.recovery.guards import bootstrap_mean, pass_at_k
+from latentrevise.recovery.rundir import RunDirectory, run_header
+from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
 from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from latentrevise.recover.guards import Candidate, guard, signals
-from latentrevise.recover.cases import Case
+from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.errors import ConfigError
+from latentrevise.recovery.cases import Case
+from latentrevise.recovery.guards import Candidate, guard, signals
 from latentrevise.revise.hull import Mixture
-from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.strategies import Strategy, Tools
 from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from latentrevise.recover.settings import RecoverConfig
+    from latentrevise.recovery.settings import RecoverConfig
 
 log = logging.getLogger(__name__)
 

@@ -29,13 +29,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from latentrevise.recover.cases import Case, chosen_cuts, request_of, tokens_with
-from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
-from latentrevise.errors import InputError, RunError
-from latentrevise.recover.gate import implicit_value
-from latentrevise.revise.hull import Mixture
-from latentrevise.recover.metrics import POOL, WRONG, Outcome, run_metrics
-from latentrevise.model.policy import Policy
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -54,12 +47,19 @@ from latentrevise.data.records import (
     write_jsonl,
     write_records,
 )
-from latentrevise.revise.revision import Compute
-from latentrevise.recover.rundir import RunDirectory, run_header
-from latentrevise.recover.selection import select
-from latentrevise.recover.settings import RecoverConfig
+from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
+from latentrevise.errors import InputError, RunError
+from latentrevise.model.compute import Compute
+from latentrevise.model.policy import Policy
+from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.gate import implicit_value
+from latentrevise.recovery.metrics import POOL, WRONG, Outcome, run_metrics
+from latentrevise.recovery.rundir import RunDirectory, run_header
+from latentrevise.recovery.selection import select
+from latentrevise.recovery.settings import RecoverConfig
+from latentrevise.recovery.verdicts import Judge, load_checker, warn_of_missing_answers
+from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal, Strategy, Tools, Work, build
-from latentrevise.recover.verdicts import Judge, load_checker, warn_of_missing_answers
 from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:

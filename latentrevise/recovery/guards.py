@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from latentrevise.data.records import shared_head
 from latentrevise.errors import ConfigError
 from latentrevise.revise.hull import Mixture
-from latentrevise.data.records import shared_head
 
 
 def wilson(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float, float]:

@@ -1,0 +1,1 @@
+"""The job: mine zero-hit prompts, propose, continue, judge, collect; the run directory, guards and metrics."""
