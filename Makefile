@@ -11,13 +11,14 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 VLLM := .venv/.vllm
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench docs clean
 
 help:
 	@echo "make demo     recover zero-hit prompts of the two demo tasks, print the tables, write the report"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite the sources"
+	@echo "make docs     build the documentation site into site/"
 	@echo "make bench    list the benchmarks; BENCH=name runs one"
 	@echo "make clean    remove the environment and everything that was built"
 
@@ -60,7 +61,10 @@ format: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks $(BENCH) $(ARGS)
 
+docs: $(SETUP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 	find . -name '*.so' -not -path './.git/*' -delete

@@ -1,0 +1,74 @@
+"""The reference of every setting, made from the dataclasses whenever the site is built (a hook of mkdocs)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+PAGE = "reference/settings.md"
+# What each command reads. Nested settings follow behind the first that has them.
+COMMANDS = {
+    "recover, mine, audit": "latentrevise.recovery.settings:RecoverConfig",
+    "train sft": "latentrevise.train.sft:SFTSettings",
+    "train rlvr": "latentrevise.train.rlvr:RLVRSettings",
+    "eval": "latentrevise.recovery.evaluate:EvalRunConfig",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, PAGE, content=page()))
+    return files
+
+
+def page() -> str:
+    lines = [
+        "# Settings",
+        "",
+        "Each is given by `--set key=value`, or in a YAML file with `--config FILE`; nested ones as `group.key`.",
+        "`latentrevise config` prints them with their defaults. What they mean stands above each table.",
+    ]
+    told: set[type] = set()
+    for command, place in COMMANDS.items():
+        module, name = place.split(":")
+        lines += ["", f"## {command}"]
+        _tell(getattr(importlib.import_module(module), name), "", told, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _tell(cls: type, prefix: str, told: set[type], lines: list[str]) -> None:
+    if cls in told:
+        return
+    told.add(cls)
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    default = {f.name: _default(f) for f in fields}
+    lines += ["", f"### {cls.__name__}", "", *_prose(cls), "", "| setting | default |", "|---|---|"]
+    nested = []
+    for field in fields:
+        value = default[field.name]
+        if dataclasses.is_dataclass(value):
+            nested.append((type(value), f"{prefix}{field.name}."))
+            lines.append(f"| `{prefix}{field.name}.*` | see {type(value).__name__} |")
+        else:
+            lines.append(f"| `{prefix}{field.name}` | `{value!r}` |".replace("\\n", "\\\\n"))
+    for kind, path in nested:
+        _tell(kind, path, told, lines)
+
+
+def _prose(cls: type) -> list[str]:
+    """The docstrings of the class and of those it inherits settings from."""
+    found = []
+    for base in cls.__mro__:
+        if dataclasses.is_dataclass(base) and base.__doc__ and not base.__doc__.startswith(f"{base.__name__}("):
+            found += [line.strip().replace("<", "&lt;").replace("|", "\\|") for line in base.__doc__.splitlines()]
+            found.append("")
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "needed"
