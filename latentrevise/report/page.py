@@ -16,7 +16,8 @@ from latentrevise.data.records import atomic_write
 from latentrevise.errors import InputError
 from latentrevise.report.audits import TradeOff, gate_text, trade_offs
 from latentrevise.report.cases import Case, TokenTexts, cases_of
-from latentrevise.report.figures import PALETTE, Group, figure_groups, png, styles_for, svg
+from latentrevise.report.drawing import PALETTE, Group, png, styles_for, svg
+from latentrevise.report.figures import figure_groups
 from latentrevise.report.runs import FinishedRun
 from latentrevise.report.summary import Row, number, reading_notes, rows_of
 
