@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
 import io
 import json
 import re
@@ -35,7 +38,7 @@ from latentrevise.recovery.metrics import Outcome, run_metrics
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.report import console_table, write_report
 from latentrevise.report.audits import audit_table, guard_table
-from latentrevise.report.cases import TokenTexts
+from latentrevise.report.tokens import TokenTexts
 
 WEIRD = '<script>alert("1")</script> & 5 < 7 $x_1$ \u202e {{ 7 * 7 }}'
 WORDS = ["check", "so", "wait", ",", "however", ";", "=", "+", "-", *(str(number) for number in range(100))]
@@ -224,14 +227,14 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         self.tags.append((tag, attributes))
-        self.hidden = self.hidden or tag == "style"
+        self.hidden = self.hidden or tag in ("style", "script")
         if tag == "tr":
             self.row = self.rows.setdefault(attributes["data-arm"], []) if "data-arm" in attributes else None
         if tag in ("td", "th") and self.row is not None:
             self.row.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self.hidden = self.hidden and tag != "style"
+        self.hidden = self.hidden and tag not in ("style", "script")
         if tag == "table":
             self.row = None
 
@@ -241,6 +244,13 @@ class Page(HTMLParser):
         self.words.append(data)
         if self.row:
             self.row[-1] = " ".join((self.row[-1] + " " + data).split())
+
+
+def cases_of(page: Path, key: str) -> dict[str, Any]:
+    """The cases that the page embeds, unpacked."""
+    found = re.search(rf'<script type="application/gzip\+base64" id="{key}-data">([^<]*)</script>', page.read_text())
+    assert found
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +276,7 @@ def page(written: Path) -> Page:
 
 def test_report_is_one_file_without_outside_resources(written: Path, page: Page) -> None:
     assert written.name == "report.html"
-    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe", "object", "img")]
+    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "img")]
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "data"):
             value = attributes.get(name)
@@ -351,30 +361,60 @@ def test_reading_notes_warn_of_steering(run_dir: Path, page: Page) -> None:
     assert re.search(r"at equal compute \([^)]+\): {:.1f} %".format(100 * best["control"]["valid_rate"][0]), page.text)
 
 
-def test_cases_show_heat_map_and_steps(run_dir: Path, page: Page) -> None:
-    for outcome in ("recovered, derivation valid", "recovered, derivation not valid", "not recovered"):
-        assert outcome in page.text
-    cells = [attributes for tag, attributes in page.tags if tag == "td" and "atom" in (attributes.get("class") or "")]
-    tooltips = [str(attributes["title"]) for attributes in cells]
-    verdicts = pq.read_table(run_dir / "verdicts/latent/part-00000.parquet").to_pylist()
-    start_id = next(row["start_id"] for row in verdicts if row["hits_target"] and row["valid"])
-    tensors = load_file(run_dir / "starts/latent/part-00000.safetensors")
-    ids, weights = tensors[f"{start_id}.ids"], tensors[f"{start_id}.weights"]
-    heaviest = int(weights[0].argmax())
-    expected = f"position 0: id {ids[0, heaviest]}, weight {sum(weights[0, ids[0] == ids[0, heaviest]]):.4f}"
-    assert any(tooltip.startswith(expected) for tooltip in tooltips)
-    assert any(tooltip.endswith("the original token") for tooltip in tooltips)
-    assert "2 + 2 = 4" in page.text
-    assert "Kept out of the training data by prefix-leak, short." in page.text
-    assert "-0.40 as sampled, -1.25 under the plain prefix" in page.text
+def test_every_prompt_and_strategy_can_be_opened(run_dir: Path, written: Path, page: Page) -> None:
+    data = cases_of(written, "rule")
+    assert data["arms"] == list(STRATEGIES)
+    assert [prompt["id"] for prompt in data["prompts"]] == [f"p{index:03d}" for index in range(40)]
+    order = ("valid", "unchecked", "invalid", "missed")
+    for arm in STRATEGIES:
+        verdicts = pq.read_table(run_dir / f"verdicts/{arm}/part-00000.parquet").to_pylist()
+        samples = {r["sample_id"]: r for r in pq.read_table(run_dir / f"samples/{arm}/part-00000.parquet").to_pylist()}
+        for prompt in data["prompts"]:
+            own = [row for row in verdicts if row["prompt_id"] == prompt["id"]]
+            kinds = [
+                {True: "valid", False: "invalid", None: "unchecked"}[row["valid"]] if row["hits_target"] else "missed"
+                for row in own
+            ]
+            entry = prompt["arms"][arm]
+            assert entry["outcome"] == min(kinds, key=order.index)
+            assert (entry["hits"], entry["of"]) == (sum(row["hits_target"] for row in own), len(own))
+            assert entry["admitted"] == sum(row["verdict"] == "correct" and row["guard"] is None for row in own)
+            assert entry["text"] == samples[entry["sample"]]["completion"]
+            assert entry["parent"] in prompt["failed"] or entry["parent"] is None
     assert "Token texts are not available" not in page.text
 
 
-def test_texts_are_escaped(written: Path, page: Page) -> None:
+def test_a_case_holds_heat_map_steps_and_log_probs(run_dir: Path, written: Path) -> None:
+    data = cases_of(written, "rule")
+    prompt = next(p for p in data["prompts"] if p["arms"]["latent"]["outcome"] == "valid")
+    entry = prompt["arms"]["latent"]
+    verdicts = pq.read_table(run_dir / "verdicts/latent/part-00000.parquet").to_pylist()
+    start_id = next(row["start_id"] for row in verdicts if row["sample_id"] == entry["sample"])
+    tensors = load_file(run_dir / "starts/latent/part-00000.safetensors")
+    ids, weights = tensors[f"{start_id}.ids"], tensors[f"{start_id}.weights"]
+    column = entry["heat"]["columns"][0]
+    heaviest = int(weights[0].argmax())
+    text, weight, _ = column["atoms"][0]
+    assert data["pieces"][text] == WORDS[int(ids[0, heaviest])]
+    assert weight == pytest.approx(float(weights[0, ids[0] == ids[0, heaviest]].sum()), abs=1e-4)
+    assert any(kept for c in entry["heat"]["columns"] for _, _, kept in c["atoms"]), "the original token is among them"
+    assert entry["steps"] == [["2 + 2 = 4", True], ["4 < 3", True]]
+    assert (entry["logprob"], entry["plain"]) == (-0.4, -1.25)
+    turned_away = [p["arms"]["latent"] for p in data["prompts"] if p["arms"]["latent"]["outcome"] == "invalid"]
+    assert {entry["guard"] for entry in turned_away} == {"prefix-leak,short"}
+
+
+def test_texts_cannot_run(written: Path, page: Page) -> None:
+    """Prompts and completions are untrusted: the one script of the page is named by its digest, data is base64."""
     source = written.read_text()
-    assert "<script" not in source
-    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; 5 &lt; 7" in source
-    assert re.sub(r"\s+", " ", WEIRD) in page.text, "shown as it is, template braces included"
+    scripts = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    policy = next(str(a["content"]) for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert "innerHTML" not in scripts[0]
+    assert "alert(" not in source
+    assert cases_of(written, "rule")["prompts"][0]["prompt"] == WEIRD, "shown as it is, template braces included"
 
 
 def test_report_is_deterministic(run_dir: Path, written: Path, tmp_path: Path) -> None:
@@ -412,11 +452,19 @@ def test_uncheckable_derivations_are_said_to_be(tmp_path: Path) -> None:
     assert page.rows["latent"][3] == "not checkable"
     assert " % / –" in page.rows["latent"][7]
     assert "Derivations could not be checked in this run" in page.text
-    assert "recovered, derivation not checkable" in page.text
+    outcomes = {
+        entry["outcome"]
+        for p in cases_of(tmp_path / "out/report.html", "free-text")["prompts"]
+        for entry in p["arms"].values()
+    }
+    assert outcomes == {"unchecked", "missed"}
     assert "Right answer with a valid derivation" not in page.text
     assert (tmp_path / "out/figures/free-text-recovery.png").is_file()
     assert "Token texts are not available: the model directory '/nowhere/model'" in page.text
-    assert "#" + str(pq.read_table(run / "starts/latent/part-00000.parquet")["plain_ids"][0][0]) in page.text
+    first = cases_of(tmp_path / "out/report.html", "free-text")["prompts"][0]["arms"]["latent"]
+    assert first["prefix"].split()[0] == "#" + str(
+        pq.read_table(run / "starts/latent/part-00000.parquet")["plain_ids"][0][0]
+    )
 
 
 def test_damaged_tokenizer_is_said_to_be(tmp_path: Path) -> None:
@@ -435,7 +483,9 @@ def test_wrong_target_never_reached(tmp_path: Path) -> None:
     page = Page(write_report([builder.finish()], tmp_path / "out"))
     assert page.rows["latent"][5] == "wrong never reached"
     assert page.rows["latent"][7] == "none", "no control pool was sampled"
-    assert "not recovered" not in page.text
+    assert all(
+        p["arms"]["latent"]["outcome"] != "missed" for p in cases_of(tmp_path / "out/report.html", "run")["prompts"]
+    )
 
 
 def test_run_in_which_nothing_failed(tmp_path: Path) -> None:
@@ -444,7 +494,7 @@ def test_run_in_which_nothing_failed(tmp_path: Path) -> None:
         builder.add_arm(arm)
     page = Page(write_report([builder.finish()], tmp_path / "out"))
     assert "there was nothing to recover" in page.text
-    assert "This strategy produced no continuation." in page.text
+    assert "No strategy produced a continuation." in page.text
     assert "No text contains a word of reconsideration." in page.text
     assert not list((tmp_path / "out").glob("figures/*"))
 
@@ -458,7 +508,7 @@ def test_metrics_without_rows(tmp_path: Path) -> None:
         shutil.rmtree(run / stage)
     page = Page(write_report([run], tmp_path / "out"))
     assert "%" in page.rows["latent"][2]
-    assert "holds the metrics of this strategy, but not its rows" in page.text
+    assert "holds the metrics of the strategies, but not their rows" in page.text
     assert "holds no rollouts and no recovered continuations" in page.text
 
 
@@ -471,10 +521,51 @@ def test_long_prefix_shows_the_positions_that_moved_most(tmp_path: Path) -> None
     ids = torch.tensor(start["prefix_ids"])[:, None]
     ids[moved] = (ids[moved] + 1) % len(WORDS)
     write_atoms(path.with_suffix(".safetensors"), {start["start_id"]: (ids, torch.ones(60, 1))})
-    page = Page(write_report([builder.finish()], tmp_path / "out"))
-    assert "The 48 of 60 positions that moved furthest" in page.text
-    titles = [str(attributes.get("title")) for tag, attributes in page.tags if tag == "td"]
-    assert [int(title.split()[1][:-1]) for title in titles if title.startswith("position")] == moved
+    page = write_report([builder.finish()], tmp_path / "out")
+    heat = cases_of(page, "run")["prompts"][0]["arms"]["latent"]["heat"]
+    assert heat["of"] == 60
+    assert [column["at"] for column in heat["columns"]] == moved
+
+
+def test_a_thousand_prompts_stay_under_two_megabytes(tmp_path: Path) -> None:
+    builder = RunBuilder(tmp_path / "run", prompts=1000)
+    for arm in ("resample", "resample-prefix", "latent", "latent-plausible"):
+        builder.add_arm(arm, prefix=60)
+    page = write_report([builder.finish()], tmp_path / "out")
+    assert page.stat().st_size < 2_000_000
+    data = cases_of(page, "run")
+    assert len(data["prompts"]) == 1000
+    assert all(set(prompt["arms"]) == set(data["arms"]) for prompt in data["prompts"])
+    assert "To keep this page small" in Page(page).text
+
+
+def test_figures_of_zeros_are_left_out(tmp_path: Path) -> None:
+    builder = RunBuilder(tmp_path / "run", prompts=6)
+    builder.add_arm("resample", hit_rate=0.0)
+    text = Page(write_report([builder.finish()], tmp_path / "out")).text
+    assert "Left out, since every value is 0: right answer" in text
+
+
+def test_runs_stand_beside_each_other(tmp_path: Path) -> None:
+    runs = []
+    for seed, arms in enumerate((("latent", "resample"), ("resample",))):
+        builder = RunBuilder(tmp_path / f"run{seed}", prompts=10, seed=seed)
+        for arm in arms:
+            builder.add_arm(arm)
+        runs.append(builder.finish())
+    page = write_report(runs, tmp_path / "out")
+    metrics = [json.loads((run / "metrics.json").read_text())["arms"] for run in runs]
+    table = re.search(r'<section class="compare">.*?</section>', page.read_text(), re.DOTALL)
+    assert table
+    rows = re.findall(r"<tr><th scope=\"row\">([^<]+)</th>(.*?)</tr>", table[0], re.DOTALL)
+    assert [name for name, _ in rows] == ["latent", "resample"]
+    for name, cells in rows:
+        for arms, cell in zip(metrics, re.findall(r"<td>(.*?)</td>", cells, re.DOTALL), strict=True):
+            if name in arms:
+                shown = [f"{100 * arms[name][key][0]:.1f}" for key in ("recovered_rate", "valid_rate")]
+                assert cell == " / ".join(shown)
+            else:
+                assert "–" in cell
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ class Panel:
     caption: str
     draw: Callable[[Axes], None]
     height: float = HEIGHT
+    values: tuple[float, ...] | None = None  # what is drawn, where a panel of zeros alone would say nothing
+
+    @property
+    def says_something(self) -> bool:
+        return self.values is None or any(self.values)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,15 +29,14 @@ from latentrevise.report.drawing import (
     handles,
     patches,
 )
-
 from latentrevise.report.runs import FinishedRun
-from latentrevise.report.summary import CONTROL_STRATEGY, Row, rows_of
+from latentrevise.report.summary import CONTROL_STRATEGY, Rate, Row, rows_of
 
 
 def figure_groups(run: FinishedRun, styles: dict[str, Style]) -> list[Group]:
     """All figures of one run, in the order of the page."""
     rows = [row for row in rows_of(run.metrics) if not row.is_side_arm]
-    return [
+    groups = [
         _recovery_group(run, rows, styles),
         _target_group(run, rows),
         _length_group(run, rows, styles),
@@ -43,6 +44,21 @@ def figure_groups(run: FinishedRun, styles: dict[str, Style]) -> list[Group]:
         _marker_group(run, rows, styles),
         _guard_group(run, rows, styles),
     ]
+    return [_without_zeros(group) for group in groups]
+
+
+def _without_zeros(group: Group) -> Group:
+    """A panel of zeros alone is left out, and said."""
+    panels = [panel for panel in group.panels if panel.says_something]
+    if len(panels) == len(group.panels):
+        return group
+    left_out = ", ".join(panel.title.lower() for panel in group.panels if not panel.says_something)
+    told = f"Left out, since every value is 0: {left_out}."
+    return replace(group, panels=panels, empty=f"{group.empty} {told}".strip())
+
+
+def _numbers(values: Iterable[Rate | float | None]) -> tuple[float, ...]:
+    return tuple(value.value if isinstance(value, Rate) else value for value in values if value is not None)
 
 
 # --- recovery against compute -----------------------------------------------------------------------------------------
@@ -66,6 +82,7 @@ def _recovery_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style])
                 key="recovered_rate",
                 styles=styles,
             ),
+            values=_numbers([*(row.recovered for row in shown), *(p["recovered_rate"][0] for p in curve)]),
         )
     ]
     if run.metrics["derivations_checked"]:
@@ -80,6 +97,7 @@ def _recovery_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style])
                     key="valid_rate",
                     styles=styles,
                 ),
+                values=_numbers([*(row.valid for row in shown), *(p["valid_rate"][0] for p in curve)]),
             )
         )
     legend: list[Any] = handles([row.strategy for row in shown], styles)
@@ -108,6 +126,7 @@ def _target_group(run: FinishedRun, rows: list[Row]) -> Group:
         "or by chance where a strategy does not read the answer. 95\u00a0% Wilson intervals.",
         partial(draw_bars, categories=[row.strategy for row in shown], series=series),
         height=bar_height(len(shown), len(series)),
+        values=_numbers(value for _, _, values in series for value in values),
     )
     return Group("targets", title, [panel], patches(series))
 
@@ -130,6 +149,7 @@ def _guard_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style]) ->
         "Share of the continuations with the right answer that each guard kept out of the training data.",
         partial(draw_bars, categories=codes, series=series),
         height=bar_height(len(codes), len(series)),
+        values=_numbers(value for _, _, values in series for value in values),
     )
     return Group("guards", title, [panel], patches(series))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -15,11 +17,12 @@ from markupsafe import Markup
 from latentrevise.data.records import atomic_write
 from latentrevise.errors import InputError
 from latentrevise.report.audits import TradeOff, gate_text, trade_offs
-from latentrevise.report.cases import Case, TokenTexts, cases_of
+from latentrevise.report.browser import Browser, browsers
 from latentrevise.report.drawing import PALETTE, Group, png, styles_for, svg
 from latentrevise.report.figures import figure_groups
 from latentrevise.report.runs import FinishedRun
 from latentrevise.report.summary import Row, number, reading_notes, rows_of
+from latentrevise.report.tokens import TokenTexts
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class _RunView:
     guards: dict[str, Any] | None  # as in metrics.json; None where derivations were not checked
     trade_offs: list[TradeOff]
     groups: list[_GroupView]
-    cases: list[tuple[str, list[Case], str]]  # strategy, cases, why there are none
-    open_case: Case | None  # the one that is unfolded: the first with a heat map
+    browser: Browser
+    no_cases: str  # why the browser is empty
     token_problem: str
+
+    @property
+    def by_arm(self) -> dict[str, Row]:
+        return {row.arm: row for row in self.rows}
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -84,15 +91,18 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     figures = page.parent / "figures"
 
     styles = styles_for([row.strategy for run in runs for row in rows_of(run.metrics)])
+    tokens = [TokenTexts.load(run.info["model"]["path"]) for run in runs]
+    shown = [[row for row in rows_of(run.metrics) if not row.is_side_arm] for run in runs]
+    cases = browsers(runs, tokens, [[row.arm for row in rows] for rows in shown])
     views = []
     keys = _keys([run.family for run in runs])
-    for key, run in zip(keys, runs, strict=True):
+    for key, run, texts, browser in zip(keys, runs, tokens, cases, strict=True):
         groups = figure_groups(run, styles)
         for group in groups:
             if group.panels:
                 with atomic_write(figures / f"{key}-{group.name}.png") as temporary:
                     temporary.write_bytes(png(group))
-        views.append(_view(run, key, groups))
+        views.append(_view(run, key, groups, texts, browser))
     with atomic_write(page) as temporary:
         temporary.write_text(_render(views), encoding="utf-8")
     return page
@@ -104,11 +114,10 @@ def _keys(families: list[str]) -> list[str]:
     return [slug if slugs.count(slug) == 1 else f"{slug}-{index + 1}" for index, slug in enumerate(slugs)]
 
 
-def _view(run: FinishedRun, key: str, groups: list[Group]) -> _RunView:
-    tokens = TokenTexts.load(run.info["model"]["path"])
+def _view(run: FinishedRun, key: str, groups: list[Group], tokens: TokenTexts, browser: Browser) -> _RunView:
     rows = rows_of(run.metrics)
     main = [row for row in rows if not row.is_side_arm]
-    cases = [(row.arm, *_cases(run, row, tokens)) for row in main]
+    kept = any(run.has_arm(row.arm) for row in main)
     return _RunView(
         key=key,
         family=run.family,
@@ -127,8 +136,10 @@ def _view(run: FinishedRun, key: str, groups: list[Group]) -> _RunView:
         guards=run.metrics.get("guards"),
         trade_offs=trade_offs(run.metrics),
         groups=[_group_view(key, group) for group in groups],
-        cases=cases,
-        open_case=next((case for _, found, _ in cases for case in found if case.heat_map), None),
+        browser=browser,
+        no_cases="No strategy produced a continuation."
+        if kept
+        else "The run directory holds the metrics of the strategies, but not their rows.",
         token_problem=tokens.problem,
     )
 
@@ -141,13 +152,6 @@ def _group_view(key: str, group: Group) -> _GroupView:
     return _GroupView(group.title, panels, group.empty)
 
 
-def _cases(run: FinishedRun, row: Row, tokens: TokenTexts) -> tuple[list[Case], str]:
-    cases = cases_of(run, row.arm, tokens)
-    if not run.has_arm(row.arm):
-        return [], "The run directory holds the metrics of this strategy, but not its rows."
-    return cases, "" if cases else "This strategy produced no continuation."
-
-
 def _render(views: list[_RunView]) -> str:
     environment = Environment(
         loader=PackageLoader("latentrevise"),
@@ -158,9 +162,19 @@ def _render(views: list[_RunView]) -> str:
     )
     environment.filters["number"] = number
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
-    style, _, _ = environment.loader.get_source(environment, "style.css")  # type: ignore[union-attr]
-    template = environment.get_template("report.html.j2")
-    return template.render(runs=views, style=Markup(_variables() + style))
+    style, script = (
+        environment.loader.get_source(environment, name)[0]  # type: ignore[union-attr]
+        for name in ("style.css", "report.js")
+    )
+    # Only this one script may run, whatever the texts of a run contain.
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        runs=views,
+        strategies=list(dict.fromkeys(row.arm for view in views for row in view.rows)),
+        style=Markup(_variables() + style),
+        script=Markup(script),
+        script_hash=script_hash,
+    )
 
 
 def _variables() -> str:

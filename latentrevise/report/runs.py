@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import safe_open
 
+from latentrevise.data.records import read_atoms
 from latentrevise.errors import RunError
 from latentrevise.recovery.rundir import RunDirectory
 
-ROLLOUT_COLUMNS = ("prompt_id", "sample_id", "completion", "extracted", "verdict", "finish_reason")
+ROLLOUT_COLUMNS = ("prompt_id", "sample_id", "completion", "extracted", "verdict")
+START_COLUMNS = ("start_id", "parent_sample_id", "target", "prefix_ids", "plain_ids", "latent")
+SAMPLE_COLUMNS = ("sample_id", "completion", "sampling_logprobs")
 VERDICT_COLUMNS = ("sample_id", "start_id", "prompt_id", "verdict", "hits_target", "valid", "guard")
 
 
@@ -92,29 +94,34 @@ class FinishedRun:
 
     def verdicts(self, arm: str) -> list[dict[str, Any]]:
         """Verdict rows of ``arm``, ordered by prompt as in the input, then as written."""
-        rows = self._read("verdicts", arm, VERDICT_COLUMNS).to_pylist()
+        return self._in_order(self._read("verdicts", arm, VERDICT_COLUMNS).to_pylist())
+
+    def _in_order(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rank = {prompt_id: position for position, prompt_id in enumerate(self.prompts)}
         return sorted(rows, key=lambda row: rank.get(row["prompt_id"], len(rank)))
 
-    def verdict(self, arm: str, sample_id: str) -> dict[str, Any]:
-        """The whole verdict row of one sample, its steps and plain log-probs included."""
-        return self._one("verdicts", arm, "sample_id", sample_id)
+    def cases(self, arm: str) -> list[dict[str, Any]]:
+        """Verdicts, samples and starts of ``arm``, joined: one row a continuation, ordered as ``verdicts``."""
+        starts = {row["start_id"]: row for row in self._read("starts", arm, START_COLUMNS).to_pylist()}
+        samples = {row["sample_id"]: row for row in self._read("samples", arm, SAMPLE_COLUMNS).to_pylist()}
+        columns = (*VERDICT_COLUMNS, "extracted", "steps", "plain_logprobs")
+        rows = self._in_order(self._read("verdicts", arm, columns).to_pylist())
+        missing = [row["sample_id"] for row in rows if row["sample_id"] not in samples or row["start_id"] not in starts]
+        if missing:
+            raise RunError(
+                f"{self.path}: {arm} has verdicts without their samples or starts ({missing[0]!r}); the run is damaged:"
+                " recover into a new directory"
+            )
+        return [{**starts[row["start_id"]], **samples[row["sample_id"]], **row} for row in rows]
 
-    def start(self, arm: str, start_id: str) -> dict[str, Any]:
-        """The whole row of one start."""
-        return self._one("starts", arm, "start_id", start_id)
-
-    def sample(self, arm: str, sample_id: str) -> dict[str, Any]:
-        """The whole row of one continuation."""
-        return self._one("samples", arm, "sample_id", sample_id)
-
-    def failed_rollout(self, prompt_id: str, sample_id: str | None) -> dict[str, Any] | None:
-        """The rollout ``sample_id``, or the prompt's first one that is not correct; None if there is none."""
-        table = self._read("rollouts", "", ROLLOUT_COLUMNS, [("prompt_id", "=", prompt_id)])
-        rows = [row for row in table.to_pylist() if row["verdict"] != "correct"]
-        if sample_id is not None:
-            rows = [row for row in rows if row["sample_id"] == sample_id]
-        return rows[0] if rows else None
+    def failed_rollouts(self, prompt_ids: set[str]) -> dict[str, list[dict[str, Any]]]:
+        """prompt_id -> its rollouts that are not correct, for these prompts."""
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        if self.files.parts("rollouts"):
+            for row in self._read("rollouts", "", ROLLOUT_COLUMNS).to_pylist():
+                if row["prompt_id"] in prompt_ids and row["verdict"] != "correct":
+                    found[row["prompt_id"]].append(row)
+        return found
 
     def traces(self, arm: str) -> list[dict[str, Any]]:
         """The optimisation traces of ``arm``'s starts; empty for a strategy that does not optimise but choose."""
@@ -152,13 +159,13 @@ class FinishedRun:
         )
         return {sample_id: prefix[start_id] + length for sample_id, start_id, length in rows}
 
-    def mixture(self, arm: str, start_id: str) -> Atoms | None:
-        """The token mixture of a revised start; None for a start that is plain tokens."""
+    def mixtures(self, arm: str) -> dict[str, Atoms]:
+        """start_id -> the token mixture of a revised start; plain starts have none."""
+        found = {}
         for part in self.files.parts("starts", arm):
-            with safe_open(part.with_suffix(".safetensors"), framework="numpy") as tensors:
-                if f"{start_id}.ids" in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    return Atoms(tensors.get_tensor(f"{start_id}.ids"), tensors.get_tensor(f"{start_id}.weights"))
-        return None
+            for name, (ids, weights) in read_atoms(part.with_suffix(".safetensors")).items():
+                found[name] = Atoms(ids.numpy(), weights.numpy())
+        return found
 
     def _read(
         self, stage: str, arm: str, columns: Sequence[str] | None, filters: list[tuple] | None = None
@@ -167,15 +174,6 @@ class FinishedRun:
         if not parts:
             raise RunError(f"{self.path / stage / arm} has no parts; resume the run to complete it")
         return pa.concat_tables([_read_table(part, columns, filters) for part in parts])
-
-    def _one(self, stage: str, arm: str, key: str, value: str) -> dict[str, Any]:
-        rows = self._read(stage, arm, None, [(key, "=", value)]).to_pylist()
-        if len(rows) != 1:
-            raise RunError(
-                f"{self.path / stage / arm} has {len(rows)} rows with {key} {value!r}, expected one; "
-                "the run is damaged: recover into a new directory"
-            )
-        return rows[0]
 
 
 def _list_lengths(column: pa.ChunkedArray) -> list[int]:
