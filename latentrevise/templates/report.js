@@ -110,7 +110,7 @@ class Browser {
       return el("th", { scope: "col", "aria-sort": own ? (this.sort.down ? "descending" : "ascending") : null }, button);
     };
     const body = rows.slice(0, this.limit).map(({ prompt, index }) => {
-      const button = el("button", { type: "button", class: "gist" }, `${prompt.id}: ${prompt.prompt}`);
+      const button = el("button", { type: "button", class: "gist", title: prompt.id }, prompt.prompt);
       button.addEventListener("click", () => this.show(index, true));
       const cells = this.data.arms.map((arm) => {
         const entry = prompt.arms[arm];
