@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latentrevise.demo import BUNDLED, get_family, make_prompts, model_dir
+from latentrevise.demo import BUNDLED, get_family, knowledge, make_prompts, model_dir
 from latentrevise.demo import train as training
 from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.errors import ModelError
@@ -80,7 +80,7 @@ def test_bundled_tokenizer_is_the_familys(name, bundled):
 
 def test_rule_model_has_implicit_knowledge(bundled):
     """The precondition of answer-driven revision; an untrained model has 0.01 of each."""
-    found = training.implicit_knowledge(*bundled["rule"], get_family("rule"), 100)
+    found = knowledge.implicit_knowledge(*bundled["rule"], get_family("rule"), 100)
     assert found["implicit_accuracy"] >= 0.8
     assert found["implicit_rank_first"] >= 0.6
     assert found["right_rule_plausible"] >= 0.8
@@ -89,9 +89,9 @@ def test_rule_model_has_implicit_knowledge(bundled):
 
 def test_rule_model_misses_most_uniform_prompts(bundled):
     family = get_family("rule")
-    found = training.hits(*bundled["rule"], family, make_prompts(family, 32, split="develop", seed=1))
+    found = knowledge.hits(*bundled["rule"], family, make_prompts(family, 32, split="develop", seed=1))
     assert 0.4 <= found["zero_hit"] <= 0.9
-    trained = training.hits(*bundled["rule"], family, training.problems(family, 32, seed=1), n=8)
+    trained = knowledge.hits(*bundled["rule"], family, knowledge.problems(family, 32, seed=1), n=8)
     assert trained["accuracy"] >= 0.1
     assert trained["accuracy"] > 2 * found["accuracy"]
 
@@ -103,7 +103,7 @@ def test_pair_model_knows_pairs_but_seldom_proposes_them(bundled):
     tried other names first.
     """
     family = get_family("pair")
-    found = training.joint_knowledge(*bundled["pair"], family, 48)
+    found = knowledge.joint_knowledge(*bundled["pair"], family, 48)
     assert found["implicit_accuracy"] >= 0.95
     assert found["one_wrong_accuracy"] <= 0.05
     assert found["right_name_proposed"] <= 0.1
@@ -128,7 +128,7 @@ def test_a_model_that_is_not_bundled_is_refused():
 def test_chain_model_does_one_step_and_often_fails_six(bundled):
     family = get_family("chain")
     one, six = (
-        training.hits(*bundled["chain"], family, training.problems(family, 32, seed=1, steps=steps), n=8)
+        knowledge.hits(*bundled["chain"], family, knowledge.problems(family, 32, seed=1, steps=steps), n=8)
         for steps in (1, 6)
     )
     assert one["accuracy"] >= 0.9
@@ -143,6 +143,6 @@ def test_training_record_matches_the_model(name, bundled):
     family = get_family(name)
     record = json.loads((model_dir(name) / "training.json").read_text())
     assert record["evaluation"]["mined"]["prompts"] >= 128
-    found = training.hits(*bundled[name], family, make_prompts(family, 32, split="develop", seed=2))
+    found = knowledge.hits(*bundled[name], family, make_prompts(family, 32, split="develop", seed=2))
     assert found["zero_hit"] == pytest.approx(record["evaluation"]["mined"]["zero_hit"], abs=0.25)
     assert found["accuracy"] == pytest.approx(record["evaluation"]["mined"]["accuracy"], abs=0.12)

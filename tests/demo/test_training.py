@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latentrevise.demo import families, get_family, model_dir, split_of
+from latentrevise.demo import families, get_family, knowledge, model_dir, split_of
 from latentrevise.demo import train as training
 from latentrevise.errors import ConfigError, ModelError
 
@@ -96,9 +96,9 @@ def test_what_a_model_knows_is_of_the_whole_answer():
     family = get_family("partial")
     tokenizer = training.build_tokenizer(family)
     model = training.build_model(family, tokenizer, seed=0).eval()
-    found = training.joint_knowledge(model, tokenizer, family, 3)
+    found = knowledge.joint_knowledge(model, tokenizer, family, 3)
     total = 0.0
-    for row in training.problems(family, 3, seed=1, mining=True):
+    for row in knowledge.problems(family, 3, seed=1, mining=True):
         named = family.solution(family.parse(row["prompt"]))[:5]
         ids = tokenizer.encode(f"{row['prompt']} {' '.join(named)} so \\boxed{{ {row['answer']}")
         with torch.no_grad():
