@@ -1,0 +1,188 @@
+"""Derivations of arithmetic word problems: ``checker: latentrevise.checkers.arithmetic:check``.
+
+A derivation is valid when it holds at least one equation, every equation is true, the last one gives the answer, and
+every operand comes from somewhere: the question, an earlier result, 1, 2 or 100, or a constant of everyday life that
+the question's words call for (days of a week, minutes of an hour). The last rule catches what true equations alone do
+not show: where the question has no 83, ``83 + 6 = 89. 89 - 6 = 83`` is true and derives nothing. Our own decision; it
+needs no worked solution.
+
+Where the data has one, ``check_against`` asks besides that its equations be there, in any order and with operands of
+sums and products swapped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from latentrevise.checkers.equations import Equation, equations, plain
+
+_NUMBER_WORDS = {
+    word: Fraction(value)
+    for value, words in {
+        0: "zero none",
+        1: "one a an once single",
+        2: "two twice both double doubles doubled pair pairs couple twin",
+        3: "three thrice triple triples tripled",
+        4: "four quadruple quadruples",
+        5: "five",
+        6: "six",
+        7: "seven",
+        8: "eight",
+        9: "nine",
+        10: "ten",
+        11: "eleven",
+        12: "twelve dozen dozens",
+        13: "thirteen",
+        14: "fourteen",
+        15: "fifteen",
+        16: "sixteen",
+        17: "seventeen",
+        18: "eighteen",
+        19: "nineteen",
+        20: "twenty score",
+        30: "thirty",
+        40: "forty",
+        50: "fifty",
+        60: "sixty",
+        70: "seventy",
+        80: "eighty",
+        90: "ninety",
+        100: "hundred",
+        1000: "thousand",
+    }.items()
+    for word in words.split()
+}
+_SHARES = {"half": 2, "halves": 2, "halved": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5}
+_SHARES |= {"fifths": 5, "fourth": 4, "fourths": 4, "sixth": 6, "eighth": 8, "tenth": 10, "tenths": 10}
+_ALWAYS = {Fraction(1), Fraction(2), Fraction(100)}  # a whole, a double or a half, per cent
+# What a question calls for without writing it: word -> numbers.
+_CALLED_FOR = {
+    "week": (7,),
+    "day": (24, 7),
+    "daily": (7, 30, 365),
+    "hour": (60, 24),
+    "minute": (60,),
+    "second": (60,),
+    "month": (12, 30, 4),
+    "year": (12, 52, 365),
+    "annual": (12,),
+    "dozen": (12,),
+    "cent": (100,),
+    "dollar": (100,),
+    "percent": (100,),
+    "meter": (100, 1000),
+    "kilometer": (1000,),
+    "gram": (1000,),
+    "foot": (12, 3),
+    "feet": (12, 3),
+    "yard": (3,),
+    "average": (),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One equation as text; ok: it is true and its operands are founded."""
+
+    text: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class ArithmeticDerivation:
+    """What was found. reason: None if valid, else the first that holds of ``no_equation``, ``no_number`` (the answer is
+    none), ``false_equation``, ``unfounded_operand``, ``answer_not_derived``, ``missing_step``."""
+
+    valid: bool
+    steps: tuple[Step, ...]
+    reason: str | None
+
+
+def check(prompt: str, prefix: str, continuation: str, answer: str) -> ArithmeticDerivation:
+    """Whether prefix and continuation together derive ``answer`` from the numbers of ``prompt``."""
+    return _check(prompt, prefix + continuation, answer, ())
+
+
+def check_against(
+    prompt: str, prefix: str, continuation: str, answer: str, solution: str | Iterable[str]
+) -> ArithmeticDerivation:
+    """As ``check``, and every equation of ``solution`` (a worked one, or its equations) must be among those found."""
+    text = solution if isinstance(solution, str) else ". ".join(solution)
+    return _check(prompt, prefix + continuation, answer, equations(text))
+
+
+def _check(prompt: str, derivation: str, answer: str, needed: Iterable[Equation]) -> ArithmeticDerivation:
+    found = equations(_before_answer(derivation))
+    founded = _founded(prompt, found)
+    steps = tuple(Step(equation.text, equation.ok and good) for equation, good in zip(found, founded, strict=True))
+    goal = value_of(answer)
+    if not found:
+        reason: str | None = "no_equation"
+    elif goal is None:
+        reason = "no_number"
+    elif not all(equation.ok for equation in found):
+        reason = "false_equation"
+    elif not all(founded):
+        reason = "unfounded_operand"
+    elif goal not in (found[-1].result, 100 * found[-1].result if found[-1].percent else None):
+        reason = "answer_not_derived"
+    elif not {_key(equation) for equation in needed} <= {_key(equation) for equation in found}:
+        reason = "missing_step"
+    else:
+        reason = None
+    return ArithmeticDerivation(reason is None, steps, reason)
+
+
+def value_of(answer: str) -> Fraction | None:
+    """The number that an answer is, units, currency and separators aside; None where it is no single number."""
+    text = plain(answer).strip().strip("$€£").rstrip(".")
+    match = re.fullmatch(r"[$€£]?\s*(-?\d+(?:\.\d+)?(?:\s*/\s*\d+)?)\s*(%|[A-Za-z ]*)", text)
+    if match is None:
+        return None
+    try:
+        return Fraction(match[1].replace(" ", ""))
+    except ZeroDivisionError:
+        return None
+
+
+def numbers_of(question: str) -> set[Fraction]:
+    """Every number that a question gives: digits, words, shares (a third: 1/3 and 3), and what its words call for."""
+    text = plain(question).lower()
+    found = {Fraction(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)}
+    found |= {Fraction(a) / int(b) for a, b in re.findall(r"(?<![\w.])(\d+)\s*/\s*(\d+)", text) if int(b)}
+    for word in re.findall(r"[a-z]+(?:-[a-z]+)?", text):
+        parts = word.split("-")
+        if all(part in _NUMBER_WORDS for part in parts):
+            found.add(sum((_NUMBER_WORDS[part] for part in parts), Fraction(0)))
+        for part in parts:
+            if part in _SHARES:
+                found |= {Fraction(1, _SHARES[part]), Fraction(_SHARES[part])}
+            for stem, values in _CALLED_FOR.items():
+                if part.startswith(stem):
+                    found |= {Fraction(value) for value in values}
+    if "%" in text:
+        found |= {Fraction(number) / 100 for number in re.findall(r"(\d+(?:\.\d+)?)\s*%", text)}
+    return found
+
+
+def _founded(question: str, found: Iterable[Equation]) -> list[bool]:
+    """For each equation whether all its operands are in the question or a result before it."""
+    known = numbers_of(question) | _ALWAYS
+    verdicts = []
+    for equation in found:
+        verdicts.append(all(operand in known for operand in equation.operands))
+        known.add(equation.result)
+    return verdicts
+
+
+def _key(equation: Equation) -> tuple[tuple[Fraction, ...], Fraction]:
+    return tuple(sorted(equation.operands)), equation.result
+
+
+def _before_answer(text: str) -> str:
+    """The text without its last box and what follows: an answer is no step of its own derivation."""
+    at = text.rfind("\\boxed")
+    return text if at < 0 else text[:at]

@@ -1,0 +1,200 @@
+"""The checker of arithmetic derivations: forms of equations, and what it catches of mutated derivations."""
+
+import random
+import re
+from fractions import Fraction
+
+import pytest
+
+from latentrevise.checkers.arithmetic import check, check_against, numbers_of, value_of
+from latentrevise.checkers.equations import equations
+
+
+def read(text):
+    return [
+        (equation.ok, [float(x) for x in equation.operands], float(equation.result)) for equation in equations(text)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so 4 * 6 = 24 eggs", [(True, [4, 6], 24)]),
+        ("12 apples + 3 red apples = 15 apples", [(True, [12, 3], 15)]),
+        ("After 3 days he has 5 + 2 = 7.", [(True, [5, 2], 7)]),
+        ("$1,200 / 4 = $300", [(True, [1200, 4], 300)]),
+        ("The cost is $5 + $2.50 = $7.50.", [(True, [5, 2.5], 7.5)]),
+        (r"\frac{1}{2} \times 8 = 4", [(True, [1, 2, 8], 4)]),
+        (r"\(3 \cdot 4 = 12\)", [(True, [3, 4], 12)]),
+        ("60 − 12 − 8 = 40", [(True, [60, 12, 8], 40)]),
+        ("3 × 4 = 13", [(False, [3, 4], 13)]),
+        ("(2 + 3) * 4 = 20", [(True, [2, 3, 4], 20)]),
+        ("2 + 3 * 4 = 20", [(False, [2, 3, 4], 20)]),
+        ("7 - 10 = -3", [(True, [7, 10], -3)]),
+        ("20% of 50 is 10", [(True, [20, 50], 10)]),
+        ("1/2 of 8 = 4", [(True, [1, 2, 8], 4)]),
+        ("5 times 3 equals 15", [(True, [5, 3], 15)]),
+        ("12 divided by 4 is 3", [(True, [12, 4], 3)]),
+        ("12 = 3 * 4", [(True, [3, 4], 12)]),
+        ("2 + 3 = 5 + 4 = 9", [(True, [2, 3], 5), (True, [5, 4], 9)]),
+        ("2 + 3 = 6 + 4 = 10", [(False, [2, 3], 6), (True, [6, 4], 10)]),
+        ("48/2 = <<48/2=24>>24 clips. 48+24 = <<48+24=72>>72", [(True, [48, 2], 24), (True, [48, 24], 72)]),
+        ("10 / 3 = 3.33", [(True, [10, 3], 3.33)]),
+        ("10 / 3 = 3.34", [(False, [10, 3], 3.34)]),
+        ("10 / 3 = 3", [(False, [10, 3], 3)]),
+        ("10 / 3 ≈ 3", [(True, [10, 3], 3)]),
+        ("5 / 0 = 5", []),
+        ("x = 5 and what is 2 + 3?", []),
+        ("He is 12 and she is 13", []),
+        ("2 + = 5", []),
+        ("", []),
+    ],
+)
+def test_forms_of_equations(text, expected):
+    found = read(text)
+    assert [(ok, operands) for ok, operands, _ in found] == [(ok, operands) for ok, operands, _ in expected]
+    assert [result for *_, result in found] == pytest.approx([result for *_, result in expected])
+
+
+@pytest.mark.parametrize(
+    ("question", "inside", "outside"),
+    [
+        ("Tom has 12 apples and buys three more.", (12, 3), (4, 15)),
+        ("A third of the twenty-four pens", (3, 24, Fraction(1, 3)), (5,)),
+        ("She works 5 days a week for $7.50 an hour", (5, 7, Fraction("7.5"), 60), (12,)),
+        ("A discount of 20% on $1,250", (20, 1250, Fraction(1, 5)), (80,)),
+        ("He doubles his two dozen cards", (2, 12), (4,)),
+    ],
+)
+def test_numbers_that_a_question_gives(question, inside, outside):
+    found = numbers_of(question)
+    assert {Fraction(x) for x in inside} <= found
+    assert not {Fraction(x) for x in outside} & found
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [("18", 18), ("$1,250", 1250), ("3 eggs", 3), ("-4", -4), ("1/2", 0.5), ("20%", 20), ("x + 1", None), ("", None)],
+)
+def test_values_of_answers(answer, value):
+    assert value_of(answer) == (None if value is None else Fraction(value))
+
+
+QUESTION = "Nina has 83 coins. She finds 6 packs of 4 coins. She gives 7 away. How many coins has she?"
+SOLUTION = "6 * 4 = 24. 83 + 24 = 107. 107 - 7 = 100. "
+
+
+@pytest.mark.parametrize(
+    ("derivation", "answer", "reason"),
+    [
+        (SOLUTION, "100", None),
+        ("4 * 6 = 24 coins, then 24 + 83 = 107 and 107 - 7 = 100. ", "100", None),
+        (SOLUTION, "107", "answer_not_derived"),
+        ("The answer is clear. ", "100", "no_equation"),
+        (SOLUTION.replace("24.", "25."), "100", "false_equation"),
+        ("93 + 7 = 100. ", "100", "unfounded_operand"),  # 93 stands nowhere
+        ("83 + 6 = 89. 89 - 6 = 83. ", "83", None),  # true and founded: only a worked solution tells (next test)
+        (SOLUTION, "a box", "no_number"),
+    ],
+)
+def test_reasons(derivation, answer, reason):
+    found = check(QUESTION, derivation[:9], derivation[9:] + f"The answer is \\boxed{{{answer}}}.", answer)
+    assert found.reason == reason
+    assert found.valid == (reason is None)
+
+
+def test_a_worked_solution_tells_what_is_missing():
+    assert check_against(QUESTION, "", SOLUTION, "100", SOLUTION).valid
+    swapped = "4 * 6 = 24. 24 + 83 = 107. 107 - 7 = 100. "
+    assert check_against(QUESTION, "", swapped, "100", SOLUTION).valid
+    assert check_against(QUESTION, "", "83 + 6 = 89. 89 - 6 = 83. ", "83", SOLUTION).reason == "missing_step"
+
+
+def test_a_result_pasted_in_is_unfounded():
+    """The case of a real run: every equation true, and the answer among the operands from nowhere."""
+    question = "Omar has 30 cards. He buys 3 packs of 6 cards and loses 8. How many cards has he?"
+    assert check(question, "", "3 * 2 = 6. 83 + 6 = 89. 89 - 6 = 83. ", "83").reason == "unfounded_operand"
+
+
+def problem(rng):
+    """A question, the sentences of its derivation, and its answer; made here, apart from what the package ships."""
+    have = rng.randint(11, 40)
+    question, steps = f"Mia has {have} shells.", []
+    for _ in range(rng.randint(3, 6)):
+        kind = rng.choice(("finds", "packs", "loses"))
+        if kind == "packs":
+            a, b = rng.randint(2, 9), rng.randint(2, 9)
+            question += f" She gets {a} bags of {b} shells."
+            steps += [f"{a} bags * {b} shells = {a * b} shells", f"{have} + {a * b} = {have + a * b}"]
+            have += a * b
+        else:
+            n = rng.randint(2, 9)
+            sign, new = ("+", have + n) if kind == "finds" or have <= n else ("-", have - n)
+            question += f" She {'finds' if sign == '+' else 'loses'} {n}."
+            steps.append(f"{have} {sign} {n} = {new}")
+            have = new
+    return question + " How many has she?", steps, str(have)
+
+
+def flipped(steps, rng):
+    at = rng.randrange(len(steps))
+    digits = [m.start() for m in re.finditer(r"\d", steps[at])]
+    place = rng.choice(digits)
+    other = rng.choice([d for d in "123456789" if d != steps[at][place]])
+    return [*steps[:at], steps[at][:place] + other + steps[at][place + 1 :], *steps[at + 1 :]]
+
+
+def dropped(steps, rng):
+    at = rng.randrange(len(steps))
+    return [*steps[:at], *steps[at + 1 :]]
+
+
+def swapped(steps, rng):
+    at = rng.randrange(len(steps) - 1)
+    return [*steps[:at], steps[at + 1], steps[at], *steps[at + 2 :]]
+
+
+def pasted(steps, rng):
+    """The last equation is made to give the answer, whatever came before."""
+    answer = int(steps[-1].rsplit(" ", 2)[-1] if steps[-1].rsplit(" ", 1)[-1].isdigit() else steps[-1].split()[-2])
+    n = rng.randint(101, 199)
+    return [*steps[:-1], f"{answer + n} - {n} = {answer}"]
+
+
+# What a checker without the worked solution must catch at least; swapping two independent steps is no fault.
+@pytest.mark.parametrize(
+    ("mutate", "alone", "against"),
+    [(flipped, 0.99, 0.99), (dropped, 0.9, 0.99), (swapped, 0.6, 0.6), (pasted, 1.0, 1.0)],
+)
+def test_mutated_derivations_are_caught(mutate, alone, against):
+    rng = random.Random(f"mutations/{mutate.__name__}")
+    caught = {"alone": 0, "against": 0}
+    for _ in range(300):
+        question, steps, answer = problem(rng)
+        text = ". ".join(mutate(steps, rng)) + ". "
+        caught["alone"] += not check(question, "", text, answer).valid
+        caught["against"] += not check_against(question, "", text, answer, steps).valid
+    assert caught["alone"] / 300 >= alone, caught
+    assert caught["against"] / 300 >= against, caught
+
+
+def test_right_derivations_are_kept():
+    rng = random.Random("right")
+    for _ in range(300):
+        question, steps, answer = problem(rng)
+        text = ", so she has ".join(steps) + f" shells.\nThe answer is \\boxed{{{answer}}}."
+        found = check_against(question, text[:20], text[20:], answer, steps)
+        assert found.valid, (found.reason, question, text)
+
+
+def test_worked_solutions_of_a_public_generator_are_kept():
+    gym = pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed (extra `real`)")
+    rows = gym.create_dataset("gsm_symbolic", size=200, seed=1)
+    kept = consistent = 0
+    for row in rows:
+        text = row["metadata"]["answer_cot"].rsplit("####", 1)[0]
+        found = check(row["question"], "", text, row["answer"])
+        consistent += found.reason not in ("false_equation", "no_equation", "answer_not_derived")
+        kept += found.valid
+    assert consistent >= 180, consistent
+    assert kept >= 155, kept  # the rest keeps numbers in words, or uses numbers that its question lacks
