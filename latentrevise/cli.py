@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentrevise.errors import ConfigError, LatentReviseError
+from latentrevise.options import Begun, Dtype, Jsonl, Out, Prompts, Quiet, Resumed, expanded, grouped, place
 from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
@@ -24,99 +26,74 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Out = Annotated[Path, typer.Option(help="Run directory; taken up where it stopped if it holds this run.")]
-Model = Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers.")]
-Prompts = Annotated[Path, typer.Option(help="JSONL, JSON, parquet or CSV with a prompt and an answer in each row.")]
-ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="One setting, key=value (latent.steps=20); may be repeated.")
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; if left out the first GPU, or else the CPU.")]
-Sampler = Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself, or vllm.")]
-Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+def command(name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command of the app, with its groups of options."""
+    return lambda function: app.command(name)(grouped(function))
 
 
-@app.command()
-def recover(
-    model: Model,
-    prompts: Prompts,
-    out: Out,
-    config: ConfigFile = None,
-    settings: Set = None,
-    engine: Sampler = "hf",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    jsonl: Jsonl = False,
-    quiet: Quiet = False,
+def _version(asked: bool) -> None:
+    if asked:
+        from latentrevise import __version__
+
+        typer.echo(f"latentrevise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def latentrevise(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
+    pass
+
+
+@command()
+def recover(chosen: Begun, prompts: Prompts, out: Out, jsonl: Jsonl = False) -> None:
     """Mine, revise, continue, verify: the whole job. Prints the table, writes the trajectories, metrics and report."""
-    _finish(_recovery(model, out, config, settings, engine, dtype, device, quiet).recover(prompts), jsonl)
+    _finish(_begun(chosen, out).recover(prompts), jsonl)
 
 
-@app.command()
-def mine(
-    model: Model,
-    prompts: Prompts,
-    out: Out,
-    config: ConfigFile = None,
-    settings: Set = None,
-    engine: Sampler = "hf",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    quiet: Quiet = False,
-) -> None:
+@command()
+def mine(chosen: Begun, prompts: Prompts, out: Out) -> None:
     """Sample and verify rollouts; find the prompts that no rollout solves. Starts a run that the next steps take up."""
-    recovery = _recovery(model, out, config, settings, engine, dtype, device, quiet)
-    with recovery.session():
+    with (recovery := _begun(chosen, out)).session():
         recovery.mine(prompts)
         typer.echo(f"{len(recovery.cases())} of {len(recovery.prompts)} prompts are zero-hit")
 
 
-@app.command()
-def revise(out: Out, dtype: Dtype = "auto", device: Device = None, quiet: Quiet = False) -> None:
+@command()
+def revise(run: Resumed) -> None:
     """Let every strategy of a mined run propose its prefixes."""
-    with (recovery := _resumed(out, dtype, device, quiet)).session():
+    with (recovery := _resumed(run)).session():
         recovery.revise()
 
 
-@app.command("continue")
-def continue_(out: Out, dtype: Dtype = "auto", device: Device = None, quiet: Quiet = False) -> None:
+@command("continue")
+def continue_(run: Resumed) -> None:
     """Sample continuations from the proposed prefixes, and the equal-compute control."""
-    with (recovery := _resumed(out, dtype, device, quiet)).session():
+    with (recovery := _resumed(run)).session():
         recovery.sample()
 
 
-@app.command()
-def verify(
-    out: Out,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    jsonl: Jsonl = False,
-    quiet: Quiet = False,
-) -> None:
+@command()
+def verify(run: Resumed, jsonl: Jsonl = False) -> None:
     """Judge the continuations, gather what the guards admit, print the table and write the report."""
-    with (recovery := _resumed(out, dtype, device, quiet)).session():
+    with (recovery := _resumed(run)).session():
         recovery.verify()
         recovered = recovery.collect()
     _finish(recovered, jsonl)
 
 
-@app.command()
+@command()
 def audit(
-    model: Model,
+    chosen: Begun,
     prompts: Prompts,
     out: Out,
-    config: ConfigFile = None,
-    settings: Set = None,
-    engine: Sampler = "hf",
-    dtype: Dtype = "auto",
-    device: Device = None,
     gate_only: Annotated[
         bool, typer.Option("--gate-only", help="Stop after the gate: it needs the mined rollouts alone.")
     ] = False,
-    quiet: Quiet = False,
 ) -> None:
     """Say what recovery is worth on these prompts: which strategy before compute is spent, then what the answers of
     each are worth, and what the guards turn away. Takes up a run of `recover`, and `recover` takes up one of these."""
@@ -124,7 +101,7 @@ def audit(
 
     from latentrevise.report.audits import audit_table, gate_text, guard_table
 
-    console, recovery = Console(), _recovery(model, out, config, settings, engine, dtype, device, quiet)
+    console, recovery = Console(), _begun(chosen, out)
     with recovery.session():
         recovery.mine(prompts)
         typer.echo(gate_text(recovery.gate()))
@@ -143,25 +120,45 @@ def audit(
     _finish(recovered, jsonl=False)
 
 
-@app.command()
+@command()
 def export(
-    run: Annotated[Path, typer.Option(help="A finished run directory.")],
+    run: Annotated[Path, place("A finished run directory.")],
     to: Annotated[str, typer.Option(help="Format: trl-sft, trl-pref, messages, verl-sft, verl-rl or rl.")],
-    out: Annotated[Path, typer.Option(help="File to write: .jsonl or .parquet.")],
+    out: Annotated[Path, place("File to write: .jsonl or .parquet.")],
+    model: Annotated[
+        str | None, typer.Option(help="Where the run's model (or its tokenizer) is now, if not where it was.")
+    ] = None,
     strategy: Annotated[str | None, typer.Option(help="Only the trajectories of this strategy.")] = None,
     valid_only: Annotated[bool, typer.Option("--valid-only", help="Only those with a derivation found valid.")] = False,
 ) -> None:
     """Write a run's trajectories as a trainer's data set."""
     from latentrevise.data.exports import export_run
+    from latentrevise.model.loading import load_tokenizer
 
-    count = export_run(run, to, out, strategy=strategy, valid_only=valid_only)
+    tokenizer = None if model is None else load_tokenizer(model)
+    count = export_run(run, to, out, strategy=strategy, valid_only=valid_only, tokenizer=tokenizer)
     typer.echo(f"{count} rows in {out}")
 
 
-@app.command()
+@command()
+def merge(
+    model: Annotated[str, typer.Option(help="Directory of a LoRA adapter, such as `train sft` leaves.")],
+    out: Annotated[Path, place("Directory of the merged model; a new or an empty one.")],
+    base: Annotated[str | None, typer.Option(help="The model it belongs to, if not where it was trained.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Merge an adapter into its base model and write both, with the tokenizer, as one model directory."""
+    from latentrevise.model.loading import merge_adapter
+
+    typer.echo(f"merged model in {merge_adapter(model, out, base=base, dtype=dtype)}")
+
+
+@command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="One or more finished run directories.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; RUN/report if left out.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(help="One or more finished run directories.", parser=expanded, metavar="RUNS...")
+    ],
+    out: Annotated[Path | None, place("Folder of the report; RUN/report if left out.")] = None,
 ) -> None:
     """Write the report of finished runs: one self-contained HTML file, and PNG figures beside it."""
     from latentrevise.report import write_report
@@ -169,9 +166,9 @@ def report(
     typer.echo(write_report(runs, out or runs[0] / "report"))
 
 
-@app.command()
+@command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("latentrevise-demo"),
+    out: Annotated[Path, place("Folder for the runs and the report.")] = Path("latentrevise-demo"),
     prompts: Annotated[int, typer.Option(help="Prompts to mine in each family.")] = 192,
     seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0,
     quiet: Quiet = False,
@@ -185,26 +182,19 @@ def demo(
 app.add_typer(training.app, name="train")
 
 
-@app.command("eval")
+@command("eval")
 def evaluate(
-    model: Model,
+    chosen: Begun,
     data: Annotated[str, typer.Option(help="A benchmark (math-500, aime24, aime25, amc23, ...) or a file of prompts.")],
     out: Out,
-    source: Annotated[Path | None, typer.Option(help="A local copy of the benchmark, in place of the hub.")] = None,
-    config: ConfigFile = None,
-    settings: Set = None,
-    engine: Sampler = "hf",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    quiet: Quiet = False,
+    source: Annotated[Path | None, place("A local copy of the benchmark, in place of the hub.")] = None,
 ) -> None:
     """pass@1 and pass@k with bootstrap intervals, on a benchmark or on prompts of your own."""
-    from latentrevise.config import load_config
     from latentrevise.recovery.evaluate import EvalRunConfig, evaluate_run
 
-    chosen = load_config(EvalRunConfig, config, settings or [])
-    policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
-    found = evaluate_run(policy, tokenizer, data, chosen, out, source=source, engine=sampler, progress=not quiet)
+    config = chosen.load(EvalRunConfig)
+    policy, tokenizer, sampler = _loaded(chosen.model, chosen.engine, config.vllm, chosen.dtype, chosen.device)
+    found = evaluate_run(policy, tokenizer, data, config, out, source=source, engine=sampler, progress=not chosen.quiet)
     for name, value in found.items():
         if isinstance(value, list):
             typer.echo(f"{name}: {value[0]:.4f}  [{value[1]:.4f}, {value[2]:.4f}]")
@@ -235,36 +225,27 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
 
 
-def _recovery(
-    model: str,
-    out: Path,
-    config: Path | None,
-    settings: list[str] | None,
-    engine: str,
-    dtype: str,
-    device: str | None,
-    quiet: bool,
-) -> Recovery:
-    from latentrevise.config import load_config
+def _begun(chosen: Begun, out: Path) -> Recovery:
     from latentrevise.recovery.pipeline import Recovery
     from latentrevise.recovery.settings import RecoverConfig
 
-    chosen = load_config(RecoverConfig, config, settings or [])
-    policy, tokenizer, sampler = _loaded(model, engine, chosen.vllm, dtype, device)
-    return Recovery(policy, tokenizer, chosen, out, engine=sampler, progress=not quiet)
+    config = chosen.load(RecoverConfig)
+    policy, tokenizer, sampler = _loaded(chosen.model, chosen.engine, config.vllm, chosen.dtype, chosen.device)
+    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=not chosen.quiet)
 
 
-def _resumed(out: Path, dtype: str, device: str | None, quiet: bool) -> Recovery:
+def _resumed(run: Resumed) -> Recovery:
     from latentrevise.config import from_dict
     from latentrevise.recovery.pipeline import Recovery
-    from latentrevise.recovery.rundir import RunDirectory
+    from latentrevise.recovery.rundir import RunDirectory, where_it_is
     from latentrevise.recovery.settings import RecoverConfig
 
-    header = RunDirectory(out).read_header()
-    stored, chosen = header["model"], from_dict(RecoverConfig, header["config"])
-    dtype = stored["dtype"] if dtype == "auto" else dtype
-    policy, tokenizer, sampler = _loaded(stored["path"], header["engine"], chosen.vllm, dtype, device)
-    return Recovery(policy, tokenizer, chosen, out, engine=sampler, progress=not quiet)
+    header = RunDirectory(run.out).read_header()
+    config = from_dict(RecoverConfig, header["config"])
+    dtype = header["model"]["dtype"] if run.dtype == "auto" else run.dtype
+    model = run.model or where_it_is(header, run.out)
+    policy, tokenizer, sampler = _loaded(model, header["engine"], config.vllm, dtype, run.device)
+    return Recovery(policy, tokenizer, config, run.out, engine=sampler, progress=not run.quiet)
 
 
 def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str | None) -> tuple[Any, Any, Engine]:
@@ -295,9 +276,16 @@ def _finish(recovered: Any, jsonl: bool) -> None:
 
 def main() -> None:
     """Entry point: an error of ours is one line on stderr and exit code 1; anything else is a traceback."""
-    logging.basicConfig(level=os.environ.get("LATENTREVISE_LOG_LEVEL", "WARNING"), format="%(levelname)s %(message)s")
     try:
+        logging.basicConfig(level=_log_level(), format="%(levelname)s %(message)s")
         app()
     except LatentReviseError as error:
         typer.echo(f"latentrevise: {error}", err=True)
         sys.exit(1)
+
+
+def _log_level() -> str:
+    level = os.environ.get("LATENTREVISE_LOG_LEVEL", "WARNING").upper()
+    if level not in (known := logging.getLevelNamesMapping()):
+        raise ConfigError(f"LATENTREVISE_LOG_LEVEL = {level!r}: choose one of {', '.join(known).lower()}")
+    return level

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -39,18 +42,18 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def load_config(cls: type[Config], path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
     """A ``cls`` from a YAML file (or none) and ``key=value`` overrides, ``a.b=value`` for nested ones.
 
-    The value of an override is read as YAML: ``true``, ``3``, ``0.5``, ``null``, ``[a, b]``, text.
+    The value of an override is read as YAML: ``true``, ``3``, ``0.5``, ``null``, ``[a, b]``. Where the setting is a
+    text, the value is that text as it stands (``#``, ``:``, brackets and all). But ``\\n`` and ``\\t`` are a newline
+    and a tab unless a lower-case letter follows, which makes them LaTeX (``\\nu``, ``\\text``); and a text in
+    quotation marks is read as YAML's. Several texts are parted by commas, or a YAML list.
     """
     values = _read_yaml(path) if path is not None else {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {override!r}: write it as key=value, for instance latent.steps=20")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not YAML ({_one_line(error)}); quote it") from error
         *parents, last = key.split(".")
+        value = _value(text, _hint(cls, [*parents, last]), override)
         place = values
         for parent in parents:
             place = place.setdefault(parent, {})
@@ -65,9 +68,55 @@ def config_hash(config: Any) -> str:
     return stable_hash(to_dict(config))
 
 
+def _hint(cls: Any, keys: Sequence[str]) -> Any:
+    """The type of a nested setting; None where there is no such one, or where it lies inside a free mapping."""
+    for key in keys:
+        cls = typing.get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
+    return cls
+
+
+def _value(text: str, hint: Any, override: str) -> Any:
+    """The value of an override, by the type of its setting."""
+    optional = type(None) in typing.get_args(hint)
+    kinds = [a for a in typing.get_args(hint) if a is not type(None)] if optional else [hint]
+    if kinds == [str]:
+        return None if optional and text in ("", "null") else _text(text)
+    if kinds == [tuple[str, ...]] and not text.lstrip().startswith("["):
+        whole = _quoted(text)
+        return [_text(part.strip()) for part in text.split(",") if part.strip()] if whole is None else [whole]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML ({_one_line(error)}); quote it") from error
+    if "#" in text and "#" not in str(value):
+        raise ConfigError(f"--set {override!r}: # begins a comment in YAML, so the rest would be lost; quote the value")
+    if kinds == [tuple[str, ...]] and isinstance(value, list):
+        return [_escaped(item) if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _text(text: str) -> str:
+    quoted = _quoted(text)
+    return _escaped(text) if quoted is None else quoted
+
+
+def _quoted(text: str) -> str | None:
+    """What YAML reads in a text that is in quotation marks; None for any other."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return None
+    try:
+        return str(yaml.safe_load(text))
+    except yaml.YAMLError:  # quotation marks within, such as 'a' or 'b'
+        return None
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"\\([nt])(?![a-z])", lambda found: {"n": "\n", "t": "\t"}[found[1]], text)
+
+
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"settings file {path} can't be read ({error}); check the path") from error
     except yaml.YAMLError as error:
@@ -127,12 +176,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4, without a dot, as text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{key} = {value!r}: it must be of type {hint.__name__}")
+        quote = "; put it in quotation marks" if hint is str and isinstance(value, (bool, int, float)) else ""
+        raise ConfigError(f"{key} = {value!r}: it must be of type {hint.__name__}{quote}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{key} = nan: it is no number; give one")
     return value
 
 

@@ -59,7 +59,7 @@ def test_overrides_win_and_keep_the_fields_own_defaults(tmp_path):
         ("inner=3", "mapping of Inner fields"),
         ("name.first=3", "unknown|type str"),
         ("name", "key=value"),
-        ("name=[", "not YAML"),
+        ("inner.rate=[", "not YAML"),
     ],
 )
 def test_bad_overrides_name_the_key(override, match):

@@ -181,7 +181,7 @@ def test_a_template_that_refuses_a_row_loses_only_that_row():
         ({"prompt": "1+1", "answer": None}, "missing-answer"),
         ({"prompt": "1+1", "answer": " "}, "missing-answer"),
         ({"prompt": "1+1", "answer": float("nan")}, "missing-answer"),
-        ({"prompt": "1+1", "answer": ["1", "2"]}, "missing-answer"),
+        ({"prompt": "1+1", "answer": ["1", "2"]}, "several-answers"),
         ({"prompt": "1+1", "answer": "x #### "}, "missing-answer"),
         ({"prompt": "1+1", "answer": "\\frac{"}, "unparsable-answer"),
         ({"prompt": "1" * 21, "answer": "2"}, "over-long-prompt"),
@@ -261,7 +261,7 @@ def test_files_that_cannot_be_used_at_all(tmp_path, name, content, message):
 def test_places_without_a_file(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match=r"holds no \.jsonl"):
         load(tmp_path)
     with pytest.raises(InputError, match=r"no column 'task'; found id, prompt, answer, level"):
         load(ROWS, prompt_column="task")

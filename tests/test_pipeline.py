@@ -428,7 +428,10 @@ def test_the_cut_is_behind_a_boundary_and_leaves_both_sides():
 
 def test_a_model_that_was_moved_is_the_same_model(tmp_path):
     header = {"config": {"seed": 0}, "model": {"path": "here", "fingerprint": "a"}, "versions": {}, "created": "today"}
-    assert not RunDirectory(tmp_path).begin(header)
-    assert RunDirectory(tmp_path).begin(header | {"model": {"path": "there", "fingerprint": "a"}, "created": "later"})
+    run, prompts = RunDirectory(tmp_path), [Prompt("p", "1+1", (1,), "2")]
+    assert not run.check(header)
+    run.begin(header, prompts, [])
+    assert run.check(header | {"model": {"path": "there", "fingerprint": "a"}, "created": "later"})
+    assert run.read_header() == {"format": 1, **header, "model": {"path": "there", "fingerprint": "a"}}
     with pytest.raises(RunError, match=r"model\.fingerprint: 'a' there, 'b' now"):
-        RunDirectory(tmp_path).begin(header | {"model": {"path": "here", "fingerprint": "b"}})
+        run.check(header | {"model": {"path": "here", "fingerprint": "b"}})

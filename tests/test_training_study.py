@@ -82,5 +82,6 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
 
 def test_other_sizes_need_another_folder(tmp_path):
     training.begin(tmp_path, "training study", training.Sizes(), [training.SFT, training.RLVR])
+    (tmp_path / "cells").mkdir()  # something was computed
     with pytest.raises(RunError, match="other settings"):
         main(["training", "--quick", "--out", str(tmp_path)])

@@ -188,7 +188,7 @@ def export_run(
     strategy: only this one's. valid_only: only those whose derivation was checked and holds. tokenizer: by default
     the one of the run's model. Returns the number of rows. Raises ConfigError, InputError, ModelError or RunError.
     """
-    run, out = Path(run), Path(out)
+    run, out = Path(run).expanduser(), Path(out).expanduser()
     if to not in FORMATS:
         raise ConfigError(f"export format {to!r}: choose one of {', '.join(FORMATS)}")
     wanted = (".parquet",) if to.startswith("verl") else (".jsonl", ".parquet")
@@ -267,6 +267,6 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{name}: the tokenizer of this run's model cannot be loaded ({error}); restore it, or pass a tokenizer to"
-            " export_run"
+            f"{name}: the tokenizer of this run's model cannot be loaded ({error}); restore it, or name its place"
+            " with --model (in Python: pass a tokenizer)"
         ) from error

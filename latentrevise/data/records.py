@@ -278,6 +278,14 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
             out.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What ``write_jsonl`` wrote; nothing where there is no file. Its lines end at ``\\n`` alone: texts may hold other
+    characters at which ``str.splitlines`` parts them (U+2028, U+2029, U+0085)."""
+    path = Path(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def write_records(path: str | os.PathLike[str], rows: Sequence[Record], cls: type[Record] | None = None) -> None:
     """Write dataclass rows to one parquet file. ``cls`` is needed only when there may be no rows."""
     if cls is None:

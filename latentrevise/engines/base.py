@@ -179,7 +179,9 @@ def check(
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> list[int]:
     """Ids that end a completion: the model's, the tokenizer's and those of the parameters, ascending."""
-    own = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id]
+    # A model around several parts (Gemma 3) may name it in the config of the part that decodes, or in none.
+    configs = (model.generation_config, model.config, model.config.get_text_config(decoder=True))
+    own = [getattr(config, "eos_token_id", None) for config in configs]
     if tokenizer is not None:
         own.append(tokenizer.eos_token_id)
     found = set(params.stop_token_ids)

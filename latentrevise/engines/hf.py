@@ -30,7 +30,7 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
+from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded, unwrapped
 from latentrevise.model.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ class HFEngine:
         self.max_rows = max_rows
         self.token_budget = token_budget
         self._embedding = input_embedding(model)
-        accepted = inspect.signature(model.forward).parameters
+        inner = unwrapped(model)
+        accepted = inspect.signature(inner.forward).parameters
         if "position_ids" not in accepted:
             raise ModelError(
-                f"{type(model).__name__}.forward takes no position_ids, so ragged batches cannot be sampled from it;"
+                f"{type(inner).__name__}.forward takes no position_ids, so ragged batches cannot be sampled from it;"
                 " use a model with rotary or learned positions"
             )
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

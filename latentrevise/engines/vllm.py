@@ -39,7 +39,7 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.model.loading import check_model, input_embedding, position_limit
+from latentrevise.model.loading import base_of, check_model, input_embedding, is_adapter, position_limit, unwrapped
 
 if TYPE_CHECKING:
     import vllm
@@ -146,6 +146,8 @@ class VLLMEngine:
         self._embedding = input_embedding(model)
         self._llm: vllm.LLM | None = None
         self._changed = False  # the policy's weights are not those at `path` any more
+        if is_adapter(self.path):  # vLLM starts from the base; the policy has the adapters merged
+            self.path, self._changed = base_of(self.path), True
         self._asleep = False
 
     @property
@@ -514,8 +516,7 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    peft: Any = model
-    inner: Any = peft.get_base_model() if hasattr(model, "peft_config") else model
+    inner: Any = unwrapped(model)
     modules = dict(inner.named_modules())
     found: dict[str, Tensor] = {}
     for name, parameter in inner.named_parameters():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -23,15 +24,52 @@ def load_model(
     device: torch.device | str | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in eval mode and its tokenizer, from a directory or a hub id.
+    """A causal LM in eval mode and its tokenizer, from a directory or a hub id; of a LoRA adapter's directory the base
+    model with the adapter merged.
 
     Only safetensors weights are read and no code that comes with a model is run. dtype: ``auto`` is what the weights
     are stored in. device: None is the first GPU, or else the CPU. Raises ModelError.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    place = chosen_device(device)  # a wrong one is told before anything is loaded
+    if is_adapter(found := model_place(name)):
+        model, tokenizer = load_adapted(found, dtype)
+    else:
+        model, tokenizer = _load(found, dtype, revision)
+    keep_softcap(model)
+    check_model(model, tokenizer)
+    try:
+        model.to(place)  # type: ignore[arg-type]  # the wrapper around it hides its signature
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"{name}: it can't be put on {place} ({_first_line(error)}); choose another --device"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name, or the first GPU, or else the CPU. Raises ModelError for one that is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"device {device!r}: there is none of that name; choose cpu, cuda, cuda:1, ...") from error
+    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ModelError(f"device {str(device)!r}: torch {torch.__version__} sees {count} such devices; choose another")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("device 'mps': torch finds none on this machine; choose cpu")
+    if found.type == "meta":
+        raise ModelError("device 'meta' holds no weights; choose cpu, cuda, cuda:1, ...")
+    return found
+
+
+def _load(
+    name: str, dtype: torch.dtype | str, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    _check_place(name)
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype, None)
         if not (isinstance(found, torch.dtype) and found.is_floating_point):
@@ -51,6 +89,14 @@ def load_model(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    return model, load_tokenizer(name, revision)
+
+
+def load_tokenizer(name: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's directory or hub id. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    name = model_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -58,14 +104,10 @@ def load_model(
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{name}: it has a model but no tokenizer that can be loaded ({_first_line(error)}); put the tokenizer's"
+            f"{name}: it has no tokenizer that can be loaded ({_first_line(error)}); put the tokenizer's"
             " files (tokenizer.json, tokenizer_config.json) beside the weights"
         ) from error
-    keep_softcap(model)
-    check_model(model, tokenizer)
-    place = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(torch.device(place))  # type: ignore[arg-type]  # the wrapper around it hides its signature
-    return model.eval(), tokenizer
+    return tokenizer
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -84,6 +126,11 @@ def position_limit(model: PreTrainedModel) -> int | None:
                 or getattr(config, "original_max_position_embeddings", None)
             )
     return min((limit for limit in limits if limit), default=None)
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The model inside peft's wrapper, whose adapters act on it in place; any other as it is."""
+    return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "peft_config") else model)
 
 
 def sharded(model: nn.Module) -> bool:
@@ -135,22 +182,99 @@ def input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, module)
 
 
-def _check_place(name: str | os.PathLike[str]) -> None:
-    """Say what is wrong with a path before the hub is asked for a model of that name."""
+def model_place(name: str | os.PathLike[str]) -> str:
+    """A model's directory in full, so that it is found from anywhere; a hub id as it is.
+
+    Raises ModelError for a path that is no model's, before the hub is asked for a model of that name.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not is_adapter(path):
             raise ModelError(
                 f"{name}: there is no config.json in it, so it isn't a model directory; give the one that has it"
             )
-    elif path.exists():
+        return str(path.resolve())
+    if path.exists():
         raise ModelError(f"{name}: it is a file; give the model's directory, or a hub id such as organisation/model")
-    elif isinstance(name, os.PathLike) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    if isinstance(name, os.PathLike) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ModelError(
             f"{name}: there is no such directory; check the path, or give a hub id such as organisation/model"
         )
+    return str(name)
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds adapters of another model (peft) and no model of its own."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
+
+
+def base_of(path: str | os.PathLike[str]) -> str:
+    """The model that a directory's adapters belong to. Raises ModelError where it is not named or not there."""
+    path = Path(path)
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: its adapter_config.json can't be read ({error}); restore it") from error
+    try:
+        # As it was typed when it was trained: perhaps from where the adapter lies.
+        return model_place(path / base if base and base.startswith(".") and (path / base).is_dir() else base or ".")
+    except ModelError as error:
+        raise ModelError(
+            f"{path} holds adapters of {base or 'a model that it does not name'}, which is not there ({error}); put its"
+            " place under base_model_name_or_path in adapter_config.json, or merge with `latentrevise merge --base`"
+        ) from error
+
+
+def load_adapted(
+    path: str | os.PathLike[str], dtype: torch.dtype | str, base: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model with a directory's adapters merged into it, and the tokenizer beside the adapters (or the base's).
+
+    base: in place of the one that the adapters name. Raises ModelError.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(
+            f"{path} holds adapters, which need peft: pip install peft, or merge them elsewhere"
+        ) from error
+    model, tokenizer = _load(model_place(base) if base else base_of(path), dtype)
+    if any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        tokenizer = load_tokenizer(path)
+    try:
+        merged: Any = PeftModel.from_pretrained(model, str(path)).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: its adapters can't be merged into {model.config._name_or_path} ({_first_line(error)}); they must"
+            " be of that model and of a kind that merges (LoRA)"
+        ) from error
+    merged.config._name_or_path = str(path)
+    return cast("PreTrainedModel", merged), tokenizer
+
+
+def merge_adapter(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | str = "auto",
+) -> Path:
+    """Write the model that a directory of adapters and its base make together to ``out``; see ``load_adapted``."""
+    found, out = model_place(path), Path(out).expanduser()
+    if not is_adapter(found):
+        raise ModelError(f"{path}: there is no adapter_config.json without a config.json in it, so nothing to merge")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} is there already; choose a new or an empty folder for the merged model")
+    model, tokenizer = load_adapted(found, dtype, base)
+    check_model(model, tokenizer)
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise ModelError(f"{out} can't be written ({error.strerror or error}); choose another --out") from error
+    return out
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.split("\n", 1)[0] if text else type(error).__name__

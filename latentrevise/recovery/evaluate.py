@@ -11,26 +11,27 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from latentrevise.config import to_dict
+from latentrevise.data.golds import unwrap
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import (
     Prompt,
     Rollout,
     decoded,
+    read_jsonl,
     read_records,
     row_seed,
     stable_hash,
     write_json,
-    write_jsonl,
     write_records,
 )
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.model.loading import sharded
+from latentrevise.model.loading import sharded, unwrapped
 from latentrevise.recovery.guards import bootstrap_mean, pass_at_k
 from latentrevise.recovery.rundir import RunDirectory, run_header
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
@@ -208,11 +209,11 @@ def benchmark_rows(name: str, source: str | os.PathLike[str] | None = None) -> l
             data: Any = load_dataset(known.hub_id, known.subset, split=known.split)
         else:
             kind = {"jsonl": "json"}.get(suffix := Path(source).suffix.lstrip("."), suffix)
-            data = load_dataset(kind, data_files=str(source), split="train")
+            data = load_dataset(kind, data_files=str(Path(source).expanduser()), split="train")
     except Exception as error:  # whatever hub, network and readers raise
         place = known.hub_id if source is None else source
         raise InputError(
-            f"{name}: {place} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]});"
+            f"{name}: {place} cannot be loaded ({type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]});"
             " check the network, or give a local copy as source"
         ) from error
     missing = {known.prompt, known.answer} - set(data.column_names)
@@ -227,7 +228,7 @@ def benchmark_rows(name: str, source: str | os.PathLike[str] | None = None) -> l
 def _problem(row: Mapping[str, Any], known: Benchmark) -> dict[str, Any]:
     answer = row[known.answer]
     if isinstance(answer, list):
-        answer = ", ".join(str(part).strip().strip("$") for part in answer)
+        answer = ", ".join(unwrap(str(part)) for part in answer)
     ids = {key: str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None}
     return {"prompt": str(row[known.prompt]), "answer": str(answer), **dict(list(ids.items())[:1])}
 
@@ -260,15 +261,13 @@ def evaluate_run(
         raise ConfigError(f"source goes with one of {', '.join(BENCHMARKS)}; give a file of your own as data")
     else:
         known_by = _file_hash(Path(data))
-    run.begin({**run_header(model, config, engine), "data": {"name": str(data), "hash": known_by}})
+    header = {**run_header(model, config, engine), "data": {"name": str(data), "hash": known_by}}
+    run.check(header)
     with run.locked(), Verifier(timeout=config.verify_timeout) as verifier:
         if not run.prompts.exists():
             room = None if engine.limit is None else engine.limit - config.max_new_tokens
             usable, errors = config.load(rows, tokenizer, room, verifier)
-            write_jsonl(run.errors, errors)
-            if not usable:
-                raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {run.errors}")
-            write_records(run.prompts, usable, Prompt)
+            run.begin(header, usable, errors)
         prompts, scores = read_records(run.prompts, Prompt), []
         with tqdm(total=len(prompts), desc="eval", unit="prompt", disable=not progress) as bar:
             for index, first in enumerate(range(0, len(prompts), config.chunk)):
@@ -282,8 +281,8 @@ def evaluate_run(
         warn_of_missing_answers([r for part in run.parts("rollouts") for r in read_records(part, Rollout)])
         metrics = {
             "data": str(data),
-            "model": str(model.config._name_or_path),
-            "left_out": len(run.errors.read_text(encoding="utf-8").splitlines()),
+            "model": header["model"]["path"],
+            "left_out": len(read_jsonl(run.errors)),
             **summary(scores, config),
             "config": to_dict(config),
         }
@@ -292,8 +291,14 @@ def evaluate_run(
 
 
 def _file_hash(path: Path) -> str:
+    """Of a file's bytes, or of a folder's."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        path = path.expanduser()
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
     except OSError as error:
         raise InputError(
             f"{path} is neither a file that can be read ({error.strerror or error}) nor one of {', '.join(BENCHMARKS)};"
@@ -326,8 +331,7 @@ class Evaluates:
     @property
     def _base(self) -> PreTrainedModel:
         """The model below wrappers and adapters (which act on it in place)."""
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
+        return unwrapped(self.accelerator.unwrap_model(self.model))  # type: ignore[attr-defined]
 
     def _sampled(self) -> dict[str, Any]:
         from accelerate.utils import broadcast_object_list, gather_object

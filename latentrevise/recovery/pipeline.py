@@ -39,6 +39,7 @@ from latentrevise.data.records import (
     Verdict,
     decoded,
     read_atoms,
+    read_jsonl,
     read_offsets,
     read_records,
     row_seed,
@@ -54,7 +55,7 @@ from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_with
 from latentrevise.recovery.gate import implicit_value
 from latentrevise.recovery.metrics import POOL, WRONG, Outcome, run_metrics
-from latentrevise.recovery.rundir import RunDirectory, run_header
+from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.selection import select
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.verdicts import Judge, load_checker, warn_of_missing_answers
@@ -115,7 +116,8 @@ class Recovery:
         self.checker = load_checker(config.checker)
         self.progress = progress
         self.template_ids = tuple(tokenizer.encode(config.answer_template, add_special_tokens=False))
-        self.resumed = self.run.begin(run_header(model, config, self.engine))
+        self.header = run_header(model, config, self.engine)
+        self.run.check(self.header)
         self._prompts: list[Prompt] | None = None
         self._work: list[Case] | None = None
         self._pool: _Arm | None = None
@@ -191,7 +193,7 @@ class Recovery:
             rollouts=self.rollouts(),
             zero_hit=[case.prompt.id for case in self.cases()],
             aimed_wrong=[case.prompt.id for case in self.cases() if case.wrong is not None],
-            left_out=len(_read_jsonl(self.run.errors)),
+            left_out=len(read_jsonl(self.run.errors)),
             checked=self.checker is not None,
             chained=self.config.stop_at_success,
             label=self.config.label,
@@ -256,7 +258,7 @@ class Recovery:
     def _report_uncut(self, prompts: Sequence[str]) -> None:
         """Zero-hit prompts of which nothing can be cut go to the file of left-out rows."""
         code = "short-rollouts"
-        kept = [row for row in _read_jsonl(self.run.errors) if row["reason"] != code]
+        kept = [row for row in read_jsonl(self.run.errors) if row["reason"] != code]
         place = {prompt.id: i for i, prompt in enumerate(self.prompts)}
         told = (
             "no failed rollout has two tokens, so there is no prefix to revise; check the stop tokens and the template"
@@ -425,7 +427,12 @@ class Recovery:
         judge = Judge(self._tools(), self.verifier, self.checker, self.config, self._boundary)
         for index, _ in self._todo("verdicts", arm, bar):
             starts, mixtures = self._starts(arm, index)
-            samples = read_records(self.run.part("samples", index, arm.name), Sample)
+            path = self.run.part("samples", index, arm.name)
+            if not path.exists():
+                raise RunError(
+                    f"{self.run.path} has no {path.relative_to(self.run.path)} yet; run `latentrevise continue` first"
+                )
+            samples = read_records(path, Sample)
             rows = judge.verdicts(
                 arm.strategy, arm.wrong, cases, starts, mixtures, samples, partial(self._generate, bar=bar)
             )
@@ -443,22 +450,16 @@ class Recovery:
         room = self._tools().left(self.config.max_new_tokens)
         prompts, errors = self.config.load(source, self.tokenizer, room, self.verifier)
         if self.run.prompts.exists():
-            # A gold that takes long to parse may be left out one time and not the next.
-            known = _read_jsonl(self.run.errors)
-            doubtful = {e.id for e in errors} | {e["id"] for e in known if e["reason"] == "unparsable-answer"}
-            if [p for p in prompts if p.id not in doubtful] != [p for p in self.prompts if p.id not in doubtful]:
+            if other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
             return
-        write_jsonl(self.run.errors, errors)
         for error in errors[:5]:
             log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
         if len(errors) > 5:
             log.warning("%d more rows left out; all are in %s", len(errors) - 5, self.run.errors)
-        if not prompts:
-            raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.run.errors}")
-        write_records(self.run.prompts, prompts, Prompt)
+        self.run.begin(self.header, prompts, errors)
 
     def _case(self, prompt: Prompt, failed: list[Rollout]) -> Case:
         seed = row_seed(self.config.seed, "case", prompt.id)
@@ -559,6 +560,7 @@ class Recovery:
             self.config.sampling(1),
             self.config.token_budget,
             self.config.prefix_boundary,
+            self.config.chat_template_kwargs,
         )
 
     def _results(self, arm: _Arm) -> list[_Result]:
@@ -653,9 +655,8 @@ def recover(
 ) -> Recovered:
     """Recover zero-hit prompts: mine, revise, continue, verify.
 
-    model, tokenizer: a causal LM of transformers and its tokenizer. prompts: a file (JSONL, JSON, parquet, CSV) or
-    rows, each
-    with a prompt and an answer under one of the usual names. out: the run directory, resumed where it holds this run;
+    model, tokenizer: a causal LM of transformers and its tokenizer. prompts: a file or rows, each with a prompt and an
+    answer under one of the usual names, see ``load_prompts``. out: the run directory, resumed where it holds this run;
     a new temporary one when left out. Returns the admitted trajectories, the metrics and the directory.
 
     Raises ConfigError, InputError, ModelError or RunError; what was computed before stays in ``out``.
@@ -706,10 +707,6 @@ def _admitted(verdict: Verdict) -> bool:
 def _decoded(ids: Sequence[int], finish_reason: str) -> int:
     """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
     return len(ids) + (finish_reason == "stop")
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Any]:

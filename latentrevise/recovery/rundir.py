@@ -18,14 +18,15 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import config_hash, to_dict
-from latentrevise.data.records import write_json
-from latentrevise.errors import RunError
+from latentrevise.data.records import Prompt, RowError, write_json, write_jsonl, write_records
+from latentrevise.errors import InputError, ModelError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,10 +40,10 @@ _VOLATILE = ("created", "versions", "model.path", "data.name")
 
 
 class RunDirectory:
-    """Paths and state of one run. Nothing is created before ``begin``."""
+    """Paths and state of one run. It begins when its prompts are there: before, nothing was computed."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @property
     def header(self) -> Path:
@@ -99,35 +100,46 @@ class RunDirectory:
             )
         return header
 
-    def begin(self, header: dict[str, Any]) -> bool:
-        """Create the directory, or take up the run in it; True when there was one.
+    def check(self, header: dict[str, Any]) -> bool:
+        """Make the directory, or look at the run in it; True when there is one to take up.
 
-        Raises RunError when the run there has other settings or another model, or when the directory can't be written.
+        Raises RunError when it has other settings or another model, or when the directory can't be made. A model is
+        known by its weights: where they lie in another place now, the run notes it.
         """
-        header = json.loads(json.dumps({"format": FORMAT, **header}))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
                 f"output directory {self.path} can't be made ({error}); choose another with --out"
             ) from error
-        if self.header.exists():
-            changed = sorted(_differences(self.read_header(), header))
+        if self.header.exists() and self.prompts.exists():
+            old, new = self.read_header(), _complete(header)
+            changed = sorted(_differences(old, new))
             if changed:
                 raise RunError(
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}); resume it with its own"
-                    " settings, or"
-                    " choose another --out"
+                    " settings, or choose another --out"
                 )
+            if old["model"]["path"] != new["model"]["path"]:
+                write_json(self.header, old | {"model": new["model"]})
             return True
-        strangers = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+        # What a start that came to no prompt leaves behind is in nobody's way.
+        own = (self.header.name, self.errors.name, self.prompts.name)
+        strangers = [p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.name not in own]
         if strangers:
             raise RunError(
                 f"{self.path} is not empty ({', '.join(sorted(strangers)[:3])}) and holds no run; choose an empty"
                 " or new --out"
             )
-        write_json(self.header, header)
         return False
+
+    def begin(self, header: dict[str, Any], prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
+        """Write what a run starts from: the rows left out, the header, the prompts. Raises InputError without any."""
+        write_jsonl(self.errors, errors)
+        if not prompts:
+            raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.errors}")
+        write_json(self.header, _complete(header))
+        write_records(self.prompts, prompts, Prompt)  # last: a run without them has not begun
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -138,6 +150,31 @@ class RunDirectory:
             except OSError as error:
                 raise RunError(f"another process works on {self.path}; wait for it, or choose another --out") from error
             yield
+
+
+def _complete(header: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps({"format": FORMAT, **header})))
+
+
+def other_prompts(
+    read: Sequence[Prompt],
+    left_out: Iterable[RowError],
+    stored: Sequence[Prompt],
+    stored_out: Iterable[Mapping[str, Any]],
+) -> bool:
+    """Whether other prompts were read than a run has, by what stood in the rows.
+
+    Their ids are not compared: a chat template may print today's date. Where a row is left out one time and not the
+    next, since its gold takes long to parse or its template grew, that is no difference.
+    """
+    doubtful = {e.id for e in left_out} | {
+        row["id"] for row in stored_out if row["reason"] in ("unparsable-answer", "over-long-prompt")
+    }
+
+    def rows(prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [replace(p, ids=()) for p in prompts if p.id not in doubtful]
+
+    return rows(read) != rows(stored)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -164,11 +201,11 @@ def run_header(model: PreTrainedModel, config: Any, engine: Engine) -> dict[str,
         "config_hash": config_hash(config),
         "engine": type(engine).__name__,
         "model": {
-            "path": str(model.config._name_or_path),
+            "path": known_place(model),
             "class": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "fingerprint": _fingerprint(model),
+            "fingerprint": fingerprint(model),
         },
         "versions": {
             "python": platform.python_version(),
@@ -180,7 +217,24 @@ def run_header(model: PreTrainedModel, config: Any, engine: Engine) -> dict[str,
     }
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def known_place(model: PreTrainedModel) -> str:
+    """Where a model was loaded from: a directory in full, or a hub id."""
+    name = str(model.config._name_or_path)
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def where_it_is(header: dict[str, Any], run: Path) -> str:
+    """The place of a run's model. Raises RunError where it is gone, and says how to name another."""
+    from latentrevise.model.loading import model_place
+
+    path = str(header["model"]["path"])
+    try:
+        return model_place(path)
+    except ModelError as error:
+        raise RunError(f"{run}: its model is not where it was ({error}); name its place with --model") from error
+
+
+def fingerprint(model: PreTrainedModel) -> str:
     """Tells one model from another: names, shapes and 64 values spread over each parameter."""
     import torch
 

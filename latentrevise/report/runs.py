@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentrevise.data.records import read_atoms
+from latentrevise.data.records import read_atoms, read_jsonl
 from latentrevise.errors import RunError
 from latentrevise.recovery.rundir import RunDirectory
 
@@ -83,10 +83,7 @@ class FinishedRun:
     @cached_property
     def error_counts(self) -> Counter[str]:
         """reason code -> number of input rows set aside."""
-        if not self.files.errors.is_file():
-            return Counter()
-        lines = self.files.errors.read_text(encoding="utf-8").splitlines()
-        return Counter(str(json.loads(line)["reason"]) for line in lines if line.strip())
+        return Counter(str(row["reason"]) for row in read_jsonl(self.files.errors))
 
     def has_arm(self, arm: str) -> bool:
         """Whether the rows of ``arm`` are there (metrics alone may be kept when a run is archived)."""

@@ -8,9 +8,9 @@ the same for all, so that strategies are compared and charged alike.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentrevise.data.records import shared_head
 from latentrevise.model.compute import Compute
@@ -31,7 +31,8 @@ class Tools:
 
     policy: gradients, log-probs and branch scores. engine: samples, should finding a proposal need any. sampling: how
     the run samples (temperature, lengths, stop strings), one sample a request. token_budget: padded tokens in one batch
-    of branch scores. boundary: the text that ends a step; None where the run names none.
+    of branch scores. boundary: the text that ends a step; None where the run names none. chat_template_kwargs: what the
+    run's chat template reads beside the messages.
     """
 
     policy: Policy
@@ -40,6 +41,7 @@ class Tools:
     sampling: SamplingParams
     token_budget: int | None
     boundary: str | None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def left(self, length: int) -> int:
         """Positions left behind ``length`` of them; without end where nobody knows a limit."""

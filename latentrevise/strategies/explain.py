@@ -16,8 +16,6 @@ from latentrevise.errors import ConfigError
 from latentrevise.strategies.base import Proposal, Tools, Work
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from latentrevise.data.records import Prompt
 
 
@@ -48,11 +46,10 @@ class Explain:
     backend: str = "none"
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
-        return [
-            [Proposal(n=samples, context_ids=self._context(tools.tokenizer, item.prompt, item.target))] for item in work
-        ]
+        return [[Proposal(n=samples, context_ids=self._context(tools, item.prompt, item.target))] for item in work]
 
-    def _context(self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> tuple[int, ...]:
+    def _context(self, tools: Tools, prompt: Prompt, answer: str) -> tuple[int, ...]:
+        tokenizer = tools.tokenizer
         # Split first: a question that holds "{answer}" itself stays as it is.
         around = [part.replace("{answer}", answer) for part in self.config.template.split("{prompt}")]
         *before, last = prompt.conversation
@@ -61,5 +58,7 @@ class Explain:
             return tuple(tokenizer.encode(text))
         # The question went through the chat template, so what is asked instead does, behind the same messages.
         messages = [*before, {**last, "content": text}]
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **tools.chat_template_kwargs
+        )
         return tuple(encoded["input_ids"])

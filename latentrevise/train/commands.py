@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentrevise.errors import ConfigError, InputError
+from latentrevise.options import Model, Prompts, Settings, grouped, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from latentrevise.data.prompts import PromptSettings
-    from latentrevise.data.records import Prompt
+    from latentrevise.data.records import Prompt, RowError
 
 app = typer.Typer(no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option(help="Folder of the training run; taken up at its last checkpoint.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="One setting, key=value (mix=0.5, trainer.learning_rate=1e-5); may be repeated."),
-]
+Out = Annotated[Path, place("Folder of the training run; taken up at its last checkpoint.")]
 Dtype = Annotated[
     str, typer.Option(help="Of the weights that are trained; with a GPU the trainer computes in bfloat16.")
 ]
@@ -37,59 +33,52 @@ def train() -> None:
 
 
 @app.command()
+@grouped
 def sft(
-    run: Annotated[Path, typer.Option(help="A finished recovery.")],
+    given: Settings,
+    run: Annotated[Path, place("A finished recovery.")],
     out: Out,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; the run's own model if left out.")] = None,
-    config: ConfigFile = None,
-    settings: Set = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Fine-tune on a run's trajectories, mixed with its ordinary correct rollouts."""
-    from latentrevise.config import load_config
     from latentrevise.train.sft import SFTSettings, sft_dataset, train_sft
 
-    chosen = load_config(SFTSettings, config, settings or [])
-    name = model or _model_of(run)
-    policy, tokenizer = _loaded(name, dtype)
+    chosen = given.load(SFTSettings)
+    policy, tokenizer = _loaded(model or _model_of(run), dtype)
     rows = sft_dataset(run, chosen, tokenizer)
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["strategy"]] = counts.get(row["strategy"], 0) + 1
     typer.echo(f"{len(rows)} rows: {', '.join(f'{n} {strategy}' for strategy, n in sorted(counts.items()))}")
-    _begin(out, "sft", chosen, [name, [row["input_ids"] for row in rows]])
+    _begin(out, "sft", chosen, policy, [row["input_ids"] for row in rows])
     train_sft(policy, tokenizer, rows, out, chosen, _judging(chosen, policy, tokenizer))
     typer.echo(f"trained model in {out / 'model'}")
 
 
 @app.command()
-def rlvr(
-    model: Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL, JSON, parquet or CSV with a prompt and an answer in each row.")],
-    out: Out,
-    config: ConfigFile = None,
-    settings: Set = None,
-    dtype: Dtype = "float32",
-) -> None:
+@grouped
+def rlvr(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dtype = "float32") -> None:
     """Reinforcement learning on verified answers, with zero-hit groups repaired as they occur."""
     from trl import GRPOConfig
 
-    from latentrevise.config import load_config
     from latentrevise.train.rlvr import RLVRSettings, train_rlvr
+    from latentrevise.train.settings import kept_prompts
 
-    chosen = load_config(RLVRSettings, config, settings or [])
+    chosen = given.load(RLVRSettings)
     policy, tokenizer = _loaded(model, dtype)
     new = chosen.trainer.get("max_completion_length", GRPOConfig.max_completion_length) or 0  # null: no limit
-    problems = _prompts(prompts, chosen, policy, tokenizer, new)
-    _begin(out, "rlvr", chosen, [model, [[p.id, *p.ids] for p in problems]])
-    train_rlvr(policy, tokenizer, problems, out, chosen, _judging(chosen, policy, tokenizer))
+    problems, errors = _prompts(prompts, chosen, policy, tokenizer, new)
+    _begin(out, "rlvr", chosen, policy, [])
+    train_rlvr(policy, tokenizer, kept_prompts(out, problems, errors), out, chosen, _judging(chosen, policy, tokenizer))
     typer.echo(f"trained model in {out / 'model'}")
 
 
-def _begin(out: Path, kind: str, settings: Any, data: Any) -> None:
+def _begin(out: Path, kind: str, settings: Any, model: PreTrainedModel, data: Any) -> None:
+    from latentrevise.recovery.rundir import fingerprint
     from latentrevise.train.settings import begin
 
-    begin(out, kind, settings, data)
+    begin(out, kind, settings, [fingerprint(model), data])
 
 
 def _loaded(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -100,9 +89,9 @@ def _loaded(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def _model_of(run: Path) -> str:
-    from latentrevise.recovery.rundir import RunDirectory
+    from latentrevise.recovery.rundir import RunDirectory, where_it_is
 
-    return str(RunDirectory(run).read_header()["model"]["path"])
+    return where_it_is(RunDirectory(run).read_header(), run)
 
 
 def _judging(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -110,7 +99,7 @@ def _judging(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     if settings.eval_prompts is None:
         return []
     how = settings.evaluation
-    return _prompts(settings.eval_prompts, how, model, tokenizer, how.max_new_tokens)
+    return _prompts(settings.eval_prompts, how, model, tokenizer, how.max_new_tokens)[0]
 
 
 def _prompts(
@@ -119,8 +108,9 @@ def _prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     new: int,
-) -> list[Prompt]:
-    """The usable prompts of a file, with room for ``new`` tokens behind each; how many are not is said."""
+) -> tuple[list[Prompt], list[RowError]]:
+    """The usable prompts of a file, with room for ``new`` tokens behind each, and the errors of the others, which are
+    told."""
     from latentrevise.model.loading import position_limit
 
     limit = position_limit(model)
@@ -131,4 +121,4 @@ def _prompts(
         typer.echo(f"{path}: {len(errors)} rows left out", err=True)
     if not found:
         raise InputError(f"{path}: no usable prompt among {len(errors)} rows")
-    return found
+    return found, errors

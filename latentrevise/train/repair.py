@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
@@ -96,6 +96,7 @@ class Repairer:
         verifier: Verifier,
         settings: RepairSettings,
         sampling: SamplingParams,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.policy, self.engine, self.tokenizer, self.verifier = policy, engine, tokenizer, verifier
         self.settings, self.sampling = settings, sampling
@@ -103,7 +104,15 @@ class Repairer:
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, policy.table.shape[0])
         self._template = tuple(tokenizer.encode(settings.answer_template, add_special_tokens=False))
         self._strategy = build(settings.strategy, settings)
-        self._tools = Tools(policy, engine, tokenizer, sampling, settings.token_budget, settings.prefix_boundary)
+        self._tools = Tools(
+            policy,
+            engine,
+            tokenizer,
+            sampling,
+            settings.token_budget,
+            settings.prefix_boundary,
+            chat_template_kwargs or {},
+        )
 
     def repair(self, groups: Sequence[tuple[Prompt, Sequence[Rollout], int]]) -> tuple[list[Repair], float]:
         """One Repair for each group of (prompt, rollouts verified wrong, seed), in order, and the seconds it took."""

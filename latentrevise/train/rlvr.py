@@ -40,7 +40,14 @@ from latentrevise.train.repair import (
     replaced,
     zero_hit,
 )
-from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
+from latentrevise.train.settings import (
+    LoraSettings,
+    check_evaluation,
+    installed_extras,
+    ready_tokenizer,
+    run_training,
+    trl_arguments,
+)
 from latentrevise.verify.verifier import Judgement, Verifier
 
 if TYPE_CHECKING:
@@ -285,6 +292,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
                     top_k=self.top_k or None,
                     max_new_tokens=cast(int, self.max_completion_length),
                 ),
+                self.settings.chat_template_kwargs,
             )
         self._repairer.engine.update(self._base)
         return self._repairer
@@ -428,20 +436,26 @@ def train_rlvr(
             ]
         )
 
+    if "chat_template_kwargs" in settings.trainer:
+        raise ConfigError(
+            "trainer.chat_template_kwargs would be ignored: the prompts come as ids, with the template on them; set"
+            " chat_template_kwargs (and evaluation.chat_template_kwargs) instead"
+        )
     arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)
     check_evaluation(arguments, eval_prompts)
     with Verifier(timeout=settings.verify_timeout) as verifier:
-        trainer = RecoveringGRPOTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows(prompts),
-            eval_dataset=rows(eval_prompts) if eval_prompts else None,
-            processing_class=ready_tokenizer(tokenizer),
-            peft_config=settings.lora.peft(),
-            verifier=verifier,
-            settings=settings,
-            engine=engine,
-        )
+        with installed_extras():
+            trainer = RecoveringGRPOTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=rows(prompts),
+                eval_dataset=rows(eval_prompts) if eval_prompts else None,
+                processing_class=ready_tokenizer(tokenizer),
+                peft_config=settings.lora.peft(),
+                verifier=verifier,
+                settings=settings,
+                engine=engine,
+            )
         trainer.sample_at_evaluation(eval_prompts, settings.evaluation)
         run_training(trainer, Path(out))
     return trainer

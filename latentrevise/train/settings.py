@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,14 +16,22 @@ import torch
 from accelerate import PartialState
 
 from latentrevise.config import to_dict
-from latentrevise.data.records import stable_hash, write_json
+from latentrevise.data.records import (
+    Prompt,
+    RowError,
+    read_jsonl,
+    read_records,
+    stable_hash,
+    write_json,
+    write_jsonl,
+    write_records,
+)
 from latentrevise.errors import ConfigError, RunError
+from latentrevise.recovery.rundir import other_prompts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-
-    from latentrevise.data.records import Prompt
 
 Arguments = TypeVar("Arguments")
 
@@ -68,7 +76,7 @@ def trl_arguments(
                 f"unknown setting trainer.{name}; {f'did you mean {near[0]}?' if near else 'see ' + cls.__name__}"
             )
     cpu = {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
-    values = {"output_dir": str(out), "report_to": "none", **cpu, **defaults, **given}
+    values = {"output_dir": str(Path(out).expanduser()), "report_to": "none", **cpu, **defaults, **given}
     for name, value in values.items():  # YAML 1.1 reads 1e-4 as text, and no as false
         kind = str(fields[name].type)
         if isinstance(value, str) and "float" in kind:
@@ -77,9 +85,24 @@ def trl_arguments(
         elif value is False and "bool" not in kind:
             values[name] = "no"
     try:
-        return cls(**values)
+        with installed_extras():
+            return cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{cls.__name__} refuses these settings: {error}") from error
+
+
+@contextmanager
+def installed_extras() -> Iterator[None]:
+    """Where TRL or transformers need a package that is not there (``report_to``, ``use_vllm``), a ConfigError."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if not isinstance(error, ImportError) and "installed" not in str(error):
+            raise
+        raise ConfigError(
+            f"trainer.*: one of these settings needs a package that is not installed ({' '.join(str(error).split())});"
+            " install it, or leave the setting out"
+        ) from error
 
 
 def check_evaluation(arguments: TrainingArguments, prompts: Sequence[Prompt]) -> None:
@@ -103,25 +126,50 @@ def begin(out: str | os.PathLike[str], kind: str, settings: Any, data: Any) -> N
     data: what identifies the rows. All processes may call it; the first one writes.
     """
     header = json.loads(json.dumps({"kind": kind, "settings": to_dict(settings), "data": stable_hash(data)}))
-    path = Path(out) / "train.json"
+    path = Path(out).expanduser() / _HEADER
     with PartialState().main_process_first():
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != header:
-                raise RunError(
-                    f"{out} holds a training run with other settings or data; resume it as it was, or choose another"
-                    " --out"
-                )
-        else:
+        if not path.exists() or (_untouched(path.parent) and json.loads(path.read_text(encoding="utf-8")) != header):
             write_json(path, header)
+        elif json.loads(path.read_text(encoding="utf-8")) != header:
+            raise RunError(
+                f"{out} holds a training run with other settings or data; resume it as it was, or choose another --out"
+            )
+
+
+def kept_prompts(
+    out: str | os.PathLike[str], prompts: Sequence[Prompt], errors: Sequence[RowError]
+) -> Sequence[Prompt]:
+    """The prompts as a training run in ``out`` first read them (a template may print today's date), or these, which
+    are then kept there. Raises RunError where it has others."""
+    path, left_out = Path(out).expanduser() / _PROMPTS, Path(out).expanduser() / _ERRORS
+    with PartialState().main_process_first():
+        if not path.exists() or (_untouched(path.parent) and PartialState().is_main_process):
+            write_jsonl(left_out, errors)
+            write_records(path, prompts, Prompt)
+        stored = read_records(path, Prompt)
+    if other_prompts(prompts, errors, stored, read_jsonl(left_out)):
+        raise RunError(
+            f"{out} holds a training run over other prompts; resume it with its own, or choose another --out"
+        )
+    return stored
+
+
+_HEADER, _PROMPTS, _ERRORS = "train.json", "prompts.parquet", "errors.jsonl"
+
+
+def _untouched(out: Path) -> bool:
+    """Whether nothing was computed in a folder yet: it holds no more than what a training starts from."""
+    return all(p.name in (_HEADER, _PROMPTS, _ERRORS) or p.name.startswith(".") for p in out.iterdir())
 
 
 def run_training(trainer: Trainer, out: str | os.PathLike[str]) -> None:
     """Train, from the last checkpoint in ``out`` if there is one, and leave model and tokenizer in ``out/model``."""
     from transformers.trainer_utils import get_last_checkpoint
 
-    last = get_last_checkpoint(str(out)) if Path(out).is_dir() else None
+    out = Path(out).expanduser()
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_fsdp_enabled:  # or else nothing would be saved: checkpoints are in shards, a model directory is not
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(Path(out) / "model"))
+    trainer.save_model(str(out / "model"))
     trainer.save_state()

@@ -32,7 +32,14 @@ from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
-from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
+from latentrevise.train.settings import (
+    LoraSettings,
+    check_evaluation,
+    installed_extras,
+    ready_tokenizer,
+    run_training,
+    trl_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,14 +196,15 @@ def train_sft(
     check_evaluation(arguments, eval_prompts)
     data = Dataset.from_list([{key: list(row[key]) for key in ("input_ids", "completion_mask")} for row in rows])
     first = len(rows) - settings.holdout
-    trainer = LinearSFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.select(range(first)),
-        eval_dataset=data.select(range(first, len(rows))) if settings.holdout else None,
-        processing_class=ready_tokenizer(tokenizer),
-        peft_config=settings.lora.peft(),
-    )
+    with installed_extras():
+        trainer = LinearSFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.select(range(first)),
+            eval_dataset=data.select(range(first, len(rows))) if settings.holdout else None,
+            processing_class=ready_tokenizer(tokenizer),
+            peft_config=settings.lora.peft(),
+        )
     trainer.sample_at_evaluation(eval_prompts, settings.evaluation)
     run_training(trainer, Path(out))
     return trainer

@@ -1,0 +1,204 @@
+"""Rows from files: JSONL, JSON, CSV, TSV and parquet, compressed or in shards, as plain Python values."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from latentrevise.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[int, Any]]
+
+
+class BadRow(Exception):
+    """A row that is left out: a reason code and a message."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> Rows:
+    """Numbered rows of a file, of a folder of shards (in the order of their names, numbered through), or as given.
+
+    Lines of JSONL are numbered from 1, other rows from 0. A row that cannot be read comes as a ``BadRow``. Raises
+    InputError when nothing can be read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        shards = _shards(path) if path.is_dir() else [path]
+        if len(shards) == 1:
+            yield from _read(shards[0])
+        else:
+            log.warning("%s: %d files are read as one, %s to %s", path, len(shards), shards[0].name, shards[-1].name)
+            yield from enumerate(row for shard in shards for _, row in _read(shard))
+        return
+    if isinstance(source, Mapping):
+        raise InputError(
+            f"prompts: a mapping of {', '.join(map(str, source))} is no list of rows; give one of its parts"
+        )
+    if callable(getattr(source, "to_dict", None)) and hasattr(
+        source, "columns"
+    ):  # a DataFrame iterates over its columns
+        source = source.to_dict("records")
+    for number, row in enumerate(source):
+        yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", "the row is not a mapping of columns")
+
+
+def plain(value: Any) -> Any:
+    """A value as Python's own types: arrays and tuples as lists, their scalars as numbers, NaN and NA as None."""
+    if isinstance(value, str) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        # A short float's own digits: 0.1 in float32 is not 0.10000000149.
+        value = float(str(value)) if isinstance(value.tolist(), float) else value.tolist()
+    if type(value).__name__ in ("NAType", "NaTType") or value != value:
+        return None
+    return value
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The data files of a folder; all must be of one kind."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and _kind(p) in _READERS)
+    kinds = sorted({_kind(p) for p in files})
+    if len(kinds) != 1:
+        found = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no {', '.join(_READERS)} file"
+        raise InputError(f"prompt folder {folder} holds {found}; give one of its files, or a folder of one kind")
+    return files
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what a file holds; compression beside."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _read(path: Path) -> Rows:
+    if not path.is_file():
+        raise InputError(f"prompt file {path} does not exist or is no file; check the path")
+    reader = _READERS.get(_kind(path))
+    if reader is None:
+        raise InputError(
+            f"prompt file {path} ends in {path.suffix!r}; give a {', '.join(_READERS)} file (text may be compressed:"
+            " .jsonl.gz), or rename it to what it is"
+        )
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"prompt file {path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
+        ) from error
+    except csv.Error as error:
+        raise InputError(f"prompt file {path} is not readable CSV ({error}); quote its cells, or give JSONL") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"prompt file {path} is not a whole gzip file ({error}); fetch it anew") from error
+    except OSError as error:
+        raise InputError(f"prompt file {path} can't be read ({error.strerror or error})") from error
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def _read_jsonl(path: Path) -> Rows:
+    first = True
+    with _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row: Any
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if first:
+                    _hint_at_json(path)
+                row = BadRow("bad-json", f"line {number} is not JSON ({error.msg} at column {error.colno})")
+            else:
+                if first and isinstance(row, list):
+                    _hint_at_json(path)
+                if not isinstance(row, dict):
+                    row = BadRow("not-a-row", f"line {number} is not a JSON object")
+            first = False
+            yield number, row
+
+
+def _hint_at_json(path: Path) -> None:
+    """Raises InputError where a ``.jsonl`` file begins with a list, or an object over several lines."""
+    with _open(path) as file:
+        text = file.read().strip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError:
+        return
+    if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
+        return
+    remedy = "rename it to .json" if end == len(text) else "write each object on a line of its own (jq -c . FILE)"
+    what = "a JSON list" if isinstance(value, list) else "JSON over several lines"
+    raise InputError(f"prompt file {path} is {what}, not one object a line; {remedy}")
+
+
+def _read_json(path: Path) -> Rows:
+    try:
+        with _open(path) as file:
+            content = json.load(file)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"prompt file {path} is not JSON ({error.msg} at line {error.lineno}); if it holds one object a line,"
+            " name it .jsonl"
+        ) from error
+    if isinstance(content, dict):
+        content = next(
+            (content[key] for key in ("data", "prompts", "rows") if isinstance(content.get(key), list)), content
+        )
+    if not isinstance(content, list):
+        raise InputError(f"prompt file {path} holds no list of rows; give a list, or an object with one under 'data'")
+    for number, row in enumerate(content):
+        yield number, row if isinstance(row, dict) else BadRow("not-a-row", f"row {number} is not a JSON object")
+
+
+def _read_csv(path: Path, dialect: str = "excel") -> Rows:
+    with _open(path, newline="") as lines:
+        for number, row in enumerate(csv.DictReader(lines, dialect=dialect)):
+            if None in row or None in row.values():
+                told = f"row {number} has more or fewer cells than the header; quote what parts cells"
+                yield number, BadRow("bad-csv", told)
+            else:
+                yield number, row
+
+
+def _read_tsv(path: Path) -> Rows:
+    return _read_csv(path, "excel-tab")
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"prompt file {path} is not readable parquet ({error})") from error
+    yield from enumerate(table.to_pylist())
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,117 @@
+"""Options that commands share, each written once: a dataclass of them is one parameter of a command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def expanded(path: str) -> Path:
+    """A path with ``~`` resolved: a shell leaves it alone behind ``=``."""
+    return Path(path).expanduser()
+
+
+def place(help: str, *names: str) -> Any:
+    """An option that takes a path."""
+    return typer.Option(*names, help=help, parser=expanded, metavar="PATH")
+
+
+Out = Annotated[Path, place("Run directory; taken up where it stopped if it holds this run.")]
+Prompts = Annotated[
+    Path,
+    place("JSONL, JSON, CSV, TSV or parquet (or a folder of such files) with a prompt and an answer in each row."),
+]
+Model = Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers, or of a LoRA adapter.")]
+Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+ConfigFile = Annotated[Path | None, place("YAML file of settings.", "--config")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="One setting, key=value (latent.steps=20, trainer.learning_rate=1e-5); may be repeated."
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; if left out the first GPU, or else the CPU.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """``--config`` and ``--set``."""
+
+    config: ConfigFile = None
+    settings: Set = None
+
+    def load(self, cls: type[Any]) -> Any:
+        """The settings as a ``cls``."""
+        from latentrevise.config import load_config
+
+        return load_config(cls, self.config, self.settings or [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """How a model is loaded, and whether bars are shown."""
+
+    dtype: Dtype = "auto"
+    device: Device = None
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun(Placed, Settings):
+    """A model with the settings of what it is begun with, and what samples from it."""
+
+    model: Model
+    engine: Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself, or vllm.")] = (
+        "hf"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Placed):
+    """A run that was begun, with the model it was begun with."""
+
+    out: Out
+    model: Annotated[
+        str | None, typer.Option(help="Where the run's model is now, if not where it was when the run began.")
+    ] = None
+
+
+def grouped(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose parameters that are dataclasses are given as their fields, each an option."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            continue
+        own = typing.get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if f.default is MISSING else f.default,
+                annotation=own[f.name],
+            )
+            for f in fields(groups[name])
+        ]
+
+    parameters.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # what must be given comes first
+
+    @functools.wraps(command)
+    def call(**values: Any) -> Any:
+        built = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        return command(**built, **values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
