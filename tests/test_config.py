@@ -84,3 +84,75 @@ def test_hash_sees_every_field_and_nothing_else():
     assert base == config_hash(Outer(inner=Inner(steps=7)))
     for change in ({"name": "y"}, {"inner": Inner(8)}, {"grid": (0.1,)}):
         assert config_hash(dataclasses.replace(Outer(), **change)) != base
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=End with #### and the number", "End with #### and the number"),
+        ("name=# of eggs", "# of eggs"),
+        ("name=Answer: ...", "Answer: ..."),
+        ("name=2024", "2024"),
+        ("name=true", "true"),
+        ("name=null", "null"),
+        ("name=", ""),
+        ("name= a ", " a "),
+        ("name=[a", "[a"),
+        ("name=a=b", "a=b"),
+        ("name={x}", "{x}"),
+        ("name=it's", "it's"),
+        (r"name=put it in \boxed{}.", r"put it in \boxed{}."),
+        (r"name=\n", "\n"),
+        (r"name=\n\n", "\n\n"),
+        (r"name=Think.\nThen answer.\t", "Think.\nThen answer.\t"),
+        (r"name=\text{a} \nu \times \neq", r"\text{a} \nu \times \neq"),  # LaTeX
+        (r'name="a\nb"', "a\nb"),
+        (r"name='a\n'", r"a\n"),
+        ("name='a' or 'b'", "'a' or 'b'"),
+        (r"parts=\n", ("\n",)),
+        (r"parts=\n\n,####", ("\n\n", "####")),
+        (r"parts=[\n, 'a,b']", ("\n", "a,b")),
+        ('parts="a, b"', ("a, b",)),
+        ("parts='a',b", ("a", "b")),
+        ("parts=2024", ("2024",)),
+        ("parts=", ()),
+        ("maybe=null", None),
+        ("maybe=", None),
+        ("maybe=#", "#"),
+        (r"maybe=\n", "\n"),
+        ("free.a.b=no", {"a": {"b": False}}),
+        ("free={a: 1}", {"a": 1}),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(override, value):
+    @dataclass(frozen=True)
+    class Texts:
+        name: str = "x"
+        maybe: str | None = "x"
+        parts: tuple[str, ...] = ("x",)
+        free: dict = field(default_factory=dict)
+
+    config = load_config(Texts, None, [override])
+    assert getattr(config, override.split("=")[0].split(".")[0]) == value
+
+
+def test_what_a_comment_would_cut_off_is_refused():
+    for override in ("free.run_name=a #1", "limit=3 # three", "free.x=#"):
+        with pytest.raises(ConfigError, match="begins a comment in YAML"):
+            load_config(Free, None, [override])
+    assert load_config(Free, None, ["free.run_name='a #1'"]).free == {"run_name": "a #1"}
+
+
+@dataclass(frozen=True)
+class Free:
+    limit: int = 0
+    free: dict = field(default_factory=dict)
+
+
+def test_numbers_are_numbers(tmp_path):
+    for value in (".nan", "nan"):
+        with pytest.raises(ConfigError, match=r"inner\.rate = nan: it is no number"):
+            load_config(Outer, None, [f"inner.rate={value}"])
+    (tmp_path / "c.yaml").write_text("name: 2024")
+    with pytest.raises(ConfigError, match="of type str; put it in quotation marks"):
+        load_config(Outer, tmp_path / "c.yaml")

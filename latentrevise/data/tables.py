@@ -46,11 +46,10 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
         raise InputError(
             f"prompts: a mapping of {', '.join(map(str, source))} is no list of rows; give one of its parts"
         )
-    if callable(getattr(source, "to_dict", None)) and hasattr(
-        source, "columns"
-    ):  # a DataFrame iterates over its columns
-        source = source.to_dict("records")
-    for number, row in enumerate(source):
+    rows: Any = source
+    if callable(getattr(rows, "to_dict", None)) and hasattr(rows, "columns"):  # a DataFrame iterates over its columns
+        rows = rows.to_dict("records")
+    for number, row in enumerate(rows):
         yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", "the row is not a mapping of columns")
 
 
@@ -60,7 +59,7 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) != 0:
         return [plain(item) for item in value]
     if hasattr(value, "tolist"):
         # A short float's own digits: 0.1 in float32 is not 0.10000000149.

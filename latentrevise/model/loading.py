@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -233,16 +234,29 @@ def load_adapted(
     base: in place of the one that the adapters name. Raises ModelError.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelError(
             f"{path} holds adapters, which need peft: pip install peft, or merge them elsewhere"
         ) from error
+    weights = Path(path) / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ModelError(
+            f"{path}: there is no adapter_model.safetensors in it, and pickled weights are not read; convert it"
+        )
     model, tokenizer = _load(model_place(base) if base else base_of(path), dtype)
     if any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         tokenizer = load_tokenizer(path)
     try:
-        merged: Any = PeftModel.from_pretrained(model, str(path)).merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(model, str(path))
+        with safe_open(weights, "pt") as stored:
+            keys = set(stored.keys())
+        # peft leaves out what has no place in the model. Its "auto" looks for the base's config, perhaps on the hub.
+        whole = any(".lora_" not in key for key in keys)
+        lost = keys ^ set(get_peft_model_state_dict(adapted, save_embedding_layers="auto" if whole else False))
+        if lost:
+            raise ValueError(f"{len(lost)} tensors have no counterpart, {min(lost)} the first")
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise ModelError(
             f"{path}: its adapters can't be merged into {model.config._name_or_path} ({_first_line(error)}); they must"
