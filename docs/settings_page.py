@@ -29,6 +29,7 @@ def page() -> str:
         "# Settings",
         "",
         "Each is given by `--set key=value`, or in a YAML file with `--config FILE`; nested ones as `group.key`.",
+        "A text is taken as it stands ([Questions](../faq.md)).",
         "`latentrevise config` prints them with their defaults. What they mean stands above each table.",
     ]
     told: set[type] = set()

@@ -142,7 +142,7 @@ def export(
 
 @command()
 def merge(
-    model: Annotated[str, typer.Option(help="Directory of a LoRA adapter, such as `train sft` leaves.")],
+    adapter: Annotated[Path, place("Directory of a LoRA adapter, such as `train sft` leaves in OUT/model.")],
     out: Annotated[Path, place("Directory of the merged model; a new or an empty one.")],
     base: Annotated[str | None, typer.Option(help="The model it belongs to, if not where it was trained.")] = None,
     dtype: Dtype = "auto",
@@ -150,7 +150,7 @@ def merge(
     """Merge an adapter into its base model and write both, with the tokenizer, as one model directory."""
     from latentrevise.model.loading import merge_adapter
 
-    typer.echo(f"merged model in {merge_adapter(model, out, base=base, dtype=dtype)}")
+    typer.echo(f"merged model in {merge_adapter(adapter, out, base=base, dtype=dtype)}")
 
 
 @command()

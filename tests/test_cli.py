@@ -169,14 +169,14 @@ def test_an_adapter_is_loaded_and_merged(place):
 
     (place / "mm").rename(place / "moved")
     assert "which is not there" in str(mine(model="lora", out="other").exception)
-    assert "merged model in" in call("merge", "--model", "lora", "--base", "moved", "--out", "~/merged").output
+    assert "merged model in" in call("merge", "--adapter", "lora", "--base", "moved", "--out", "~/merged").output
     merged, _ = load_model(place / "merged", device="cpu")
     torch.testing.assert_close(merged(ids).logits, expected)
-    assert "is there already" in str(call("merge", "--model", "lora", "--base", "moved", "--out", "merged").exception)
-    assert "nothing to merge" in str(call("merge", "--model", "moved", "--out", "m2").exception)
+    assert "is there already" in str(call("merge", "--adapter", "lora", "--base", "moved", "--out", "merged").exception)
+    assert "nothing to merge" in str(call("merge", "--adapter", "moved", "--out", "m2").exception)
     tiny_model(num_hidden_layers=1).save_pretrained("less")  # peft would leave out the second layer's without a word
     tiny_tokenizer().save_pretrained("less")
-    assert "can't be merged into" in str(call("merge", "--model", "lora", "--base", "less", "--out", "m2").exception)
+    assert "can't be merged into" in str(call("merge", "--adapter", "lora", "--base", "less", "--out", "m2").exception)
     config_file = place / "lora" / "adapter_config.json"
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"base_model_name_or_path": None}))
     assert "a model that it does not name" in str(mine(model="lora", out="other").exception)

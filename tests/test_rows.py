@@ -50,6 +50,8 @@ def load(verifier):
         ("So, the final answer is: **73**.", "73"),
         ("steps = 7\n#### 7", "7"),
         ("#### 1,000", "1,000"),
+        ("<think>6+1</think> <answer> 7 </answer>", "7"),
+        ("故答案为：$7$。", "7"),
         ("**73**", "73"),
         ("`73`", "73"),
         ('"73"', "73"),
@@ -72,6 +74,7 @@ def load(verifier):
         ("4.5e33", "4.5e33"),
         ("(0,1)", "(0,1)"),
         ("2**3", "2**3"),
+        ("the only answer", "the only answer"),
     ],
 )
 def test_golds_are_unwrapped(text, bare):
@@ -266,10 +269,34 @@ def test_text_in_the_chat_format_is_used_as_it_is(load, caplog, template, text, 
     ]
 
 
+def test_a_text_in_the_chat_format_is_the_users_message_to_others(load):
+    """Exports and `explain` put a template on the conversation, and must not put it on a template."""
+    tokenizer = special(SYSTEM + CHATML, "<|im_start|>", "<|im_end|>")
+    (prompt,), _ = load([{"prompt": DONE, "answer": "4"}], tokenizer=tokenizer, instruction="box it")
+    assert prompt.conversation == [{"role": "user", "content": "2+2?\n\nbox it"}]
+    bare = special(BRACKETS)
+    (prompt,), _ = load([{"prompt": "<bos>[INST] 2+2? [/INST]", "answer": "4"}], tokenizer=bare)
+    assert prompt.conversation == [{"role": "user", "content": "2+2?"}]
+    for text in ("<|im_start|>system\nno<|im_end|>\n" + DONE, DONE + "1<|im_end|>\n" + DONE):
+        (prompt,), _ = load([{"prompt": text, "answer": "4"}], tokenizer=tokenizer)
+        assert prompt.messages == []
+        assert tokenizer.decode(prompt.ids) == text
+
+
+def test_a_question_about_a_special_token_is_a_question(load):
+    tokenizer = special(CHATML, "<|im_start|>", "<|im_end|>")
+    (prompt,), _ = load([{"prompt": "is <|im_start|> 4?", "answer": "4"}], tokenizer=tokenizer)
+    assert tokenizer.decode(prompt.ids) == DONE.replace("2+2?", "is <|im_start|> 4?")
+
+
 def test_an_instruction_goes_in_front_of_the_templates_end(load):
     tokenizer = special(CHATML, "<|im_start|>", "<|im_end|>")
     (prompt,), _ = load([{"prompt": DONE, "answer": "4"}], tokenizer=tokenizer, instruction="box it")
     assert tokenizer.decode(prompt.ids) == DONE.replace("2+2?", "2+2?\n\nbox it")
+    (prompt,), _ = load(
+        [{"prompt": "[INST] 2+2? [/INST]", "answer": "4"}], tokenizer=special(BRACKETS), instruction="x"
+    )
+    assert tokenizer.decode(prompt.ids) == "<bos>[INST] 2+2?\n\nx [/INST]"
     cut = DONE.removesuffix("<|im_start|>assistant\n")
     _, errors = load([{"prompt": cut, "answer": "4"}], tokenizer=tokenizer, instruction="box it")
     assert [e.reason for e in errors] == ["chat-format"]

@@ -214,12 +214,13 @@ def test_training_goes_on_after_midnight_and_after_its_model_moved(rlvr, tmp_pat
 def test_settings_that_need_more_or_would_be_ignored(rlvr):
     refused = rlvr(chat_template_kwargs="{enable_thinking: false}")
     assert "trainer.chat_template_kwargs would be ignored" in str(refused.exception)
-    from latentrevise.train.settings import installed_extras
+    from latentrevise.train.settings import refusals
 
+    assert "the trainer refuses" in str(rlvr("lora.rank=2", "lora.targets=nothing").exception)
     # use_vllm=true without vLLM, and a failure that is no missing package's.
-    with pytest.raises(ConfigError, match=r"not installed \(vLLM is not available"), installed_extras():
+    with pytest.raises(ConfigError, match=r"not installed \(vLLM is not available"), refusals():
         raise ImportError("vLLM is not available and `use_vllm` is set to True. Please install vLLM.")
-    with pytest.raises(RuntimeError, match="out of memory"), installed_extras():
+    with pytest.raises(RuntimeError, match="out of memory"), refusals():
         raise RuntimeError("out of memory")
 
 

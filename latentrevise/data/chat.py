@@ -117,8 +117,26 @@ class Templater:
                 "the prompt is in the chat format already and does not end as the template does, so there is no place"
                 " for the instruction; put it into the prompts, or give messages",
             )
+        gap = self._around[1][: self._around[1].index(end)]
         head, _, tail = content.rpartition(end)
-        return head.rstrip("\n") + behind + ("\n" if head.endswith("\n") else "") + end + tail
+        return head.removesuffix(gap) + behind + gap + end + tail
+
+    def messages(self, content: Content) -> list[dict[str, Any]]:
+        """The conversation that a prompt is; none for a text, but the user's message where a text in the chat format
+        holds that alone, so that whoever puts a template on it again does so once."""
+        if not isinstance(content, str):
+            return content
+        if not self._in_format(content):
+            return []
+        own, (before, behind) = self._without_bos(content).strip(), self._around
+        opening, end = before[before.rstrip().rfind("\n") + 1 :], behind.strip()
+        opening = self._without_bos(opening)
+        if not (opening and end and own.startswith(opening) and own.endswith(end) and own.count(opening) == 1):
+            return []
+        asked = own[len(opening) : -len(end)].removesuffix(behind[: behind.index(end)])
+        found = [{"role": "user", "content": asked}]
+        # A template may put a system message of its own in front.
+        return found if self._apply(found, tokenize=False).strip().endswith(own) else []
 
     def encode(self, content: Content) -> tuple[int, ...]:
         """The ids of a prompt, template and beginning of sequence once each."""
@@ -177,12 +195,15 @@ class Templater:
         """Whether a text holds the template's own turns already: its special tokens, or its beginning and its end."""
         if self.chat == "never":
             return False
-        if any(mark in text for mark in self._marks):
+        own = self._without_bos(text).lstrip()
+        # A question about a special token holds one too, but does not begin with it.
+        if own.startswith(tuple(self._marks)) or (own != text.lstrip() and any(mark in own for mark in self._marks)):
             return True
-        before, behind = (part.removeprefix(self._bos or "").strip() for part in self._around)
-        openings = (before, before.rsplit("\n", 1)[-1])
-        own = text.removeprefix(self._bos or "").lstrip()
-        return bool(before and behind and behind in own and own.startswith(openings))
+        before, behind = (self._without_bos(part).strip() for part in self._around)
+        return bool(before and behind and behind in own and own.startswith((before, before.rsplit("\n", 1)[-1])))
+
+    def _without_bos(self, text: str) -> str:
+        return text.removeprefix(self._bos or "")
 
     def _formatted(self, text: str) -> tuple[int, ...]:
         """Ids of a text in the chat format, which begins as the template does."""

@@ -36,8 +36,11 @@ _PAIRS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`")
 _FORMULA = r"\$(?:[^$\\]|\\.)+\$"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:[\s,;]*(?:and\s+)?{_FORMULA})*", re.DOTALL)
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_SENTENCE = re.compile(r"^.*\banswer\s*(?:is|=|:)\s*:?\s*(?P<answer>\S.*)$", re.IGNORECASE | re.DOTALL)
-_STOP = re.compile(r"(?<![.\s])(?<!\.[A-Za-z])\.$")  # a full stop, but of no ellipsis and no abbreviation
+_SENTENCE = re.compile(
+    r"^.*(?:\banswer\s*(?:is|=|:)\s*:?|答案\s*(?:是|为|:|：)\s*[:：]?)\s*(?P<answer>\S.*)$", re.IGNORECASE | re.DOTALL
+)
+_TAGS = re.compile(r"^.*<answer>(?P<answer>.*)</answer>\s*$", re.IGNORECASE | re.DOTALL)
+_STOP = re.compile(r"(?<![.\s])(?<!\.[A-Za-z])[.。]$")  # a full stop, but of no ellipsis and no abbreviation
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
 
@@ -73,6 +76,8 @@ def unwrap(text: str) -> str:
         before, text = text, text.strip()
         if (boxed := last_boxed(text)) is not None:
             text = boxed
+        elif (tags := _TAGS.match(text)) is not None:
+            text = tags["answer"]
         elif "####" in text:  # GSM8K: the solution, this mark, the answer
             text = text.rsplit("####", 1)[1]
         elif _FORMULAS.fullmatch(text):
@@ -127,7 +132,9 @@ def _says_none(text: str) -> bool:
 
 def is_solution(value: Any) -> bool:
     """Whether a cell is a text of which the answer is the marked part."""
-    return isinstance(value, str) and (last_boxed(value) is not None or "####" in value)
+    return isinstance(value, str) and (
+        last_boxed(value) is not None or "####" in value or _TAGS.match(value) is not None
+    )
 
 
 def _marked(value: Any) -> bool:

@@ -156,8 +156,8 @@ def load_prompts(
         except BadRow as error:
             errors.append(RowError(number, known_id, error.reason, str(error)))
             continue
-        messages = [] if isinstance(content, str) else content
-        prompts[number] = Prompt(known_id, text, ids, answer, _further(row, columns), messages)
+        meta, messages = _further(row, columns), templater.messages(content)
+        prompts[number] = Prompt(known_id, text, ids, answer, meta, messages)
     if copies:
         told = f"{len(copies)} rows, this one the first, repeat an earlier prompt and answer; each of those counts once"
         errors.append(RowError(copies[0], None, "repeated-prompt", told))

@@ -230,7 +230,7 @@ def _problem(row: Mapping[str, Any], known: Benchmark) -> dict[str, Any]:
     if isinstance(answer, list):
         answer = ", ".join(unwrap(str(part)) for part in answer)
     ids = {key: str(row[key]) for key in ("id", "unique_id") if row.get(key) is not None}
-    return {"prompt": str(row[known.prompt]), "answer": str(answer), **dict(list(ids.items())[:1])}
+    return {"prompt": str(row[known.prompt]), "answer": answer, **dict(list(ids.items())[:1])}
 
 
 def evaluate_run(

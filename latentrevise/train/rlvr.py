@@ -43,8 +43,8 @@ from latentrevise.train.repair import (
 from latentrevise.train.settings import (
     LoraSettings,
     check_evaluation,
-    installed_extras,
     ready_tokenizer,
+    refusals,
     run_training,
     trl_arguments,
 )
@@ -444,7 +444,7 @@ def train_rlvr(
     arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)
     check_evaluation(arguments, eval_prompts)
     with Verifier(timeout=settings.verify_timeout) as verifier:
-        with installed_extras():
+        with refusals():
             trainer = RecoveringGRPOTrainer(
                 model=model,
                 args=arguments,

@@ -84,18 +84,21 @@ def trl_arguments(
                 values[name] = float(value)
         elif value is False and "bool" not in kind:
             values[name] = "no"
-    try:
-        with installed_extras():
+    with refusals():
+        try:
             return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} refuses these settings: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{cls.__name__} refuses these settings: {error}") from error
 
 
 @contextmanager
-def installed_extras() -> Iterator[None]:
-    """Where TRL or transformers need a package that is not there (``report_to``, ``use_vllm``), a ConfigError."""
+def refusals() -> Iterator[None]:
+    """What TRL and peft refuse when a trainer is made is a ConfigError, packages that are not there included
+    (``report_to``, ``use_vllm``)."""
     try:
         yield
+    except ValueError as error:
+        raise ConfigError(f"the trainer refuses these settings: {' '.join(str(error).split())}") from error
     except (ImportError, RuntimeError) as error:
         if not isinstance(error, ImportError) and "installed" not in str(error):
             raise

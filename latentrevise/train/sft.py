@@ -35,8 +35,8 @@ from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import (
     LoraSettings,
     check_evaluation,
-    installed_extras,
     ready_tokenizer,
+    refusals,
     run_training,
     trl_arguments,
 )
@@ -196,7 +196,7 @@ def train_sft(
     check_evaluation(arguments, eval_prompts)
     data = Dataset.from_list([{key: list(row[key]) for key in ("input_ids", "completion_mask")} for row in rows])
     first = len(rows) - settings.holdout
-    with installed_extras():
+    with refusals():
         trainer = LinearSFTTrainer(
             model=model,
             args=arguments,
