@@ -111,7 +111,7 @@ def _quoted(text: str) -> str | None:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"\\([nt])(?![a-z])", lambda found: {"n": "\n", "t": "\t"}[found[1]], text)
+    return re.sub(r"(?<!\\)\\([nt])(?![a-z])", lambda found: {"n": "\n", "t": "\t"}[found[1]], text)
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

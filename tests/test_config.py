@@ -106,6 +106,7 @@ def test_hash_sees_every_field_and_nothing_else():
         (r"name=\n\n", "\n\n"),
         (r"name=Think.\nThen answer.\t", "Think.\nThen answer.\t"),
         (r"name=\text{a} \nu \times \neq", r"\text{a} \nu \times \neq"),  # LaTeX
+        (r"name=(?m)^\\n\d+[ab]$", r"(?m)^\\n\d+[ab]$"),  # a regular expression: a backslash, then n
         (r'name="a\nb"', "a\nb"),
         (r"name='a\n'", r"a\n"),
         ("name='a' or 'b'", "'a' or 'b'"),

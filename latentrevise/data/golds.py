@@ -32,12 +32,13 @@ _NO_ANSWER = frozenset(
         "unknown",
     )
 )
-_PAIRS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'))
+_PAIRS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"))
 _FORMULA = r"\$(?:[^$\\]|\\.)+\$"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:[\s,;]*(?:and\s+)?{_FORMULA})*", re.DOTALL)
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _SENTENCE = re.compile(
-    r"^.*(?:\banswer\s*(?:is|=|:)\s*:?|答案\s*(?:是|为|:|：)\s*[:：]?)\s*(?P<answer>\S.*)$", re.IGNORECASE | re.DOTALL
+    r"^.*(?:\banswer\s*(?:is|=|:)(?:\*\*(?=\s))?[\s:]*|答案\s*(?:是|为|:|：)\s*[:：]?)\s*(?P<answer>\S.*)$",
+    re.IGNORECASE | re.DOTALL,
 )
 _TAGS = re.compile(r"^.*<answer>(?P<answer>.*)</answer>\s*$", re.IGNORECASE | re.DOTALL)
 _STOP = re.compile(r"(?<![.\s])(?<!\.[A-Za-z])[.。]$")  # a full stop, but of no ellipsis and no abbreviation
@@ -84,7 +85,7 @@ def unwrap(text: str) -> str:
             text = _DOLLAR.sub("", text)
         elif (pair := next((p for p in _PAIRS if _around(text, *p)), None)) is not None:
             text = text[len(pair[0]) : -len(pair[1])]
-        elif (sentence := _SENTENCE.match(text)) is not None:
+        elif (sentence := _SENTENCE.match(text)) is not None and _balanced(sentence["answer"]):
             text = sentence["answer"]
         else:
             text = _STOP.sub("", text)
@@ -138,11 +139,17 @@ def is_solution(value: Any) -> bool:
 
 
 def _marked(value: Any) -> bool:
-    return is_solution(value) or (isinstance(value, str) and _SENTENCE.match(value.strip()) is not None)
+    return is_solution(value) or (isinstance(value, str) and _SENTENCE.match(value) is not None)
 
 
 def _is_prose(text: str) -> bool:
     return "\n" in text or _PROSE.search(re.sub(r"\\[A-Za-z]+", " ", _TEXT.sub(" ", text))) is not None
+
+
+def _balanced(text: str) -> bool:
+    """Whether braces are closed, so that no command was cut in two."""
+    bare = re.sub(r"\\[{}]", "", text)
+    return bare.count("{") == bare.count("}")
 
 
 def _around(text: str, left: str, right: str) -> bool:
