@@ -251,6 +251,11 @@ CHATML = (
 )
 SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nbe<|im_end|>\n' }}{% endif %}"
 BRACKETS = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+LLAMA = (
+    "{{ bos_token }}{{ '<|h|>system<|/h|>\n\ntoday<|eot|>' }}"
+    "{% for m in messages %}{{ '<|h|>' + m['role'] + '<|/h|>\n\n' + m['content'] + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
+)
 DONE = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -280,6 +285,11 @@ def test_a_text_in_the_chat_format_is_the_users_message_to_others(load):
     tokenizer = special(SYSTEM + CHATML, "<|im_start|>", "<|im_end|>")
     (prompt,), _ = load([{"prompt": DONE, "answer": "4"}], tokenizer=tokenizer, instruction="box it")
     assert prompt.conversation == [{"role": "user", "content": "2+2?\n\nbox it"}]
+    headers = special(LLAMA, "<|h|>", "<|/h|>", "<|eot|>")
+    (prompt,), _ = load(
+        [{"prompt": "<|h|>user<|/h|>\n\n2+2?<|eot|><|h|>assistant<|/h|>\n\n", "answer": "4"}], tokenizer=headers
+    )
+    assert prompt.conversation == [{"role": "user", "content": "2+2?"}]
     bare = special(BRACKETS)
     (prompt,), _ = load([{"prompt": "<bos>[INST] 2+2? [/INST]", "answer": "4"}], tokenizer=bare)
     assert prompt.conversation == [{"role": "user", "content": "2+2?"}]
@@ -287,6 +297,18 @@ def test_a_text_in_the_chat_format_is_the_users_message_to_others(load):
         (prompt,), _ = load([{"prompt": text, "answer": "4"}], tokenizer=tokenizer)
         assert prompt.messages == []
         assert tokenizer.decode(prompt.ids) == text
+
+
+def test_a_beginning_of_sequence_that_opens_turns(load):
+    """As SmolLM2 has it: the text begins with the mark, and must not lose it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<|im_start|>", "<|im_end|>", SYSTEM + CHATML
+    for text in (DONE, "<|im_start|>system\nno<|im_end|>\n" + DONE):
+        (prompt,), _ = load([{"prompt": text, "answer": "4"}], tokenizer=tokenizer)
+        assert tokenizer.decode(prompt.ids) == text
+    (prompt,), _ = load([{"prompt": "2+2?", "answer": "4"}], tokenizer=tokenizer)
+    assert tokenizer.decode(prompt.ids) == "<|im_start|>system\nbe<|im_end|>\n" + DONE
 
 
 def test_a_question_about_a_special_token_is_a_question(load):

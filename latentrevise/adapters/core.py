@@ -195,7 +195,7 @@ class Recovery:
         """Load the trainer's newest weights into the copy."""
         policy = self.repairer.policy
         if self.settings.refresh is not None:
-            files = sorted(glob.glob(self.settings.refresh, recursive=True), key=os.path.getmtime)
+            files = sorted(glob.glob(os.path.expanduser(self.settings.refresh), recursive=True), key=os.path.getmtime)
             if files and files[-1] != self._loaded:
                 fresh = type(policy.model).from_pretrained(  # trainers leave the weights, not always the settings
                     Path(files[-1]).parent, config=policy.model.config, dtype=policy.dtype, use_safetensors=True

@@ -128,9 +128,8 @@ class Templater:
             return content
         if not self._in_format(content):
             return []
-        own, (before, behind) = self._without_bos(content).strip(), self._around
-        opening, end = before[before.rstrip().rfind("\n") + 1 :], behind.strip()
-        opening = self._without_bos(opening)
+        own, behind = self._without_bos(content).strip(), self._around[1]
+        opening, end = self._opening, behind.strip()
         if not (opening and end and own.startswith(opening) and own.endswith(end) and own.count(opening) == 1):
             return []
         asked = own[len(opening) : -len(end)].removesuffix(behind[: behind.index(end)])
@@ -166,9 +165,12 @@ class Templater:
         except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders they do not know
             raise BadRow("chat-template", f"the tokenizer's chat template refuses the messages ({error})") from error
 
-    @property
+    @cached_property
     def _bos(self) -> str | None:
-        return getattr(self.tokenizer, "bos_token", None)
+        """The text of the beginning of sequence; None where it opens turns too (SmolLM2), so that it tells nothing."""
+        token = getattr(self.tokenizer, "bos_token", None)
+        before, behind = self._around
+        return None if token is not None and (token in behind or before.count(token) > 1) else token
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -188,8 +190,15 @@ class Templater:
         if not before:
             return frozenset()
         known = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
-        ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+        ends = {self._bos, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
         return frozenset(token for token in known - ends if token.strip() and token in before)
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template puts in front of a user's message, a system message of its own left out."""
+        before = self._without_bos(self._around[0])
+        first = next((mark for mark in self._marks if before.startswith(mark)), None)
+        return before[before.rfind(first) :] if first else before[before.rstrip().rfind("\n") + 1 :]
 
     def _in_format(self, text: str) -> bool:
         """Whether a text holds the template's own turns already: its special tokens, or its beginning and its end."""
@@ -199,8 +208,10 @@ class Templater:
         # A question about a special token holds one too, but does not begin with it.
         if own.startswith(tuple(self._marks)) or (own != text.lstrip() and any(mark in own for mark in self._marks)):
             return True
-        before, behind = (self._without_bos(part).strip() for part in self._around)
-        return bool(before and behind and behind in own and own.startswith((before, before.rsplit("\n", 1)[-1])))
+        before, opening, behind = (
+            s.strip() for s in (self._without_bos(self._around[0]), self._opening, self._around[1])
+        )
+        return bool(opening and behind and behind in own and own.startswith((before, opening)))
 
     def _without_bos(self, text: str) -> str:
         return text.removeprefix(self._bos or "")
