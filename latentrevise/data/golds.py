@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from latentrevise.data.tables import BadRow
@@ -69,6 +70,7 @@ def gold(row: Mapping[str, Any], column: str, named: bool) -> str:
     return ", ".join(found)
 
 
+@lru_cache(maxsize=1 << 14)  # files repeat their prompts, and answers repeat anyway
 def unwrap(text: str) -> str:
     """The bare answer of a text: the last box, what follows ``####`` or "the answer is", without dollars, bold marks,
     quotation marks or a full stop around it."""
@@ -125,6 +127,7 @@ def _nested(text: str) -> Any:
     return None
 
 
+@lru_cache(maxsize=1 << 14)
 def _says_none(text: str) -> bool:
     """Whether a gold says that there is none; also where it is empty, or has no letter, digit or sign of a set."""
     words = " ".join(re.sub(r"\\(?:text|textbf|mathrm|mbox)\b|[{}\[\]()<>.?!,;:_\-]", " ", text).split())

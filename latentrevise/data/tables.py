@@ -16,6 +16,8 @@ from latentrevise.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_AS_THEY_ARE = frozenset((str, int, bool, type(None)))
+
 Rows = Iterator[tuple[int, Any]]
 
 
@@ -55,9 +57,9 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
 
 def plain(value: Any) -> Any:
     """A value as Python's own types: arrays and tuples as lists, their scalars as numbers, NaN and NA as None."""
-    if isinstance(value, str) or value is None:
+    if type(value) in _AS_THEY_ARE:  # a look at most of a large file
         return value
-    if isinstance(value, Mapping):
+    if type(value) is dict or isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) != 0:
         return [plain(item) for item in value]

@@ -131,7 +131,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 def unwrapped(model: Any) -> PreTrainedModel:
     """The model inside peft's wrapper, whose adapters act on it in place; any other as it is."""
-    return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "peft_config") else model)
+    return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def sharded(model: nn.Module) -> bool:
