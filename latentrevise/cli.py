@@ -134,8 +134,9 @@ def export(
     """Write a run's trajectories as a trainer's data set."""
     from latentrevise.data.exports import export_run
     from latentrevise.model.loading import load_tokenizer
+    from latentrevise.recovery.rundir import RunDirectory, where_it_is
 
-    tokenizer = None if model is None else load_tokenizer(model)
+    tokenizer = load_tokenizer(model or where_it_is(RunDirectory(run).read_header(), run))
     count = export_run(run, to, out, strategy=strategy, valid_only=valid_only, tokenizer=tokenizer)
     typer.echo(f"{count} rows in {out}")
 

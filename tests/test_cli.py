@@ -167,6 +167,10 @@ def test_an_adapter_is_loaded_and_merged(place):
     result = call("revise", "--out", "run", "--quiet")
     assert result.exit_code == 0, result.exception
 
+    write_trajectory(place / "run")
+    result = call("export", "--run", "run", "--to", "trl-sft", "--out", "rows.jsonl")
+    assert "1 rows" in result.output, result.exception
+
     (place / "mm").rename(place / "moved")
     assert "which is not there" in str(mine(model="lora", out="other").exception)
     assert "merged model in" in call("merge", "--adapter", "lora", "--base", "moved", "--out", "~/merged").output

@@ -112,6 +112,23 @@ def test_a_model_in_pefts_wrapper_is_recovered(tmp_path):
     assert texts(tmp_path / "lora" / "samples") == texts(tmp_path / "plain" / "samples")
 
 
+def test_vllm_starts_from_the_base_of_merged_adapters(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from latentrevise.engines.vllm import VLLMEngine, unavailable
+    from latentrevise.model.loading import load_model
+
+    if (why := unavailable()) is not None:
+        pytest.skip(why)
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base, _ = load_model(tmp_path / "base", device="cpu")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "lora")
+    engine = VLLMEngine(*load_model(tmp_path / "lora", device="cpu"))
+    assert (engine.path, engine._changed) == (str(tmp_path / "base"), True)
+    plain = VLLMEngine(*load_model(tmp_path / "base", device="cpu"))
+    assert (plain.path, plain._changed) == (str(tmp_path / "base"), False)
+
+
 def records(path):
     from latentrevise.data.records import Sample
 

@@ -94,10 +94,12 @@ def _load(
 
 
 def load_tokenizer(name: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's directory or hub id. Raises ModelError."""
+    """The tokenizer of a model's directory or hub id; of adapters without one that of their base. Raises ModelError."""
     from transformers import AutoTokenizer
 
     name = model_place(name)
+    if is_adapter(name) and not _has_tokenizer(name):
+        name = base_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -209,6 +211,10 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
 
 
+def _has_tokenizer(path: str | os.PathLike[str]) -> bool:
+    return any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def base_of(path: str | os.PathLike[str]) -> str:
     """The model that a directory's adapters belong to. Raises ModelError where it is not named or not there."""
     path = Path(path)
@@ -245,7 +251,7 @@ def load_adapted(
             f"{path}: there is no adapter_model.safetensors in it, and pickled weights are not read; convert it"
         )
     model, tokenizer = _load(model_place(base) if base else base_of(path), dtype)
-    if any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if _has_tokenizer(path):
         tokenizer = load_tokenizer(path)
     try:
         adapted = PeftModel.from_pretrained(model, str(path))
