@@ -436,11 +436,6 @@ def train_rlvr(
             ]
         )
 
-    if "chat_template_kwargs" in settings.trainer:
-        raise ConfigError(
-            "trainer.chat_template_kwargs would be ignored: the prompts come as ids, with the template on them; set"
-            " chat_template_kwargs (and evaluation.chat_template_kwargs) instead"
-        )
     arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)
     check_evaluation(arguments, eval_prompts)
     with Verifier(timeout=settings.verify_timeout) as verifier:

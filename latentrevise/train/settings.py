@@ -66,7 +66,8 @@ def trl_arguments(
 ) -> Arguments:
     """``SFTConfig`` or ``GRPOConfig`` with ``given`` over our defaults: nothing is reported, float32 without a GPU.
 
-    Raises ConfigError for a name that is no argument (with the nearest one) or a value it refuses.
+    Raises ConfigError for a name that is no argument (with the nearest one), one that would be ignored, or a value it
+    refuses.
     """
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in given:
@@ -75,6 +76,11 @@ def trl_arguments(
             raise ConfigError(
                 f"unknown setting trainer.{name}; {f'did you mean {near[0]}?' if near else 'see ' + cls.__name__}"
             )
+    if "chat_template_kwargs" in given:
+        raise ConfigError(
+            "trainer.chat_template_kwargs would be ignored: the prompts come as ids, with the template on them; set"
+            " chat_template_kwargs (and evaluation.chat_template_kwargs) instead"
+        )
     cpu = {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
     values = {"output_dir": str(Path(out).expanduser()), "report_to": "none", **cpu, **defaults, **given}
     for name, value in values.items():  # YAML 1.1 reads 1e-4 as text, and no as false
