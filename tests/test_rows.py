@@ -189,7 +189,9 @@ def test_arrays_in_further_columns_stay_lists(load):
     assert plain((np.float32(0.1), np.array([[1, 2]]), np.bool_(True))) == [0.1, [[1, 2]], True]
 
 
-def test_a_data_frame_is_its_rows(load):
+def test_a_table_is_its_rows(load):
+    assert load(pa.table({"problem": ["p"], "answer": ["7"]}))[0][0].answer == "7"
+
     class Frame:  # as much of pandas' as is looked at
         columns = ("problem", "answer")
 
@@ -198,6 +200,9 @@ def test_a_data_frame_is_its_rows(load):
             return [{"problem": "p", "answer": "7"}]
 
     assert load(Frame())[0][0].answer == "7"
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    data = datasets.Dataset.from_list([{"problem": "p", "answer": ["7"]}])
+    assert load(data.with_format("numpy"))[0][0].answer == load(data)[0][0].answer == "7"
     with pytest.raises(InputError, match="a mapping of train, test"):
         load({"train": [], "test": []})
 

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 _AS_THEY_ARE = frozenset((str, int, bool, type(None)))
 
+_TABLES: dict[str, tuple[str, ...]] = {"to_pylist": (), "to_dicts": (), "to_dict": ("records",)}
+
 Rows = Iterator[tuple[int, Any]]
 
 
@@ -49,8 +51,9 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
             f"prompts: a mapping of {', '.join(map(str, source))} is no list of rows; give one of its parts"
         )
     rows: Any = source
-    if callable(getattr(rows, "to_dict", None)) and hasattr(rows, "columns"):  # a DataFrame iterates over its columns
-        rows = rows.to_dict("records")
+    if hasattr(rows, "columns"):  # tables of pyarrow, polars and pandas iterate over their columns
+        make = next((name for name in _TABLES if callable(getattr(rows, name, None))), None)
+        rows = rows if make is None else getattr(rows, make)(*_TABLES[make])
     for number, row in enumerate(rows):
         yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", "the row is not a mapping of columns")
 
