@@ -93,6 +93,7 @@ def test_golds_are_unwrapped(text, bare):
     [
         ('["12"]', "12"),
         ("['12']", "12"),
+        ("['1 2']", "1 2"),
         ('["\\\\boxed{7}"]', "7"),
         ('{"ground_truth": "7", "style": "rule"}', "7"),
         (np.array(["4"], dtype=object), "4"),
@@ -146,10 +147,18 @@ def test_several_answers_are_one_list_only_where_the_data_say_so(load):
     assert [p.answer for p in load(rows)[0]] == ["1, 2"] * 3
     flagged = {"problem": "a", "answer": ["1", "2"], "is_multiple_answer": True}
     assert load([flagged])[0][0].answer == "1, 2"
-    for cell in (["1", "2"], '["1", "2"]', np.array(["1", "2"]), {"ground_truth": {"target": ["1", "2"]}}):
+    for cell in (
+        ["1", "2"],
+        '["1", "2"]',
+        "['1' '2']",
+        "['1'\n '2']",
+        str(np.array([r"\text{1}", r"\text{2}"])),
+        np.array(["1", "2"]),
+        {"ground_truth": {"target": ["1", "2"]}},
+    ):
         prompts, errors = load([{"problem": "a", "answer": cell}])
         assert (prompts, [e.reason for e in errors]) == ([], ["several-answers"])
-        assert "2 answers (1, 2)" in errors[0].message
+        assert "2 answers (" in errors[0].message
 
 
 @pytest.mark.parametrize(
@@ -231,6 +240,14 @@ def test_messages_in_every_form(load, column, cell):
     assert errors == []
     assert CHATTY.decode(prompt.ids) == "[system]be\n[user]2+2?\n[assistant]"
     assert prompt.messages == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "cell", [str(np.array(MESSAGES, dtype=object)), json.dumps(MESSAGES)[:-1], '[{"role": "user"}]']
+)
+def test_messages_that_cannot_be_read_are_no_question(load, cell):
+    prompts, errors = load([{"prompt": cell, "answer": "4"}], tokenizer=CHATTY)
+    assert (prompts, [e.reason for e in errors]) == ([], ["bad-messages"])
 
 
 @pytest.mark.parametrize("text", ["[1, 2] has what sum?", '["a"]', '{"a": 1}', "[x"])

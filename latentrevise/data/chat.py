@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Chat = Literal["auto", "always", "never"]
 Content = str | list[dict[str, Any]]
 
+_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|content)['"]\s*:""")
 _PROBE = "8b1f2e"  # stands for a user's message where the template's own text is looked at
 
 
@@ -32,7 +33,7 @@ def content_of(value: Any, column: str) -> Content:
     """
     value = [value] if isinstance(value, dict) and "role" in value else value
     if isinstance(value, str):
-        value = _as_messages(value) or value
+        value = _as_messages(value, column) or value
     if value is None or value in ("", []):
         raise BadRow("empty-prompt", f"column {column!r} is empty")
     if not isinstance(value, str):
@@ -49,8 +50,11 @@ def text_of(content: Content) -> str:
     return content if isinstance(content, str) else "\n".join(message["content"] for message in content)
 
 
-def _as_messages(text: str) -> list[Any] | None:
-    """Messages that a cell holds as JSON, or as Python prints them (a CSV file written by pandas)."""
+def _as_messages(text: str, column: str) -> list[Any] | None:
+    """Messages that a cell holds as JSON, or as Python prints them (a CSV file written by pandas).
+
+    Raises BadRow for what begins like messages and cannot be read: as a question it would be asked silently.
+    """
     if not text.lstrip().startswith(("[", "{")):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -65,6 +69,10 @@ def _as_messages(text: str) -> list[Any] | None:
             and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
         ):
             return value
+    if _LIKE_MESSAGES.match(text):
+        raise BadRow(
+            "bad-messages", f"column {column!r} begins like messages but is not JSON; write it with json.dumps"
+        )
     return None
 
 

@@ -43,6 +43,8 @@ _SENTENCE = re.compile(
 )
 _TAGS = re.compile(r"^.*<answer>(?P<answer>.*)</answer>\s*$", re.IGNORECASE | re.DOTALL)
 _STOP = re.compile(r"(?<![.\s])(?<!\.[A-Za-z])[.。]$")  # a full stop, but of no ellipsis and no abbreviation
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+_ARRAY = re.compile(rf"\[(?:{_QUOTED.pattern})(?:\s+(?:{_QUOTED.pattern}))+\]")  # as numpy prints one
 _PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
 
@@ -115,6 +117,8 @@ def _nested(text: str) -> Any:
     numbers is an interval or a vector, and stays."""
     if text[:1] + text[-1:] not in ("[]", "{}"):
         return None
+    if _ARRAY.fullmatch(text):
+        text = f"[{', '.join(_QUOTED.findall(text))}]"  # to Python two texts side by side are one
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
