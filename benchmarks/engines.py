@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks import harness
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine
 from latentrevise.engines.vllm import unavailable
-from latentrevise.model.branches import Branch
+from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.loading import input_embedding
 from latentrevise.model.policy import Policy
 
@@ -149,7 +149,7 @@ def scoring(
 ) -> list[dict]:
     """Scored tokens a second: 8 continuations a prompt, and 16 branches of 12 tokens at positions of one trunk."""
     policy = Policy(model)
-    ways: dict[str, Score] = {"policy": lambda trunks, branches: policy.score_branches(trunks, branches).total}
+    ways: dict[str, Score] = {"policy": lambda trunks, branches: score_branches(policy, trunks, branches).total}
     if isinstance(vllm := engines.get("vllm"), VLLMEngine):
         ways["vllm"] = functools.partial(_by_vllm, vllm)
     prompts, cells = max(1, options.requests // 4), []

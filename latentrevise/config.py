@@ -136,6 +136,9 @@ def _build(cls: type[Config], default: Any, values: Any, path: str) -> Config:
     found: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
+            renamed = getattr(cls, "RENAMED", {}).get(key)
+            if renamed is not None:
+                raise ConfigError(f"setting {path}{key} is gone; its place is taken by {renamed}")
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise ConfigError(f"unknown setting {path}{key}; {hint}")

@@ -9,7 +9,7 @@ from latentrevise import FailedRollout, ReviseConfig
 from latentrevise.data.records import read_atoms, read_offsets, write_atoms
 from latentrevise.errors import ConfigError
 from latentrevise.model.policy import Policy
-from latentrevise.revise.hull import Mixture, VocabularyHull
+from latentrevise.revise.hull import Mixture
 from latentrevise.revise.reviser import Reviser
 from tests.tiny import tiny_model
 
@@ -26,7 +26,7 @@ ROLLOUTS = [
 
 
 def revise(policy, rollouts=ROLLOUTS, **changes):
-    return Reviser(policy, ReviseConfig(**{"steps": 3, "beta": 0.0, **changes})).revise(rollouts)
+    return Reviser(policy, ReviseConfig.answer_only(**{"steps": 3, "step_size": 0.3, **changes})).revise(rollouts)
 
 
 def test_random_vertices_are_the_rollouts_own_whatever_the_batch(policy):
@@ -40,44 +40,49 @@ def test_random_vertices_are_the_rollouts_own_whatever_the_batch(policy):
         assert a.weights.sum(-1) == pytest.approx(torch.ones(len(a.weights)), abs=1e-5)
         own = torch.tensor(rollout.prefix_ids).unsqueeze(1)
         left = [(r.weights * (r.ids == own)).sum(-1) for r in (a, best)]
-        assert left[0] == pytest.approx(left[1], abs=0.11), "(a vertex may be the token itself)"
-        assert a.trace.gold_nll[-1] > best.trace.gold_nll[-1]
-        assert all(bool(policy.allowed[i]) for i in a.ids[a.weights > 0])
+        assert left[0] == pytest.approx(left[1], abs=0.31), "(a vertex may be the token itself)"
+        assert a.trace.guide[-1] > best.trace.guide[-1]
+        assert all(bool(policy.known[i]) for i in a.ids[a.weights > 0])
     assert not torch.equal(revise(policy, solver="random", seed=1)[0].ids, together[0].ids)
 
 
 def test_random_vertices_of_the_plausible_hull_are_plausible(policy):
-    reviser = Reviser(policy, ReviseConfig(hull="plausible", p_min=0.02, beta=0.0))
+    reviser = Reviser(policy, ReviseConfig.answer_only(hull="plausible", p_min=0.02))
     with policy.frozen():
-        batch = reviser._batch([0, 1], ROLLOUTS, reviser.config, candidates=True)
+        batch = reviser._batch([0, 1], ROLLOUTS, candidates=True)
     candidates = batch.candidates.split([3, 5])
     for revision, listed in zip(revise(policy, solver="random", hull="plausible", p_min=0.02), candidates, strict=True):
         for t in range(len(listed)):
             assert set(revision.ids[t][revision.weights[t] > 0].tolist()) <= set(listed[t].tolist())
 
 
-def test_the_first_unconstrained_step_is_the_frank_wolfe_steps_length_against_the_gradient(policy):
-    (revision, _) = revise(policy, solver="unconstrained", steps=1)
-    (evaluation, _) = Reviser(policy, ReviseConfig(beta=0.0)).value_and_grad(ROLLOUTS)
-    table = policy.table
-    vertex = (evaluation.grad @ table.T).masked_fill(~policy.allowed, torch.inf).argmin(-1)
-    own = table[torch.tensor(ROLLOUTS[0].prefix_ids)]
-    length = 0.1 * (table[vertex] - own).norm(dim=-1, keepdim=True)
-    expected = -length * torch.nn.functional.normalize(evaluation.grad, dim=-1)
-    assert torch.allclose(revision.offset, expected, atol=1e-5)
-    hull = VocabularyHull.from_policy(policy)
-    assert torch.allclose(revision.embeddings(hull), own + expected, atol=1e-5)
-    assert revision.trace.gold_nll[1] < revision.trace.gold_nll[0]
+def test_the_free_optimiser_is_adam(policy):
+    """Against torch's own Adam on the embeddings, three steps, the rate halving as the hull's step does."""
+    (revision, _) = revise(policy, solver="adam", steps=3, step_size=0.2)
+    reviser, table = Reviser(policy, ReviseConfig.answer_only()), policy.table
+    own = table[torch.tensor(ROLLOUTS[0].prefix_ids)].clone().requires_grad_(True)
+    unit = table.square().mean().sqrt()
+    adam = torch.optim.Adam([own], lr=1.0)
+    ids, weights = torch.tensor(ROLLOUTS[0].prefix_ids, dtype=torch.int32)[:, None], torch.ones(3, 1)
+    for k in range(3):
+        point = Mixture(ids, weights, own.detach() - table[ids[:, 0].long()])
+        (evaluation,) = reviser.value_and_grad(ROLLOUTS[:1], [point])
+        own.grad = evaluation.grad.clone()
+        adam.param_groups[0]["lr"] = float(0.2 * 2 / (k + 2) * unit)
+        adam.step()
+    found = revision.embeddings(reviser.hull)
+    assert torch.allclose(found, own.detach(), atol=1e-5)
+    assert revision.trace.guide[-1] < revision.trace.guide[0]
     with pytest.raises(ConfigError, match="rounding='none'"):
-        ReviseConfig(solver="unconstrained", rounding="argmax")
+        ReviseConfig(solver="adam", rounding="argmax")
 
 
 def test_the_softmax_starts_near_the_tokens_and_descends(policy):
     revisions = revise(policy, solver="softmax", mass=0.1, step_size=1.0, max_candidates=61)
     for revision, rollout in zip(revisions, ROLLOUTS, strict=True):
-        assert revision.trace.gold_nll[-1] < revision.trace.gold_nll[0]
+        assert revision.trace.guide[-1] < revision.trace.guide[0]
         assert revision.weights.sum(-1) == pytest.approx(torch.ones(len(revision.weights)), abs=1e-5)
-        assert not set(revision.ids[revision.weights > 0].tolist()) & {0, 1, 2}, "special tokens are no vertices"
+        assert revision.ids.max() < 61
         assert len(revision.ids) == len(rollout.prefix_ids)
     few = revise(policy, solver="softmax", mass=0.1, step_size=1.0, max_candidates=4)
     for revision, whole in zip(few, revisions, strict=True):
@@ -87,10 +92,10 @@ def test_the_softmax_starts_near_the_tokens_and_descends(policy):
 
 
 def test_the_softmax_step_is_gradient_descent_on_the_logits(policy):
-    config = ReviseConfig(steps=1, beta=0.0, solver="softmax", mass=0.3, step_size=0.7, max_candidates=61)
+    config = ReviseConfig.answer_only(steps=1, solver="softmax", mass=0.3, step_size=0.7, max_candidates=61)
     reviser = Reviser(policy, config)
     (revision,) = reviser.revise(ROLLOUTS[:1])
-    allowed = policy.allowed.float()
+    allowed = policy.known.float()
     start = 0.3 * allowed / allowed.sum() + 0.7 * torch.eye(61)[torch.tensor(ROLLOUTS[0].prefix_ids)]
     every = torch.arange(61).expand(3, -1).to(torch.int32)
     (evaluation,) = reviser.value_and_grad(ROLLOUTS[:1], [Mixture(every, start)])
@@ -101,11 +106,10 @@ def test_the_softmax_step_is_gradient_descent_on_the_logits(policy):
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"hull": "plausible"}, {"step_rule": "line-search"}, {"update_fraction": 0.5}])
-@pytest.mark.parametrize("solver", ["softmax", "unconstrained"])
-def test_settings_an_ablation_does_not_know(solver, change):
+@pytest.mark.parametrize("solver", ["softmax", "adam"])
+def test_settings_an_ablation_does_not_know(solver):
     with pytest.raises(ConfigError, match=solver):
-        ReviseConfig(solver=solver, **change)
+        ReviseConfig(solver=solver, hull="plausible")
 
 
 def test_offsets_are_kept_beside_the_atoms(tmp_path):

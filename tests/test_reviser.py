@@ -1,15 +1,16 @@
 """The packed pass against two plain Hugging Face passes, and the invariants of a revision."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
-from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser
+from latentrevise import FailedRollout, Mixture, RecoverConfig, ReviseConfig, Reviser, VocabularyHull
+from latentrevise.config import load_config
 from latentrevise.errors import ConfigError, InputError, ModelError
-from latentrevise.model.packing import batches, pack, suffix_length
-from latentrevise.revise.objective import away_terms
+from latentrevise.model.packing import FAILED, GOLD, PREFIX, batches, pack
+from latentrevise.revise import solver
+from latentrevise.revise.objective import suffix
 from tests.tiny import tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3", "llama", "gemma3"]
@@ -34,53 +35,117 @@ def rollouts(seed: int = 0, count: int = 5) -> list[FailedRollout]:
 
 
 def plain_passes(model, rollout: FailedRollout, config: ReviseConfig, prefix: torch.Tensor | None = None):
-    """The objective and its gradient by autograd through two ordinary forward passes, no cache, no packing."""
+    """The objective and its gradient by autograd through ordinary forward passes, no cache, no packing.
+
+    Returns the loss, (explore, guide, fluency), and ``dL/dz``.
+    """
     embed = model.get_input_embeddings()
 
     def tokens(ids):
         return embed(torch.tensor(ids, dtype=torch.long, device=model.device)).detach()
 
     z = (tokens(rollout.prefix_ids) if prefix is None else prefix).detach().requires_grad_(True)
+    length = len(rollout.prompt_ids)
 
-    def logprobs(branch, first):
-        inputs = torch.cat([tokens(rollout.prompt_ids), z, tokens(branch)])
+    def logprobs(branch, at):
+        """Of the tokens ``branch``, the first of them predicted at position ``at - 1``."""
+        inputs = torch.cat([tokens(rollout.prompt_ids), z, tokens(branch if at > length else [])])
         logits = model(inputs_embeds=inputs.unsqueeze(0), use_cache=False).logits[0]
-        at = len(rollout.prompt_ids) + len(rollout.prefix_ids) - 1
         targets = torch.tensor(branch, device=logits.device).unsqueeze(1)
-        return logits[at : at + len(branch)].log_softmax(-1).gather(1, targets).squeeze(1)[first:]
+        return logits[at - 1 : at - 1 + len(branch)].log_softmax(-1).gather(1, targets).squeeze(1)
 
-    gold = -logprobs([*rollout.template_ids, *rollout.answer_ids], len(rollout.template_ids)).mean()
-    away = away_terms(logprobs(list(rollout.continuation_ids[: config.away_window]), 0), config).mean()
-    loss = config.alpha * gold + config.beta * away
+    end, failed = length + len(rollout.prefix_ids), list(rollout.continuation_ids[: config.explore_tokens])
+    template = len(rollout.template_ids)
+    explore, fluency = logprobs(failed, end), -logprobs(list(rollout.prefix_ids), length)
+    if config.explore == "unlikelihood":
+        explore = -torch.log1p(-explore.exp())
+    guide = -logprobs([*rollout.template_ids, *rollout.answer_ids], end)[template:]
+    reduce = torch.sum if config.reduction == "sum" else torch.mean
+    explore, guide, fluency = reduce(explore), reduce(guide), reduce(fluency)
+    loss = config.explore_weight * explore + config.guide_weight * guide + config.fluency_weight * fluency
     (grad,) = torch.autograd.grad(loss, z)
-    return loss.item(), gold.item(), away.item(), grad
+    return loss.item(), (explore.item(), guide.item(), fluency.item()), grad
+
+
+def compare(found, wanted, tolerance=1e-5):
+    loss, parts, grad = wanted
+    assert found.loss == pytest.approx(loss, rel=tolerance, abs=tolerance)
+    for value, part in zip((found.explore, found.guide, found.fluency), parts, strict=True):
+        assert value == pytest.approx(part, rel=tolerance, abs=tolerance)
+    assert found.grad.shape == grad.shape
+    assert float((found.grad.cpu() - grad.cpu()).norm() / grad.cpu().norm()) < tolerance
+
+
+OBJECTIVES = {
+    "published": ReviseConfig(),
+    "weighted": ReviseConfig(guide_weight=0.7, explore_weight=0.4, fluency_weight=2.0, explore_tokens=6),
+    "bounded means": ReviseConfig(explore="unlikelihood", reduction="mean", fluency_weight=0.5),
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("away", ["unlikelihood", "clipped"])
-def test_value_and_grad_equals_two_plain_passes(architecture, away):
-    model = tiny_model(architecture, vocab=VOCABULARY, seed=1)
-    config = ReviseConfig(alpha=0.7, beta=0.4, away=away, away_window=6)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_value_and_grad_equals_plain_passes(architecture, name):
+    model, config = tiny_model(architecture, vocab=VOCABULARY, seed=1), OBJECTIVES[name]
     work = rollouts()
     for rollout, found in zip(work, Reviser(model, config).value_and_grad(work), strict=True):
-        loss, gold, away_loss, grad = plain_passes(model, rollout, config)
-        assert found.loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
-        assert found.gold_nll == pytest.approx(gold, rel=1e-5)
-        assert found.away == pytest.approx(away_loss, rel=1e-5, abs=1e-6)
-        assert found.grad.shape == grad.shape
-        assert float((found.grad - grad).norm() / grad.norm()) < 1e-5, rollout.id
+        compare(found, plain_passes(model, rollout, config))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_value_and_grad_at_mixtures(architecture):
     model = tiny_model(architecture, vocab=VOCABULARY, seed=2)
-    config = ReviseConfig(steps=3, beta=0.5)
-    reviser = Reviser(model, config)
+    reviser = Reviser(model, ReviseConfig(steps=3))
     work = rollouts(seed=3)
     mixtures = [r.mixture for r in reviser.revise(work)]
     for rollout, mixture, found in zip(work, mixtures, reviser.value_and_grad(work, mixtures), strict=True):
-        _, _, _, grad = plain_passes(model, rollout, config, mixture.embed(reviser.hull.table))
-        assert float((found.grad - grad).norm() / grad.norm()) < 1e-5
+        compare(found, plain_passes(model, rollout, reviser.config, mixture.embed(reviser.hull.table)))
+
+
+def algorithm_1(model, rollout: FailedRollout, config: ReviseConfig, ours):
+    """The paper's Algorithm 1 as a plain loop; returns its losses.
+
+    ours: the vertices ``[T]`` that the reviser chose, step by step. At each they must be the loop's own; where two
+    vertices are as good as each other to within rounding, either may be taken, and the loop goes on with ours.
+    """
+    table = model.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
+    E_r, losses, same = table[torch.tensor(rollout.prefix_ids)], [], []
+    for i, vertex in enumerate(ours, start=1):
+        loss, (_, guide, _), grad = plain_passes(model, rollout, config, E_r)
+        losses.append(loss)
+        assert guide >= config.stop_guide
+        scores = grad @ table.T
+        chosen, best = scores.gather(1, vertex[:, None])[:, 0], scores.amin(1)
+        assert (chosen - best <= 1e-4 * best.abs()).all(), f"step {i}: another vertex is better"
+        same += (scores.argmin(1) == vertex).tolist()
+        gamma = config.step_size * 2 / (i + 1)
+        E_r = (1 - gamma) * E_r + gamma * table[vertex]
+    assert sum(same) >= 0.98 * len(same)
+    return [*losses, plain_passes(model, rollout, config, E_r)[0]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ten_steps_are_algorithm_1(architecture, monkeypatch):
+    model, work = tiny_model(architecture, vocab=VOCABULARY, seed=21), rollouts(seed=22)
+    reviser, steps = Reviser(model), []
+    plain = solver.kernels.hull_step
+
+    def watched(*arguments, **options):
+        step = plain(*arguments, **options)
+        steps.append(step.vertex)
+        return step
+
+    monkeypatch.setattr(solver.kernels, "hull_step", watched)
+    for rollout in work:
+        steps.clear()
+        (revision,) = reviser.revise([rollout])
+        assert len(steps) == 10
+        assert revision.trace.loss == pytest.approx(algorithm_1(model, rollout, reviser.config, steps), rel=1e-4)
+        own = (revision.ids == torch.tensor(rollout.prefix_ids).unsqueeze(1)) * revision.weights
+        assert (own.sum(1) >= 0.65).all(), "with the paper's steps the old token keeps 0.660 of the weight"
+    steps.clear()
+    reviser.revise(work)
+    assert len(steps) < 10 * len(work), "one call a step serves a batch"
 
 
 def test_sliding_window_is_honoured_across_the_prompt_cache():
@@ -89,17 +154,14 @@ def test_sliding_window_is_honoured_across_the_prompt_cache():
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, VOCABULARY, (3 * window + 8,), generator=g).tolist()
     rollout = FailedRollout(ids[: 2 * window], ids[2 * window : 3 * window], ids[3 * window : 3 * window + 4], ids[-4:])
-    config = ReviseConfig(beta=0.5)
-    loss, _, _, grad = plain_passes(model, rollout, config)
-    (found,) = Reviser(model, config).value_and_grad([rollout])
-    assert found.loss == pytest.approx(loss, rel=1e-5)
-    assert float((found.grad - grad).norm() / grad.norm()) < 1e-5
+    (found,) = Reviser(model).value_and_grad([rollout])
+    compare(found, plain_passes(model, rollout, ReviseConfig()))
 
 
 def test_gradient_matches_finite_differences():
     model = tiny_model("qwen3", vocab=VOCABULARY, seed=5).double()
     (rollout, *_) = rollouts(seed=6)
-    config = ReviseConfig(beta=0.3)
+    config = ReviseConfig(explore_weight=0.3)
     reviser = Reviser(model, config)
     z = reviser.hull.table[torch.tensor(rollout.prefix_ids)]
     direction = reviser.hull.table[11] - z
@@ -114,16 +176,14 @@ def test_gradient_matches_finite_differences():
 
 
 CONFIGS = {
-    "constant": ReviseConfig(steps=4),
-    "harmonic": ReviseConfig(steps=4, step_rule="harmonic", step_size=1.0),
-    "short": ReviseConfig(steps=4, step_rule="short", step_size=0.05),
-    "line-search": ReviseConfig(steps=4, step_rule="line-search"),
-    "fraction": ReviseConfig(steps=4, update_fraction=0.3),
-    "normalized": ReviseConfig(steps=4, combine="normalized"),
-    "plausible": ReviseConfig(steps=4, hull="plausible", p_min=5e-3, step_rule="harmonic", step_size=1.0),
+    "published": ReviseConfig(steps=4),
+    "constant": ReviseConfig(steps=4, step_rule="constant", step_size=0.3),
+    "words only": ReviseConfig(steps=4, special_vertices=False),
+    "plausible": ReviseConfig(steps=4, hull="plausible", p_min=5e-3, step_size=1.0),
     "entropic": ReviseConfig(steps=4, hull="plausible", solver="entropic", p_min=5e-3, step_size=2.0),
-    "gold only": ReviseConfig(steps=4, beta=0.0),
-    "away only": ReviseConfig(steps=4, alpha=0.0),
+    "no explore": ReviseConfig(steps=4, explore_weight=0.0),
+    "no guide": ReviseConfig(steps=4, guide_weight=0.0),
+    "no fluency": ReviseConfig(steps=4, fluency_weight=0.0),
 }
 
 
@@ -144,7 +204,7 @@ def test_every_iterate_is_in_the_hull(name):
         for position in range(len(rollout.prefix_ids)):
             used = revision.ids[position][revision.weights[position] > 0].tolist()
             assert len(used) == len(set(used)), "an atom is listed twice"
-            assert all(reviser.policy.allowed[i] or i == rollout.prefix_ids[position] for i in used)
+            assert all(reviser.hull.allowed[i] or i == rollout.prefix_ids[position] for i in used)
         z = revision.embeddings(reviser.hull)
         spelled = torch.einsum("ta,tad->td", revision.weights, reviser.hull.table[revision.ids.long()])
         assert torch.allclose(z, spelled, atol=1e-6)
@@ -166,31 +226,43 @@ def test_one_atom_start_and_no_step_leaves_the_prefix():
     assert again.compact().ids[:, 0].tolist() == [8, 7]
 
 
-def test_descent_on_the_gold_branch():
+def test_the_answer_becomes_likelier_and_the_failure_less_likely():
     model = tiny_model("qwen3", vocab=VOCABULARY, seed=8)
-    config = ReviseConfig(steps=10, step_rule="line-search", beta=0.0, iterate="best")
-    for revision in Reviser(model, config).revise(rollouts(seed=9)):
-        losses = revision.trace.loss
-        assert all(b <= a + 1e-5 for a, b in itertools.pairwise(losses))
-        assert losses[-1] < losses[0] - 0.1
+    for revision in Reviser(model).revise(rollouts(seed=9)):
+        trace = revision.trace
+        assert trace.loss[-1] < trace.loss[0]
+        assert trace.step == pytest.approx([0.1 * 2 / (i + 1) for i in range(1, 11)])
+    (revision, *_) = Reviser(model, ReviseConfig.answer_only(step_size=0.5)).revise(rollouts(seed=9))
+    assert revision.trace.guide[-1] < revision.trace.guide[0] - 0.1
+    assert revision.trace.explore == [0.0] * 11
 
 
 def test_best_iterate_and_early_stop():
     model = tiny_model("qwen3", vocab=VOCABULARY, seed=8)
-    big = ReviseConfig(steps=8, step_size=0.9, iterate="best")
+    big = ReviseConfig(steps=8, step_rule="constant", step_size=0.9, iterate="best")
     for revision in Reviser(model, big).revise(rollouts(seed=9)):
         assert revision.trace.chosen == min(range(9), key=revision.trace.loss.__getitem__)
-    stopping = ReviseConfig(steps=8, stop_nll=3.0, beta=0.0, step_rule="line-search")
-    revisions = Reviser(model, stopping).revise(rollouts(seed=9))
-    reasons = {r.trace.stopped for r in revisions}
-    assert "nll" in reasons
+    stopping = Reviser(model, ReviseConfig.answer_only(steps=8, stop_guide=9.0, step_rule="constant", step_size=0.3))
+    revisions = stopping.revise(rollouts(seed=9))
+    assert {r.trace.stopped for r in revisions} == {"guide", "steps"}
     for rollout, revision in zip(rollouts(seed=9), revisions, strict=True):
         trace = revision.trace
-        assert revision.compute.backward == len(trace.gap) * suffix_length(rollout, stopping)
-        if trace.stopped == "nll":
-            assert trace.gold_nll[-1] <= 3.0
-            assert all(nll > 3.0 for nll in trace.gold_nll[:-1])
-            assert len(trace.loss) == len(trace.gap)
+        evaluated = len(trace.loss) - (trace.stopped == "steps")  # the last iterate of a full run has no gradient
+        assert revision.compute.backward == evaluated * stopping.tokens(rollout)
+        assert len(trace.gap) == len(trace.step) == len(trace.loss) - 1
+        if trace.stopped == "guide":
+            assert trace.guide[-1] < 9.0
+            assert all(nll >= 9.0 for nll in trace.guide[:-1]), "it stops before the step"
+
+
+def test_one_copy_to_the_host_a_step(monkeypatch):
+    """What a step says of all rollouts comes at once; a copy for each of them would hold a GPU up."""
+    model, copies = tiny_model("qwen3", vocab=VOCABULARY, seed=8), []
+    reviser, plain = Reviser(model), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(tuple(tensor.shape)) or plain(tensor))
+    work = [dataclasses.replace(rollouts(seed=9)[0], id=None)] * 3
+    reviser.revise(work)
+    assert [shape for shape in copies if len(shape) == 2] == [(3, 6), *[(3, 7)] * 10]
 
 
 def test_a_rollout_does_not_depend_on_its_companions():
@@ -214,15 +286,14 @@ def test_compute_counts_tokens_and_not_padding_or_the_cached_prompt():
     config = ReviseConfig(steps=3)
     work = rollouts(seed=13)
     for rollout, revision in zip(work, Reviser(model, config).revise(work), strict=True):
-        tokens = suffix_length(rollout, config)
+        tokens = Reviser(model, config).tokens(rollout)
         assert revision.compute.forward == 4 * tokens
         assert revision.compute.backward == 3 * tokens
         assert revision.compute.passes == 4 * tokens + 2 * 3 * tokens
 
 
 def test_batches_keep_the_budget_and_lose_nothing():
-    config = ReviseConfig()
-    sizes = [(len(r.prompt_ids), suffix_length(r, config)) for r in rollouts(seed=14, count=20)]
+    sizes = [(len(r.prompt_ids), suffix(r, ReviseConfig()).fed) for r in rollouts(seed=14, count=20)]
     seen = []
     for index in batches(sizes, 90):
         seen += index
@@ -234,13 +305,43 @@ def test_batches_keep_the_budget_and_lose_nothing():
     assert batches([], 90) == []
 
 
-def test_branches_without_weight_are_left_out_of_the_pass():
+def test_terms_without_weight_are_left_out_of_the_pass():
     (rollout, *_) = rollouts()
-    full = pack([rollout], ReviseConfig(), torch.device("cpu"))
-    gold = pack([rollout], ReviseConfig(beta=0.0), torch.device("cpu"))
-    assert gold.score_gold.all()
-    assert not full.score_gold.all()
-    assert sum(gold.suffix_tokens) < sum(full.suffix_tokens)
+
+    def packed(**weights):
+        return pack([suffix(rollout, ReviseConfig(**weights))], torch.device("cpu"))
+
+    full = packed()
+    assert set(full.score_kind.tolist()) == {PREFIX, FAILED, GOLD}
+    parts = [len(rollout.prefix_ids), len(rollout.continuation_ids), len(rollout.answer_ids)]
+    assert [int((full.score_kind == kind).sum()) for kind in (PREFIX, FAILED, GOLD)] == parts
+    answer = packed(explore_weight=0.0, fluency_weight=0.0)
+    assert set(answer.score_kind.tolist()) == {GOLD}
+    assert answer.suffix_tokens[0] < full.suffix_tokens[0]
+    assert packed(fluency_weight=0.0).suffix_tokens == full.suffix_tokens, "fluency takes no token of its own"
+
+
+def test_text_by_eq_8_by_distance_and_by_weight():
+    """Against the definitions, on a table whose rows differ in norm: the inner product does not return plain tokens."""
+    g = torch.Generator().manual_seed(1)
+    table = torch.randn(50, 8, generator=g) * torch.rand(50, 1, generator=g).mul(3).add(0.2)
+    allowed = torch.ones(50, dtype=torch.bool)
+    allowed[7] = False
+    hull = VocabularyHull(table, allowed)
+    plain = Mixture.from_tokens(torch.arange(50))
+    ids = torch.randint(0, 50, (30, 4), generator=g).to(torch.int32)
+    weights = torch.rand(30, 4, generator=g)
+    mixture = Mixture(ids, weights / weights.sum(1, keepdim=True))
+    z = mixture.embed(table)
+    inner = (z @ table.T).masked_fill(~allowed, -torch.inf).argmax(1)
+    near = torch.cdist(z.double(), table.double()).masked_fill(~allowed, torch.inf).argmin(1)
+    assert torch.equal(hull.text_ids(mixture, "inner-product"), inner)
+    assert torch.equal(hull.text_ids(mixture, "nearest"), near)
+    assert torch.equal(hull.text_ids(mixture, "heaviest"), mixture.argmax_ids())
+    assert torch.equal(hull.text_ids(plain, "nearest")[allowed], torch.arange(50)[allowed])
+    assert float((hull.text_ids(plain, "inner-product") == torch.arange(50)).float().mean()) < 0.6
+    with pytest.raises(ConfigError, match="inner-product, nearest or heaviest"):
+        hull.text_ids(mixture, "closest")
 
 
 def test_the_model_is_left_as_it_was():
@@ -280,7 +381,7 @@ def test_bad_input_to_the_reviser():
     reviser = Reviser(tiny_model("qwen3", vocab=VOCABULARY, seed=16))
     with pytest.raises(InputError, match=f"token {VOCABULARY}"):
         reviser.revise([FailedRollout([5], [VOCABULARY], [6], [7])])
-    with pytest.raises(InputError, match="beta=0"):
+    with pytest.raises(InputError, match="explore_weight=0"):
         reviser.revise([FailedRollout([5], [6], [], [7])])
     with pytest.raises(InputError, match="positions"):
         reviser.revise([FailedRollout([5] * 5000, [6], [7], [8])])
@@ -295,15 +396,33 @@ def test_bad_input_to_the_reviser():
     ("change", "match"),
     [
         ({"steps": 0}, "steps"),
-        ({"alpha": 0.0, "beta": 0.0}, "nothing to optimise"),
+        ({"guide_weight": 0.0, "explore_weight": 0.0, "fluency_weight": 0.0}, "nothing to optimise"),
+        ({"fluency_weight": float("nan")}, "fluency_weight"),
+        ({"step_size": float("inf")}, "step_size"),
+        ({"explore_tokens": 0}, "explore_tokens"),
         ({"step_size": 1.5}, "leaves the hull"),
         ({"solver": "entropic"}, "hull='plausible'"),
-        ({"step_rule": "line-search", "line_search_grid": (2.0,)}, "line_search_grid"),
     ],
 )
 def test_bad_settings(change, match):
     with pytest.raises(ConfigError, match=match):
         ReviseConfig(**change)
+
+
+@pytest.mark.parametrize("old", ["alpha", "beta", "away", "away_window", "stop_nll", "combine", "update_fraction"])
+def test_settings_of_earlier_versions_name_the_new_ones(old):
+    with pytest.raises(ConfigError, match=rf"{old} is gone; its place is taken by"):
+        load_config(RecoverConfig, None, [f"latent.{old}=1"])
+
+
+def test_the_defaults_are_the_published_method():
+    config, job = ReviseConfig(), RecoverConfig()
+    assert (config.guide_weight, config.explore_weight, config.fluency_weight) == (1.0, 1.0, 0.1)
+    assert (config.steps, config.step_rule, config.step_size) == (10, "harmonic", 0.1)
+    assert (config.reduction, config.explore, config.explore_tokens) == ("sum", "loglik", None)
+    assert (config.stop_guide, config.special_vertices, config.hull) == (1e-3, True, "full")
+    assert (job.latent, job.rho, job.prefix_fraction) == (config, 0.8, 0.8)
+    assert job.answer_template == "Based on my current reasoning process, the final answer is "
 
 
 def test_nan_logits_are_named():

@@ -281,7 +281,7 @@ def test_it_finds_what_shows_by_itself(tiny, work, monkeypatch, credit, found):
     places, values = decisions(tiny, work, config)
     right = [listed[-1] for listed in values]
 
-    def score(trunks, branches, **_):
+    def score(policy, trunks, branches, **_):
         totals = []
         for branch in branches:
             text = [*trunks[branch.trunk][: branch.at], *branch.tokens]
@@ -289,7 +289,8 @@ def test_it_finds_what_shows_by_itself(tiny, work, monkeypatch, credit, found):
             totals.append(torch.tensor([float(sum(hits) if credit else all(hits))]))
         return BranchScores(totals, [], [])
 
-    monkeypatch.setattr(tiny.policy, "score_branches", score)
+    monkeypatch.setattr("latentrevise.strategies.candidates.score_branches", score)
+    monkeypatch.setattr("latentrevise.strategies.pair.score_branches", score)
     (own,) = Beam("pivot-beam", FORKS, config).propose(tiny, [work], 3)
     assert (own[0].trace.tokens == tuple(right)) == found
 

@@ -132,7 +132,7 @@ def test_the_gain_is_the_gradient_at_the_end_of_the_step(tiny):
         ids = [*work.prompt.ids, *fork.rollout.completion_ids[: lengths[fork.at]], *work.template_ids]
         embeddings = table[[*ids, *work.answer_ids]].clone().requires_grad_(True)
         logprobs = tiny.policy.model(inputs_embeds=embeddings[None]).logits[0].log_softmax(-1)
-        nll = -sum(logprobs[len(ids) - 1 + j, token] for j, token in enumerate(work.answer_ids)) / 2
+        nll = -sum(logprobs[len(ids) - 1 + j, token] for j, token in enumerate(work.answer_ids))
         (gradient,) = torch.autograd.grad(nll, embeddings)
         move = table[fork.rollout.completion_ids[fork.at]] - table[fork.token]
         assert gain == pytest.approx(float(gradient[len(work.prompt.ids) + fork.at] @ move), abs=1e-3)

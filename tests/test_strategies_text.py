@@ -85,7 +85,7 @@ def test_hints_end_behind_a_step_and_before_the_box(tools):
 
 def test_gcg_lowers_the_answers_nll_by_exact_scores(tools):
     work = piece(tools.tokenizer)
-    before = Reviser(tools.policy, ReviseConfig(beta=0.0)).value_and_grad([work.rollout(c) for c in work.cuts])
+    before = Reviser(tools.policy, ReviseConfig.answer_only()).value_and_grad([work.rollout(c) for c in work.cuts])
     known = []
     for steps in (1, 3):
         strategy = build("gcg", RecoverConfig(gcg=GCGConfig(steps=steps, candidates=4)))
@@ -95,27 +95,27 @@ def test_gcg_lowers_the_answers_nll_by_exact_scores(tools):
             dataclasses.replace(work.rollout(c), prefix_ids=p.plain_ids)
             for c, p in zip(work.cuts, proposals, strict=True)
         ]
-        after = Reviser(tools.policy, ReviseConfig(beta=0.0)).value_and_grad(revised)
+        after = Reviser(tools.policy, ReviseConfig.answer_only()).value_and_grad(revised)
         for cut, proposal, a, b in zip(work.cuts, proposals, after, before, strict=True):
             changed = sum(x != y for x, y in zip(cut.prefix_ids, proposal.plain_ids, strict=True))
             assert changed <= steps
-            assert a.gold_nll < b.gold_nll if changed else a.gold_nll == pytest.approx(b.gold_nll)
+            assert a.guide < b.guide if changed else a.guide == pytest.approx(b.guide)
             assert proposal.compute.backward <= steps * (len(cut.prefix_ids) + 2)
             assert all(bool(tools.policy.allowed[i]) for i in proposal.plain_ids)
-        known.append(sum(e.gold_nll for e in after))
-    assert known[1] < known[0] < sum(e.gold_nll for e in before)
+        known.append(sum(e.guide for e in after))
+    assert known[1] < known[0] < sum(e.guide for e in before)
 
 
 def test_gcg_takes_the_best_single_substitution_when_all_are_scored(tools):
     """One position: the oracle's one candidate is taken exactly when a plain pass finds it better."""
     work = dataclasses.replace(piece(tools.tokenizer), cuts=(Cut("p/0", (11,), (16,)),))
     ((proposal,),) = build("gcg", RecoverConfig(gcg=GCGConfig(steps=1))).propose(tools, [work], 1)
-    evaluate = Reviser(tools.policy, ReviseConfig(beta=0.0)).value_and_grad
+    evaluate = Reviser(tools.policy, ReviseConfig.answer_only()).value_and_grad
     (here,) = evaluate([work.rollout(work.cuts[0])])
     scores = here.grad @ tools.policy.table.T
     vertex = int(scores.masked_fill(~tools.policy.allowed, torch.inf).argmin())
     (there,) = evaluate([dataclasses.replace(work.rollout(work.cuts[0]), prefix_ids=(vertex,))])
-    assert proposal.plain_ids == ((vertex,) if there.gold_nll < here.gold_nll else (11,))
+    assert proposal.plain_ids == ((vertex,) if there.guide < here.guide else (11,))
 
 
 @pytest.fixture(scope="module")

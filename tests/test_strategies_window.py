@@ -23,7 +23,16 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 FORKS = ForkConfig(step_tokens=4, banned=("k",))
 FULL = ReviseConfig(steps=3)
-PLAUSIBLE = ReviseConfig(steps=3, hull="plausible", solver="entropic", p_min=0.01, beta=0.0, rounding="argmax")
+PLAUSIBLE = ReviseConfig(
+    steps=3,
+    hull="plausible",
+    solver="entropic",
+    p_min=0.01,
+    step_size=2.0,
+    explore_weight=0.0,
+    fluency_weight=0.0,
+    rounding="argmax",
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def test_it_is_the_revision_behind_a_longer_prompt(tiny, text, config):
     (revision,) = Reviser(tiny.policy, config).revise([longer])
     ((own,),) = Latent("window", config, window="entropy", forks=FORKS).propose(tiny, [item], 3)
     assert (own.n, own.kept, own.original_ids) == (3, start, ids[:end])
-    assert own.plain_ids == (*ids[:start], *revision.argmax_ids().tolist())
+    assert own.plain_ids == (*ids[:start], *revision.mixture.argmax_ids().tolist())
     assert torch.equal(own.mixture.ids[start:], revision.ids)
     assert torch.equal(own.mixture.weights[start:], revision.weights)
     assert (own.mixture.ids[:start] == torch.tensor(ids[:start], dtype=torch.int32)[:, None]).all()
@@ -107,11 +116,27 @@ def test_the_default_is_the_cut_of_the_run(tiny):
     ids = item.failed[0].completion_ids
     cut = Cut("p/0", ids[:3], ids[3:])
     item = dataclasses.replace(item, cuts=(cut,))
-    (revision,) = Reviser(tiny.policy, FULL).revise([item.rollout(cut)])
-    ((own,),) = build("latent", RecoverConfig(latent=FULL)).propose(tiny, [item], 2)
-    assert (own.kept, own.original_ids, own.uncached) == (0, ids[:3], 3)
+    (revision,) = Reviser(tiny.policy, PLAUSIBLE).revise([item.rollout(cut)])
+    ((own,),) = build("latent-plausible", RecoverConfig(latent_plausible=PLAUSIBLE)).propose(tiny, [item], 2)
+    assert (own.kept, own.original_ids) == (0, ids[:3])
     assert torch.equal(own.mixture.ids, revision.ids)
     assert own.compute.passes == revision.compute.passes
+
+
+@pytest.mark.parametrize(("name", "share"), [("latent", 0.8), ("latent-rho0.5", 0.5), ("latent-rho0.2", 0.2)])
+def test_the_published_method_cuts_where_the_paper_does(tiny, name, share):
+    item = work_for(tiny, "ab;cde;fghij;")
+    ids = item.failed[0].completion_ids
+    at = round(share * len(ids))
+    (revision,) = Reviser(tiny.policy, FULL).revise([item.rollout(Cut("p/0", ids[:at], ids[at:]))])
+    ((own,),) = build(name, RecoverConfig(latent=FULL)).propose(tiny, [item], 2)
+    assert (own.original_ids, own.latent) == (ids[:at], True)
+    assert torch.equal(own.mixture.ids, revision.ids)
+    z = revision.embeddings(Reviser(tiny.policy, FULL).hull)
+    scores = (z @ tiny.policy.table.T).masked_fill(~tiny.policy.known, -torch.inf)
+    assert own.plain_ids == tuple(scores.argmax(1).tolist()), "written by Eq. 8"
+    ((plain,),) = build(f"resample-rho{share}", RecoverConfig()).propose(tiny, [item], 2)
+    assert plain.plain_ids == ids[:at]
 
 
 def test_rollouts_are_cut_each_on_its_own_and_samples_shared(tiny):
@@ -152,7 +177,7 @@ def finished(tmp_path_factory):
     family = get_family("rule")
     config = dataclasses.replace(
         demo_config(family),
-        strategies=("latent", "latent-window", "resample"),
+        strategies=("latent-plausible", "latent-window", "resample"),
         window="entropy",
         rollouts=4,
         samples=4,
@@ -166,7 +191,7 @@ def finished(tmp_path_factory):
     return run, recovered, tokenizer
 
 
-@pytest.mark.parametrize("arm", ["latent", "latent-window"])
+@pytest.mark.parametrize("arm", ["latent-plausible", "latent-window"])
 def test_what_stands_before_the_window_is_in_every_row_as_it_was(finished, arm):
     run, recovered, tokenizer = finished
     rollouts = {r.sample_id: r for own in run.rollouts().values() for r in own}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,7 @@ from latentrevise.errors import InputError
 from latentrevise.model import memory
 from latentrevise.model.compute import Compute
 from latentrevise.model.packing import bucket, pack_branches
-
-if TYPE_CHECKING:
-    from latentrevise.model.policy import Policy, PromptCache
+from latentrevise.model.policy import Policy, PromptCache
 
 # A row's branches attend to the whole row, mask or not, so a row is closed at about this many tokens.
 _ROW = 256
@@ -68,9 +65,17 @@ class BranchScores:
 
 
 def score_branches(
-    policy: Policy, trunks: Sequence[Sequence[int] | Tensor], branches: Sequence[Branch], token_budget: int | None
+    policy: Policy,
+    trunks: Sequence[Sequence[int] | Tensor],
+    branches: Sequence[Branch],
+    token_budget: int | None = None,
 ) -> BranchScores:
-    """See ``Policy.score_branches``."""
+    """Log-probabilities of many short branches that leave a few trunks at different positions.
+
+    trunks: token ids, or embeddings ``[L, d]`` (a prompt and a revised prefix); each is run once. branches: see
+    ``Branch``; any order, any number a trunk. token_budget: padded tokens in one batch; None: from free memory.
+    Raises InputError for a branch that leaves its trunk out of range or scores nothing.
+    """
     for t, trunk in enumerate(trunks):
         _check_trunk(policy, trunk, f"trunk {t}")
     work = [_checked(policy, trunks, i, branch) for i, branch in enumerate(branches)]
@@ -103,6 +108,26 @@ def score_branches(
     for t, n in zip(used, needed, strict=True):
         trunk_tokens[t] = n
     return BranchScores([found[i] for i in range(len(work))], trunk_tokens, [len(b.tokens) - 1 for b in work])
+
+
+def completion_logprobs(
+    policy: Policy,
+    contexts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    token_budget: int | None = None,
+) -> list[Tensor]:
+    """Log-probability of each completion token behind its plain context: float32 ``[len(completion)]`` on the CPU.
+
+    Contexts that are equal are run once. An empty completion has no log-probs.
+    """
+    trunks = {tuple(context): i for i, context in enumerate(dict.fromkeys(tuple(c) for c in contexts))}
+    branches = [
+        Branch(trunks[tuple(context)], len(context), completion)
+        for context, completion in zip(contexts, completions, strict=True)
+        if len(completion)
+    ]
+    scores = iter(score_branches(policy, list(trunks), branches, token_budget).logprobs)
+    return [next(scores) if len(completion) else torch.zeros(0) for completion in completions]
 
 
 def _check_trunk(policy: Policy, trunk: Sequence[int] | Tensor, what: str) -> None:

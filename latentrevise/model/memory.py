@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
 from latentrevise.errors import RunError
 from latentrevise.model.packing import batches
 
-if TYPE_CHECKING:
-    from latentrevise.model.policy import Policy
+
+class Policy(Protocol):
+    """What of a policy decides how much fits: its shapes, its dtype and where it is."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def sharded(self) -> bool: ...
+
 
 # On a CPU a product of some hundred rows is near its best rate already, and larger batches only take memory; a small
 # model gains from more rows until the calls themselves cost nothing. By bytes a number: half precision, half the rows.

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentrevise.revise.revision import FailedRollout, ReviseConfig
-
 PAD, PREFIX, FAILED, GOLD = -1, 0, 1, 2
 
 
@@ -86,6 +84,27 @@ def pack_branches(
 
 
 @dataclass(frozen=True)
+class Suffix:
+    """What of one rollout is fed and scored, behind its prompt: the revised prefix and two branches off its end.
+
+    prefix: ``T`` tokens, the ones that are revised. failed: the failed continuation, scored whole; empty: no such
+    branch. gold: template and answer, scored from ``template`` tokens on; empty: no such branch. score_prefix: score
+    the prefix's own tokens too, each behind those before it.
+    """
+
+    prefix: Sequence[int]
+    failed: Sequence[int] = ()
+    gold: Sequence[int] = ()
+    template: int = 0
+    score_prefix: bool = False
+
+    @property
+    def fed(self) -> int:
+        """Tokens that go through the model: the last of a branch is predicted only."""
+        return len(self.prefix) + max(len(self.failed) - 1, 0) + max(len(self.gold) - 1, 0)
+
+
+@dataclass(frozen=True)
 class Packing:
     """Index arrays of ``B`` rollouts with suffixes padded to ``S``, ``T`` prefix tokens and ``N`` scored tokens in all.
 
@@ -94,8 +113,10 @@ class Packing:
     offset: int64 ``[B, S]``, position counted from the end of the prompt.
     prefix_index: int64 ``[T]``, where the prefix tokens lie in the flattened ``[B * S]``, rollout by rollout.
     prefix_row: int64 ``[T]``, the rollout of each; prefix_ids: int64 ``[T]``, its plain token.
-    score_index, targets, score_row: int64 ``[N]``: the flat position that predicts each scored token, the token, the
-        rollout. score_gold: bool ``[N]``, an answer token or one of the failed continuation.
+    score_index, targets, score_row, score_kind: int64 ``[N]``: the flat position that predicts each scored token
+        (``B * S + b``: the last token of prompt b), the token, the rollout, and FAILED, GOLD or PREFIX.
+    lengths: prefix length of each rollout. suffix_tokens: tokens of each row that go through the model, without
+        padding.
     """
 
     tokens: Tensor
@@ -107,107 +128,74 @@ class Packing:
     score_index: Tensor
     targets: Tensor
     score_row: Tensor
-    score_gold: Tensor
+    score_kind: Tensor
+    lengths: list[int]
+    suffix_tokens: list[int]
 
-    @property
-    def lengths(self) -> list[int]:
-        """Prefix length of each rollout."""
-        return torch.bincount(self.prefix_row, minlength=self.tokens.shape[0]).tolist()
-
-    @property
-    def suffix_tokens(self) -> list[int]:
-        """Tokens of each row that go through the model: padding is not counted."""
-        return (self.segment != PAD).sum(1).tolist()
+    def scored(self, hidden: Tensor, prompt_hidden: Tensor) -> Tensor:
+        """The states ``[N, d]`` that predict the scored tokens; hidden: ``[B * S, d]``, prompt_hidden: ``[B, d]``."""
+        size = len(hidden)
+        own = hidden.index_select(0, self.score_index.clamp(max=size - 1))
+        first = self.score_index >= size
+        before = prompt_hidden.index_select(0, (self.score_index - size).clamp_min(0))
+        return torch.where(first.unsqueeze(-1), before.to(own.dtype), own)
 
 
-def pack(
-    rollouts: Sequence[FailedRollout], config: ReviseConfig, device: torch.device, buckets: bool = False
-) -> Packing:
-    """Lay the rollouts out; the branches whose weight is 0 are left out of the pass altogether.
-
-    buckets: pad to a ``bucket``.
-    """
-    rows = [_row(rollout, config) for rollout in rollouts]
-    width = max(len(row.tokens) for row in rows)
+def pack(rows: Sequence[Suffix], device: torch.device, buckets: bool = False) -> Packing:
+    """Lay rollouts out. buckets: pad to a ``bucket``."""
+    width = max(row.fed for row in rows)
     if buckets:
         width = bucket(width)
-    shape = (len(rows), width)
-    tokens, segment, offset = (
-        torch.zeros(shape, dtype=torch.long),
-        torch.full(shape, PAD),
-        torch.zeros(shape, dtype=torch.long),
-    )
-    flat: dict[str, list[int]] = {
-        "index": [],
-        "row": [],
-        "ids": [],
-        "at": [],
-        "target": [],
-        "score_row": [],
-        "gold": [],
-    }
-    for b, (rollout, row) in enumerate(zip(rollouts, rows, strict=True)):
-        length = len(row.tokens)
-        tokens[b, :length] = torch.tensor(row.tokens)
-        segment[b, :length] = torch.tensor(row.segment)
-        offset[b, :length] = torch.tensor(row.offset)
-        flat["index"] += range(b * width, b * width + len(rollout.prefix_ids))
-        flat["row"] += [b] * len(rollout.prefix_ids)
-        flat["ids"] += rollout.prefix_ids
-        for at, target, gold in row.scored:
-            flat["at"].append(b * width + at)
-            flat["target"].append(target)
-            flat["score_row"].append(b)
-            flat["gold"].append(gold)
-    as_long = {name: torch.tensor(values, dtype=torch.long, device=device) for name, values in flat.items()}
+    size = len(rows) * width
+    flat: dict[str, list[int]] = {name: [] for name in ("tokens", "segment", "offset")}
+    prefix_index: list[int] = []
+    scores: dict[str, list[int]] = {name: [] for name in ("at", "target", "row", "kind")}
+
+    def score(at: Sequence[int], targets: Sequence[int], row: int, kind: int) -> None:
+        scores["at"] += at
+        scores["target"] += targets
+        scores["row"] += [row] * len(targets)
+        scores["kind"] += [kind] * len(targets)
+
+    for b, row in enumerate(rows):
+        first, length = b * width, len(row.prefix)
+        prefix_index += range(first, first + length)
+        parts = [(PREFIX, row.prefix, 0)]
+        if row.score_prefix:
+            score([size + b, *range(first, first + length - 1)], row.prefix, b, PREFIX)
+        at = first + length
+        for segment, branch, template in ((FAILED, row.failed, 0), (GOLD, row.gold, row.template)):
+            if not branch:
+                continue
+            # The first token of a branch is predicted by the last token of the prefix, wherever the branch itself lies.
+            predicting = [first + length - 1, *range(at, at + len(branch) - 1)]
+            score(predicting[template:], branch[template:], b, segment)
+            parts.append((segment, branch[:-1], length))
+            at += len(branch) - 1
+        for segment, tokens, offset in parts:
+            flat["tokens"] += tokens
+            flat["segment"] += [segment] * len(tokens)
+            flat["offset"] += range(offset, offset + len(tokens))
+        free = width - row.fed
+        flat["tokens"] += [0] * free
+        flat["segment"] += [PAD] * free
+        flat["offset"] += [0] * free
+
+    def array(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
     return Packing(
-        tokens=tokens.to(device),
-        segment=segment.to(device),
-        offset=offset.to(device),
-        prefix_index=as_long["index"],
-        prefix_row=as_long["row"],
-        prefix_ids=as_long["ids"],
-        score_index=as_long["at"],
-        targets=as_long["target"],
-        score_row=as_long["score_row"],
-        score_gold=as_long["gold"].bool(),
+        **{name: array(values).view(len(rows), width) for name, values in flat.items()},
+        prefix_index=array(prefix_index),
+        prefix_row=array([b for b, row in enumerate(rows) for _ in row.prefix]),
+        prefix_ids=array([token for row in rows for token in row.prefix]),
+        score_index=array(scores["at"]),
+        targets=array(scores["target"]),
+        score_row=array(scores["row"]),
+        score_kind=array(scores["kind"]),
+        lengths=[len(row.prefix) for row in rows],
+        suffix_tokens=[row.fed for row in rows],
     )
-
-
-@dataclass
-class _Row:
-    tokens: list[int]
-    segment: list[int]
-    offset: list[int]
-    scored: list[tuple[int, int, int]]  # (column that predicts, token predicted, 1 for an answer token)
-
-
-def _row(rollout: FailedRollout, config: ReviseConfig) -> _Row:
-    length = len(rollout.prefix_ids)
-    row = _Row(list(rollout.prefix_ids), [PREFIX] * length, list(range(length)), [])
-    if config.beta > 0:
-        failed = list(rollout.continuation_ids[: config.away_window])
-        _append_branch(row, failed, length, first_scored=0, segment=FAILED)
-    if config.alpha > 0:
-        gold = list(rollout.template_ids) + list(rollout.answer_ids)
-        _append_branch(row, gold, length, first_scored=len(rollout.template_ids), segment=GOLD)
-    return row
-
-
-def _append_branch(row: _Row, branch: list[int], prefix: int, *, first_scored: int, segment: int) -> None:
-    start = len(row.tokens)
-    for j in range(first_scored, len(branch)):
-        # The first token of a branch is predicted by the last token of the prefix, wherever the branch itself lies.
-        row.scored.append((start + j - 1 if j else prefix - 1, branch[j], int(segment == GOLD)))
-    fed = branch[:-1]
-    row.tokens += fed
-    row.segment += [segment] * len(fed)
-    row.offset += range(prefix, prefix + len(fed))
-
-
-def suffix_length(rollout: FailedRollout, config: ReviseConfig) -> int:
-    """Tokens of the rollout's row, without padding."""
-    return len(_row(rollout, config).tokens)
 
 
 def visible(

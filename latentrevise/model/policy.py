@@ -24,7 +24,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise import kernels
 from latentrevise.errors import InputError, ModelError
-from latentrevise.model.branches import Branch, BranchScores, score_branches
 from latentrevise.model.lean import Widened, activations_made_again, release, slow
 from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
 from latentrevise.model.packing import PAD, PREFIX, bucket, visible
@@ -169,7 +168,7 @@ class Policy:
         self.buckets = self.device.type == "cuda"
         with torch.no_grad():
             self.table = self._table()
-        self.allowed = self._allowed(tokenizer)
+        self.known, self.allowed = self._vertices(tokenizer)
         self.limit = position_limit(model)
         self.head = self._measured()
 
@@ -282,40 +281,6 @@ class Policy:
         cache = Cache(layers=[_Behind(keys, values) for keys, values in ready.layers])
         with self._recomputed() if recompute else activations_made_again():
             return self._run(embeddings, ready.position, ready.masks, cache).reshape(count * width, -1)
-
-    def score_branches(
-        self,
-        trunks: Sequence[Sequence[int] | Tensor],
-        branches: Sequence[Branch],
-        *,
-        token_budget: int | None = None,
-    ) -> BranchScores:
-        """Log-probabilities of many short branches that leave a few trunks at different positions.
-
-        trunks: token ids, or embeddings ``[L, d]`` (a prompt and a revised prefix); each is run once. branches: see
-        ``Branch``; any order, any number a trunk. token_budget: padded tokens in one batch; None: from free memory.
-        Raises InputError for a branch that leaves its trunk out of range or scores nothing.
-        """
-        return score_branches(self, trunks, branches, token_budget)
-
-    def logprobs(
-        self,
-        contexts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int | None = None,
-    ) -> list[Tensor]:
-        """Log-probability of each completion token behind its plain context: float32 ``[len(completion)]`` on the CPU.
-
-        Contexts that are equal are run once. An empty completion has no log-probs.
-        """
-        trunks = {tuple(context): i for i, context in enumerate(dict.fromkeys(tuple(c) for c in contexts))}
-        branches = [
-            Branch(trunks[tuple(context)], len(context), completion)
-            for context, completion in zip(contexts, completions, strict=True)
-            if len(completion)
-        ]
-        scores = iter(self.score_branches(list(trunks), branches, token_budget=token_budget).logprobs)
-        return [next(scores) if len(completion) else torch.zeros(0) for completion in completions]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.table)
@@ -486,7 +451,8 @@ class Policy:
             )
         return self._derive(lambda: self.embedding(rows).detach())
 
-    def _allowed(self, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    def _vertices(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, Tensor]:
+        """bool ``[V]`` each: the rows of the tokenizer; those of them that are no special tokens."""
         rows = self.table.shape[0]
         if tokenizer is None:
             special = [getattr(self.config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
@@ -494,9 +460,10 @@ class Policy:
             real = rows
         else:
             ids, real = list(tokenizer.all_special_ids), len(tokenizer)
-        allowed = torch.arange(rows, device=self.device) < real
+        known = torch.arange(rows, device=self.device) < real
+        allowed = known.clone()
         allowed[[i for i in ids if i < rows]] = False
-        return allowed
+        return known, allowed
 
     def _output(self) -> tuple[Tensor, Tensor | None]:
         """Weight ``[V, d]`` and bias of the head."""

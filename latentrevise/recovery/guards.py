@@ -73,6 +73,9 @@ class GuardConfig:
         steps must lead to it.
     min_agreement: share of ``agreement_samples`` continuations, drawn anew behind the plain prefix and the steps up to
         ``agreement_cut`` of the continuation, that must come to the same answer (one greedy, the others sampled).
+    max_text_nll: nats a token by which the text that a mixture is written as may be less likely, under the plain model,
+        than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv 2606.29938, Eq. 8, does
+        that to tables whose rows differ in norm). Our own decision.
     told: turn away a text that says it was given the answer; max_mention: and one that names the answer within this
         first share of it. Both only where the sample was drawn behind a context that holds the answer.
     """
@@ -84,6 +87,7 @@ class GuardConfig:
     min_step_logprob: float | None = None
     min_answer_logprob: float | None = None
     min_agreement: float | None = None
+    max_text_nll: float | None = 1.0
     told: bool = True
     max_mention: float | None = 0.5
     agreement_samples: int = 4
@@ -104,7 +108,8 @@ class Candidate:
     mixture: None where the prefix is plain text. completion_ids, completion: the continuation; before_answer: its
     tokens in front of the final answer. aimed: the strategy reads the answer, so that a token of it in the prefix is no
     chance. told: the sample was drawn behind a context that holds the answer. agreement: see ``GuardConfig``; None
-    where it was not measured.
+    where it was not measured. text_nll: by how many nats a token the text that the mixture was written as is less
+    likely than the failed prefix; None where the text itself was fed.
     """
 
     prompt_ids: Sequence[int]
@@ -119,6 +124,7 @@ class Candidate:
     aimed: bool = True
     told: bool = False
     agreement: float | None = None
+    text_nll: float | None = None
 
 
 _TOLD = re.compile(
@@ -149,6 +155,8 @@ def signals(candidate: Candidate) -> dict[str, float]:
         found["answer"] = min(answer)
     if candidate.agreement is not None:
         found["agreement"] = candidate.agreement
+    if candidate.text_nll is not None:
+        found["text"] = candidate.text_nll
     if candidate.told:
         found["told"] = float(bool(_TOLD.search(candidate.completion)))
         if new == set(candidate.answer_ids):
@@ -196,6 +204,7 @@ GUARDS: dict[str, Guard] = {
     "doubtful-step": Guard("step", "min_step_logprob", least=True),
     "unfounded-answer": Guard("answer", "min_answer_logprob", least=True),
     "unstable": Guard("agreement", "min_agreement", least=True),
+    "broken-text": Guard("text", "max_text_nll", least=False),
     "told": Guard("told", "told", least=False),
     "early-answer": Guard("mention", "max_mention", least=True),
 }

@@ -21,17 +21,17 @@ class CutSettings(StrategySettings):
 
     samples: continuations for each prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the
     samples are spread over them.
-    prefix_fraction: where a failed rollout is cut; prefix_boundary: move the cut behind the nearest token with this
-    text (a newline, or whatever ends a step). answer_template: text between prefix and answer under which the answer
-    is scored. guards: what may become a label, see ``GuardConfig``. token_budget: padded tokens in one batch of plain
-    log-probs and branch scores.
+    prefix_fraction: where a failed rollout is cut (the paper's rho; the strategy ``latent`` has a ``rho`` of its own);
+    prefix_boundary: move the cut behind the nearest token with this text (a newline, or whatever ends a step).
+    answer_template: text between prefix and answer under which the answer is scored (the paper's). guards: what may
+    become a label, see ``GuardConfig``. token_budget: padded tokens in one batch of plain log-probs and branch scores.
     """
 
     samples: int = 8
     revised_rollouts: int = 1
-    prefix_fraction: float = 0.5
+    prefix_fraction: float = 0.8
     prefix_boundary: str | None = None
-    answer_template: str = "\n\nThe final answer is \\boxed{"
+    answer_template: str = "Based on my current reasoning process, the final answer is "
     guards: GuardConfig = field(default_factory=GuardConfig)
     token_budget: int = 16384
 

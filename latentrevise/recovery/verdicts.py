@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.errors import ConfigError
+from latentrevise.model.branches import completion_logprobs
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.guards import Candidate, guard, signals
 from latentrevise.revise.hull import Mixture
@@ -76,6 +77,7 @@ class Judge:
         judged = [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
         plain_of = dict(zip(correct, self._plain_logprobs(judged), strict=True))
         agreement_of = dict(zip(correct, self._agreement(judged, generate), strict=True))
+        text_of = self._text_nll({start.start_id: (prompt, start) for prompt, start, _ in judged if start.latent})
         rows = []
         for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
             case, start = cases[sample.prompt_id], by_start[sample.start_id]
@@ -95,6 +97,7 @@ class Judge:
                     aimed=strategy.uses_answer,
                     told=bool(start.context_ids),
                     agreement=agreement_of[i],
+                    text_nll=text_of.get(start.start_id),
                 )
                 found = signals(candidate)
             rows.append(
@@ -118,7 +121,16 @@ class Judge:
     def _plain_logprobs(self, rows: Sequence[tuple[Prompt, Start, Sample]]) -> list[tuple[float, ...]]:
         contexts = [(*prompt.ids, *self.config.rendered(start)) for prompt, start, _ in rows]
         completions = [sample.completion_ids for _, _, sample in rows]
-        return [tuple(x.tolist()) for x in self.policy.logprobs(contexts, completions, self.config.token_budget)]
+        found = completion_logprobs(self.policy, contexts, completions, self.config.token_budget)
+        return [tuple(x.tolist()) for x in found]
+
+    def _text_nll(self, starts: Mapping[str, tuple[Prompt, Start]]) -> dict[str, float]:
+        """By how much less likely than its failed prefix each start's text is behind the prompt, nats a token."""
+        contexts = [prompt.ids for prompt, _ in starts.values() for _ in range(2)]
+        texts = [ids for _, start in starts.values() for ids in (start.plain_ids, start.prefix_ids)]
+        scores = completion_logprobs(self.policy, contexts, texts, self.config.token_budget)
+        nll = [-float(logprobs.sum()) / max(len(logprobs), 1) for logprobs in scores]
+        return {name: nll[2 * i] - nll[2 * i + 1] for i, name in enumerate(starts)}
 
     def _check(self, prompt: Prompt, start: Start, sample: Sample) -> Derivation | None:
         if self.checker is None:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latentrevise import kernels
-from latentrevise.errors import InputError
+from latentrevise.errors import ConfigError, InputError
 
-if TYPE_CHECKING:
-    from latentrevise.model.policy import Policy
+TextRule = Literal["inner-product", "nearest", "heaviest"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Mixture:
 
     ids: int32 ``[T, A]``, row numbers of the embedding table. A free slot repeats the position's first atom.
     weights: float32 ``[T, A]``, on the simplex; a free slot has weight 0.
-    offset: float32 ``[T, d]``, added to the combination: how far the ``unconstrained`` solver, an ablation, has left
+    offset: float32 ``[T, d]``, added to the combination: how far the ``adam`` solver, an ablation, has left
     the hull. None for a point of the hull.
     """
 
@@ -123,8 +122,7 @@ class VocabularyHull:
     """The convex hull of the allowed rows of an embedding table.
 
     table: ``E [V, d]`` *as the model's embedding module outputs it* (Gemma scales its rows, for instance).
-    allowed: bool ``[V]``; the vertices. Special tokens and rows beyond the tokenizer are not vertices: our decision,
-    since neither can be written into a training text.
+    allowed: bool ``[V]``; the vertices. In the paper every row of the tokenizer is one, special tokens too.
     """
 
     table: Tensor
@@ -143,9 +141,26 @@ class VocabularyHull:
     def vocabulary(self) -> int:
         return self.table.shape[0]
 
-    @classmethod
-    def from_policy(cls, policy: Policy) -> VocabularyHull:
-        return cls(policy.table, policy.allowed)
+    def text_ids(self, mixture: Mixture, rule: TextRule = "inner-product") -> Tensor:
+        """A mixture written as tokens, int64 ``[T]``.
+
+        rule: ``inner-product``, ``argmax_v <z_t, E_v>`` (arXiv 2606.29938, Eq. 8); ``nearest``, the row at the least
+        Euclidean distance, exact; ``heaviest``, the atom of most weight. Only vertices are written; lowest id on ties.
+        Memory is linear in ``T`` and in ``V``: no ``[T, V]``.
+        """
+        if rule == "heaviest":
+            return mixture.argmax_ids()
+        z = mixture.embed(self.table)
+        if rule == "inner-product":
+            ids, _ = kernels.vertex_oracle(-z, self.table, self.allowed)
+        elif rule == "nearest":
+            # |z - E_v|^2 is |z|^2 and this: one more column beside <z, E_v>.
+            norms = self.table.float().square().sum(-1, keepdim=True)
+            ones = torch.ones(len(z), 1, device=z.device)
+            ids, _ = kernels.vertex_oracle(-2.0 * z.float(), self.table.float(), self.allowed, Q2=ones, W2=norms)
+        else:
+            raise ConfigError(f"text rule {rule!r}: choose inner-product, nearest or heaviest")
+        return ids
 
     def plausible(self, token_ids: Tensor, ids: Tensor) -> Tensor:
         """Candidates of the plausible hull: the tokens listed for each position, and the original one.

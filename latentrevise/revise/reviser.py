@@ -1,18 +1,19 @@
-"""The batched reviser: failed rollouts in, revised prefixes out, model frozen.
+"""The batched reviser: failed rollouts in, revised prefixes out, model frozen (arXiv 2606.29938, Algorithm 1).
 
 One step for a whole batch: one packed forward pass over all prefixes and both branches of each, the loss and ``dL/dH``
 from ``linear_logprob``, the body's backward pass to ``dL/dz``, and the update of the atoms. The prompts' keys and
-values are computed once and reused by all steps; a prefix that is finished leaves the batch.
+values are computed once and reused by all steps; a prefix that is finished leaves the batch. What a step reports comes
+to the host in one copy.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from latentrevise import kernels
 from latentrevise.errors import InputError, ModelError
 from latentrevise.model import memory
 from latentrevise.model.compute import Compute
-from latentrevise.model.packing import Packing, pack, suffix_length
+from latentrevise.model.packing import Packing, pack
 from latentrevise.model.policy import Policy, PromptCache, Ready
-from latentrevise.revise import solver
+from latentrevise.revise import objective, solver
 from latentrevise.revise.hull import Mixture, VocabularyHull
-from latentrevise.revise.objective import branch_losses
+from latentrevise.revise.objective import Terms
 from latentrevise.revise.revision import Evaluation, FailedRollout, ReviseConfig, Revision, Trace
 
 if TYPE_CHECKING:
@@ -44,13 +45,6 @@ class _Batch:
     candidates: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Losses:
-    total: Tensor  # [B]
-    gold: Tensor
-    away: Tensor
-
-
 @dataclass
 class _Progress:
     """One rollout's way through its revision; ``point`` is the iterate to return, as far as it is known."""
@@ -64,8 +58,8 @@ class Reviser:
     """Revise the reasoning prefixes of failed rollouts inside the hull of the vocabulary's embeddings.
 
     model: a causal LM of transformers, on any device; its parameters, gradients, modes and hooks are left as they are.
-    config: see ``ReviseConfig``. tokenizer: keeps special tokens and padded rows of the table out of the hull.
-    Source: arXiv 2606.29938.
+    config: see ``ReviseConfig``; its defaults are the published method. tokenizer: says which rows of the table are
+    tokens, and which of them special. Source: arXiv 2606.29938.
     """
 
     def __init__(
@@ -76,34 +70,32 @@ class Reviser:
     ) -> None:
         self.policy = model if isinstance(model, Policy) else Policy(model, tokenizer)
         self.config = config or ReviseConfig()
-        self.hull = VocabularyHull.from_policy(self.policy)
+        vertices = self.policy.known if self.config.special_vertices else self.policy.allowed
+        self.hull = VocabularyHull(self.policy.table, vertices)
 
     def value_and_grad(
         self, rollouts: Sequence[FailedRollout], mixtures: Sequence[Mixture] | None = None
     ) -> list[Evaluation]:
         """The objective and ``dL/dz`` of each rollout, at the plain prefix or at the given mixtures.
 
-        mixtures: one a rollout, ``T`` positions each. The gradient is that of ``alpha * gold + beta * away`` whatever
-        ``config.combine`` says. Returns one ``Evaluation`` a rollout, in order.
+        mixtures: one a rollout, ``T`` positions each. Returns one ``Evaluation`` a rollout, in order.
         """
         self._check(rollouts)
         if mixtures is not None:
             self._check_mixtures(rollouts, mixtures)
-        config = dataclasses.replace(self.config, combine="sum")
         results: dict[int, Evaluation] = {}
 
         def evaluate(index: list[int]) -> None:
-            batch = self._batch(index, [rollouts[i] for i in index], config)
+            batch = self._batch(index, [rollouts[i] for i in index])
             if mixtures is None:
                 point = Mixture.from_tokens(batch.packing.prefix_ids)
             else:
                 point = _concatenate([mixtures[i] for i in index], self.policy.device)
-            losses, gradients, _ = self._value_and_grad(batch, point, config)
-            parts = gradients.gold.float().split(batch.packing.lengths)
-            for b, i in enumerate(index):
-                results[i] = Evaluation(
-                    float(losses.total[b]), float(losses.gold[b]), float(losses.away[b]), parts[b].clone()
-                )
+            terms, gradient = self._value_and_grad(batch, point)
+            values = self._numbers(batch, terms)
+            for i, row, own in zip(index, values, gradient.float().split(batch.packing.lengths), strict=True):
+                loss, explore, guide, fluency, _ = row
+                results[i] = Evaluation(loss, explore, guide, fluency, own.clone())
 
         self._in_batches(rollouts, evaluate)
         return [results[i] for i in range(len(rollouts))]
@@ -118,8 +110,12 @@ class Reviser:
         self._in_batches(rollouts, lambda index: self._revise_batch(index, [rollouts[i] for i in index], done))
         return [done[i] for i in range(len(rollouts))]
 
+    def tokens(self, rollout: FailedRollout) -> int:
+        """Tokens of a rollout that go through the model in one pass; the cached prompt is not among them."""
+        return objective.suffix(rollout, self.config).fed
+
     def _in_batches(self, rollouts: Sequence[FailedRollout], work: Callable[[list[int]], None]) -> None:
-        sizes = [(len(rollout.prompt_ids), suffix_length(rollout, self.config)) for rollout in rollouts]
+        sizes = [(len(rollout.prompt_ids), self.tokens(rollout)) for rollout in rollouts]
         with self._scope():
             recompute = self.config.recompute
             budget = self.config.token_budget or memory.token_budget(self.policy, recompute)
@@ -135,75 +131,98 @@ class Reviser:
     def _revise_batch(self, index: list[int], rollouts: list[FailedRollout], done: dict[int, Revision]) -> None:
         config = self.config
         began = time.perf_counter()
-        batch = self._batch(index, rollouts, config, candidates=config.hull == "plausible")
+        batch = self._batch(index, rollouts, candidates=config.hull == "plausible")
         mixture = solver.start(self.hull, batch.packing.prefix_ids, batch.candidates, config)
         progress = {i: _Progress() for i in index}
         if batch.candidates is not None:
             self._charge(batch, progress, 1, 0)
-
-        def evaluate(point: Mixture) -> Tensor:
-            self._charge(batch, progress, 1, 0)
-            return self._value(batch, point, config).total
-
+        move: solver.Move | None = None
         for k in range(config.steps):
-            losses, gradients, passes = self._value_and_grad(batch, mixture, config)
-            self._charge(batch, progress, 1 + passes * config.recompute, passes)
-            self._record(batch, progress, mixture, losses)
-            rows = batch.packing.prefix_row
-            move = solver.advance(
-                self.hull, mixture, gradients, rows, batch.candidates, losses.total, evaluate, k, config
-            )
-            gap = _sum_by_row(move.gap, rows, len(batch.rollouts))
-            size = _mean_by_row(move.step, rows, len(batch.rollouts))
-            staying = []
-            for b, i in enumerate(batch.index):
-                trace = progress[i].trace
-                trace.gap.append(float(gap[b]))
-                stopped = self._stopped(trace)
-                trace.step.append(0.0 if stopped else float(size[b]))
-                if stopped:
-                    trace.stopped = stopped
-                else:
-                    staying.append(b)
-            mixture = move.mixture
+            terms, gradient = self._value_and_grad(batch, mixture)
+            self._charge(batch, progress, 1 + config.recompute, 1)
+            staying = self._record(batch, progress, mixture, terms, move)
+            moments = None if move is None else move.moments
             if len(staying) < len(batch.index):
-                batch, mixture = self._leave(batch, mixture, staying)
+                keep = torch.isin(batch.packing.prefix_row, torch.tensor(staying, device=self.policy.device))
+                batch, mixture, gradient = self._leave(batch, staying, keep), mixture[keep], gradient[keep]
+                moments = None if moments is None else moments[keep]
             if not staying:
                 break
+            move = solver.advance(
+                self.hull, mixture, gradient, batch.packing.prefix_row, batch.candidates, k, config, moments
+            )
+            mixture = move.mixture
         if batch.index:
             self._charge(batch, progress, 1, 0)
-            self._record(batch, progress, mixture, self._value(batch, mixture, config))
+            self._record(batch, progress, mixture, self._value(batch, mixture), move, last=True)
         share = (time.perf_counter() - began) / len(rollouts)
         for i, rollout in zip(index, rollouts, strict=True):
             state = progress[i]
             state.compute.seconds = share
-            point = state.point.compact(config.max_candidates if config.solver == "softmax" else None).to("cpu")
+            point = state.point.to("cpu").compact(config.max_candidates if config.solver == "softmax" else None)
             name = rollout.id if rollout.id is not None else str(i)
             done[i] = Revision(
                 name, tuple(rollout.prefix_ids), point.ids, point.weights, state.trace, state.compute, point.offset
             )
 
-    def _record(self, batch: _Batch, progress: dict[int, _Progress], mixture: Mixture, losses: _Losses) -> None:
-        """Append an iterate to the traces, and keep it where it is the one to return."""
-        entropy = _mean_by_row(mixture.entropy(), batch.packing.prefix_row, len(batch.rollouts))
-        parts = _split(mixture, batch.packing)
-        rounded = None
-        if self.config.iterate == "best" and self.config.rounding == "argmax":
-            rounded = self._value(batch, Mixture.from_tokens(mixture.argmax_ids()), self.config).total
+    def _record(
+        self,
+        batch: _Batch,
+        progress: dict[int, _Progress],
+        mixture: Mixture,
+        terms: Terms,
+        move: solver.Move | None,
+        last: bool = False,
+    ) -> list[int]:
+        """Append an iterate and the move that led to it to the traces, keep it where it is the one to return, and say
+        which rows of the batch go on."""
+        config, packing, count = self.config, batch.packing, len(batch.rollouts)
+        extra = [_mean_by_row(mixture.entropy(), packing.prefix_row, count)]
+        if move is not None:
+            extra.append(_sum_by_row(move.gap, packing.prefix_row, count))
+        if config.iterate == "best" and config.rounding == "argmax":
+            extra.append(self._value(batch, Mixture.from_tokens(mixture.argmax_ids())).loss)
             self._charge(batch, progress, 1, 0)
+        values = self._numbers(batch, terms, *extra)
+        parts = _split(mixture, packing)
+        staying = []
         for b, i in enumerate(batch.index):
             trace = progress[i].trace
-            trace.loss.append(float(losses.total[b]))
-            trace.gold_nll.append(float(losses.gold[b]))
-            trace.away.append(float(losses.away[b]))
-            trace.entropy.append(float(entropy[b]))
-            judged = trace.loss
-            if rounded is not None:
-                trace.rounded_loss.append(float(rounded[b]))
-                judged = trace.rounded_loss
-            if self.config.iterate == "last" or judged[-1] < min(judged[:-1], default=float("inf")):
+            loss, explore, guide, fluency, answer, entropy, *rest = values[b]
+            if move is not None:
+                trace.gap.append(rest.pop(0))
+                trace.step.append(move.step)
+            trace.loss.append(loss)
+            trace.explore.append(explore)
+            trace.guide.append(guide)
+            trace.fluency.append(fluency)
+            trace.entropy.append(entropy)
+            trace.rounded_loss += rest
+            judged = trace.rounded_loss if rest else trace.loss
+            if config.iterate == "last" or judged[-1] < min(judged[:-1], default=float("inf")):
                 trace.chosen = len(trace.loss) - 1
                 progress[i].point = parts[b]
+            if config.stop_guide is not None and config.guide_weight > 0 and answer < config.stop_guide and not last:
+                trace.stopped = "guide"
+            else:
+                staying.append(b)
+        return staying
+
+    def _numbers(self, batch: _Batch, terms: Terms, *extra: Tensor) -> list[list[float]]:
+        """What a step says of each rollout, in one copy to the host: the terms, then the others.
+
+        Raises ModelError when an objective is not finite.
+        """
+        columns = (terms.loss, terms.explore, terms.guide, terms.fluency, terms.answer, *extra)
+        values = torch.stack([column.detach().float() for column in columns], 1).tolist()
+        bad = [b for b, row in enumerate(values) if not math.isfinite(row[0])]
+        if bad:
+            names = ", ".join(repr(batch.rollouts[b].id or str(batch.index[b])) for b in bad[:5])
+            raise ModelError(
+                f"the objective of rollout {names} is not finite: the model gives NaN or infinite logits on it; check"
+                " the weights and the dtype (float16 overflows where bfloat16 does not)"
+            )
+        return values
 
     @staticmethod
     def _charge(batch: _Batch, progress: dict[int, _Progress], forward: int, backward: int) -> None:
@@ -211,33 +230,28 @@ class Reviser:
             progress[i].compute.forward += forward * tokens
             progress[i].compute.backward += backward * tokens
 
-    def _stopped(self, trace: Trace) -> Literal["gap", "nll"] | None:
-        config = self.config
-        if config.stop_nll is not None and trace.gold_nll[-1] <= config.stop_nll:
-            return "nll"
-        if config.stop_gap is not None and trace.gap[-1] <= config.stop_gap:
-            return "gap"
-        return None
-
-    def _leave(self, batch: _Batch, mixture: Mixture, staying: list[int]) -> tuple[_Batch, Mixture]:
-        rows = torch.tensor(staying, dtype=torch.long, device=self.policy.device)
-        keep = torch.isin(batch.packing.prefix_row, rows)
+    def _leave(self, batch: _Batch, staying: list[int], keep: Tensor) -> _Batch:
+        """The batch of the rollouts that go on; keep: bool ``[T]``, their positions."""
+        if not staying:
+            return _Batch([], [], batch.packing, batch.prompt, batch.ready, batch.candidates)
         rollouts = [batch.rollouts[b] for b in staying]
-        packing = pack(rollouts, self.config, self.policy.device, self.policy.buckets) if rollouts else batch.packing
-        prompt = batch.prompt.select(rows)
-        ready = self._ready(packing, prompt) if rollouts else batch.ready
+        packing = self._pack(rollouts)
+        prompt = batch.prompt.select(torch.tensor(staying, dtype=torch.long, device=self.policy.device))
         candidates = None if batch.candidates is None else batch.candidates[keep]
-        return _Batch([batch.index[b] for b in staying], rollouts, packing, prompt, ready, candidates), mixture[keep]
+        ready = self._ready(packing, prompt)
+        return _Batch([batch.index[b] for b in staying], rollouts, packing, prompt, ready, candidates)
+
+    def _pack(self, rollouts: Sequence[FailedRollout]) -> Packing:
+        rows = [objective.suffix(rollout, self.config) for rollout in rollouts]
+        return pack(rows, self.policy.device, self.policy.buckets)
 
     def _ready(self, packing: Packing, prompt: PromptCache) -> Ready:
         return self.policy.prepare(
             packing.tokens, packing.offset + prompt.lengths.unsqueeze(1), packing.segment, prompt
         )
 
-    def _batch(
-        self, index: list[int], rollouts: list[FailedRollout], config: ReviseConfig, *, candidates: bool = False
-    ) -> _Batch:
-        packing = pack(rollouts, config, self.policy.device, self.policy.buckets)
+    def _batch(self, index: list[int], rollouts: list[FailedRollout], *, candidates: bool = False) -> _Batch:
+        packing = self._pack(rollouts)
         prompt = self.policy.prompt_cache([r.prompt_ids for r in rollouts])
         ready = self._ready(packing, prompt)
         listed = self._plausible(packing, prompt, ready) if candidates else None
@@ -256,45 +270,24 @@ class Reviser:
             )
         return self.hull.plausible(packing.prefix_ids, ids)
 
-    def _losses(self, batch: _Batch, prefix: Tensor, config: ReviseConfig) -> _Losses:
+    def _terms(self, batch: _Batch, prefix: Tensor) -> Terms:
         packing = batch.packing
-        recompute = config.recompute and prefix.requires_grad
+        recompute = self.config.recompute and prefix.requires_grad
         hidden = self.policy.hidden(batch.ready, packing.prefix_index, prefix, recompute=recompute)
-        logprobs = self.policy.head.logprob(hidden.index_select(0, packing.score_index), packing.targets)
-        gold, away = branch_losses(logprobs, packing.score_row, packing.score_gold, len(batch.rollouts), config)
-        losses = _Losses(config.alpha * gold + config.beta * away, gold, away)
-        bad = (~torch.isfinite(losses.total)).nonzero().flatten().tolist()
-        if bad:
-            names = ", ".join(repr(batch.rollouts[b].id or str(batch.index[b])) for b in bad[:5])
-            raise ModelError(
-                f"the objective of rollout {names} is not finite: the model gives NaN or infinite logits on it;"
-                " check the"
-                " weights and the dtype (float16 overflows where bfloat16 does not)"
-            )
-        return losses
+        scored = packing.scored(hidden, batch.prompt.last_hidden)
+        logprobs = self.policy.head.logprob(scored, packing.targets).to(self.policy.device)
+        return objective.terms(logprobs, packing.score_row, packing.score_kind, len(batch.rollouts), self.config)
 
-    def _value(self, batch: _Batch, mixture: Mixture, config: ReviseConfig) -> _Losses:
+    def _value(self, batch: _Batch, mixture: Mixture) -> Terms:
         with torch.no_grad():
-            return self._losses(batch, mixture.embed(self.hull.table), config)
+            return self._terms(batch, mixture.embed(self.hull.table))
 
-    def _value_and_grad(
-        self, batch: _Batch, mixture: Mixture, config: ReviseConfig
-    ) -> tuple[_Losses, solver.Gradients, int]:
-        """Losses, gradients and the number of backward passes they took."""
+    def _value_and_grad(self, batch: _Batch, mixture: Mixture) -> tuple[Terms, Tensor]:
         with torch.enable_grad():
             prefix = mixture.embed(self.hull.table).detach().requires_grad_(True)
-            losses = self._losses(batch, prefix, config)
-            if config.combine == "sum" or config.alpha == 0 or config.beta == 0:
-                (gradient,) = torch.autograd.grad(losses.total.sum(), prefix)
-                gradients = solver.Gradients(gradient, None, 1.0, 0.0, config.combine)
-                passes = 1
-            else:
-                (gold,) = torch.autograd.grad(losses.gold.sum(), prefix, retain_graph=True)
-                (away,) = torch.autograd.grad(losses.away.sum(), prefix)
-                gradients = solver.Gradients(gold, away, config.alpha, config.beta, config.combine)
-                passes = 2
-        detached = _Losses(losses.total.detach(), losses.gold.detach(), losses.away.detach())
-        return detached, gradients, passes
+            terms = self._terms(batch, prefix)
+            (gradient,) = torch.autograd.grad(terms.loss.sum(), prefix)
+        return terms.detach(), gradient
 
     def _check(self, rollouts: Sequence[FailedRollout]) -> None:
         seen: set[str] = set()
@@ -302,17 +295,13 @@ class Reviser:
             name = f"rollout {rollout.id if rollout.id is not None else i!r}"
             for part in ("prompt_ids", "prefix_ids", "continuation_ids", "template_ids", "answer_ids"):
                 self.policy.check_ids(getattr(rollout, part), f"{name}: {part}")
-            if self.config.beta > 0 and not rollout.continuation_ids:
+            if self.config.explore_weight > 0 and not rollout.continuation_ids:
                 raise InputError(
-                    f"{name}: continuation_ids is empty, so there is no failed continuation to move away from; cut"
-                    " the prefix"
-                    " earlier or set beta=0"
+                    f"{name}: continuation_ids is empty, so there is no failed continuation to move away from; cut the"
+                    " prefix earlier or set explore_weight=0"
                 )
-            branch = max(
-                len(rollout.template_ids) + len(rollout.answer_ids),
-                min(len(rollout.continuation_ids), self.config.away_window),
-            )
-            length = len(rollout.prompt_ids) + len(rollout.prefix_ids) + branch
+            row = objective.suffix(rollout, self.config)
+            length = len(rollout.prompt_ids) + len(rollout.prefix_ids) + max(len(row.failed), len(row.gold))
             self.policy.check_length(length, name)
             if rollout.id is not None and rollout.id in seen:
                 raise InputError(f"{name}: the id appears twice; give each rollout an id of its own, or none")
@@ -335,7 +324,12 @@ def _concatenate(mixtures: list[Mixture], device: torch.device) -> Mixture:
         free = width - mixture.ids.shape[1]
         ids.append(torch.cat([mixture.ids, mixture.ids[:, :1].expand(-1, free)], 1))
         weights.append(torch.nn.functional.pad(mixture.weights, (0, free)))
-    return Mixture(torch.cat(ids).to(device), torch.cat(weights).to(device))
+    offset = None
+    if any(m.offset is not None for m in mixtures):
+        width = next(m.offset.shape[1] for m in mixtures if m.offset is not None)
+        offset = torch.cat([torch.zeros(len(m), width) if m.offset is None else m.offset.cpu() for m in mixtures])
+    joined = Mixture(torch.cat([i.cpu() for i in ids]), torch.cat([w.cpu() for w in weights]), offset)
+    return joined.to(device)
 
 
 def _split(mixture: Mixture, packing: Packing) -> list[Mixture]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.compute import Compute
-from latentrevise.revise.hull import Mixture, VocabularyHull
+from latentrevise.revise.hull import Mixture, TextRule, VocabularyHull
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class FailedRollout:
 
     prompt_ids: the prompt ``x``, chat template applied. Not revised; its keys and values are computed once.
     prefix_ids: the reasoning prefix ``r`` (``T`` tokens) whose input embeddings are revised.
-    continuation_ids: the failed continuation ``c``. Only its first ``away_window`` tokens enter the objective; may be
-        empty when ``beta`` is 0.
+    continuation_ids: the failed continuation ``c``; may be empty when ``explore_weight`` is 0.
     answer_ids: the gold answer's tokens; they alone are scored.
     template_ids: tokens between the prefix and the answer (say "The answer is \\boxed{"), read but not scored.
     id: any string; the position in the list when left out.
@@ -62,36 +62,35 @@ def _ids(value: Sequence[int], name: str, rollout: str | None) -> tuple[int, ...
     return ids
 
 
-StepRule = Literal["constant", "harmonic", "short", "line-search"]
-
-
 @dataclass(frozen=True)
 class ReviseConfig:
-    """How a prefix is revised. The defaults are the published method as far as the public record fixes it
-    (arXiv 2606.29938: two gradients, full hull, Frank-Wolfe, K = 10); the rest is our own decision.
+    """How a prefix is revised. ``ReviseConfig()`` is the published method (arXiv 2606.29938: 3.2 to 3.4, Algorithm 1,
+    Table 7); everything that departs from it is a setting, and our own decision.
 
     steps: ``K``.
+    guide_weight: weight of the gold answer's NLL behind the template (the paper's alpha). explore_weight: of the failed
+        continuation's log-likelihood, which is pushed down. fluency_weight: of the original prefix tokens' NLL behind
+        the revised ones (the paper's beta). A term of weight 0 is left out of the pass.
+    reduction: ``sum`` over a term's tokens, or their ``mean``, which makes weights independent of lengths.
+    explore: ``loglik``, the log-likelihood itself, unbounded; ``unlikelihood``, -log(1 - p) of each token, which stops
+        pushing once a token is improbable. explore_tokens: the first tokens of the failed continuation that enter;
+        None: all of it.
+    stop_guide: stop before a step when the gold answer's NLL, summed and in nats, is below this; None: never.
+    special_vertices: whether special tokens are vertices, as every row of the tokenizer is in the paper.
+    step_rule, step_size: ``harmonic``, gamma_i = step_size * 2 / (i + 1) for i = 1 .. K, at most 1; ``constant``,
+        gamma = step_size. Entropic: step_size is the rate eta; softmax: how far the steepest logit of a position moves,
+        in nats; adam: the learning rate.
     solver: ``frank-wolfe`` moves toward one vertex a step; ``entropic`` is mirror descent on the mixture weights over
-        the plausible candidates. Ablations: ``random``, toward a random vertex in place of the oracle's;
-        ``unconstrained``, a step against the gradient of the length that the Frank-Wolfe step would have, out of the
-        hull; ``softmax``, gradient descent on the logits of a mixture of the whole vocabulary, of which the
-        ``max_candidates`` heaviest atoms are returned.
-    hull: ``full``, every allowed token; ``plausible``, at each position the tokens with probability of at least
-        ``p_min`` under the policy after the original prefix (at most ``max_candidates``), and the original one.
-    step_rule, step_size: Frank-Wolfe: ``constant`` gamma = step_size; ``harmonic`` gamma = step_size * 2 / (k + 2), at
-        most 1; ``short`` gamma = min(1, step_size * gap / ||E_v - z||^2), step_size being the inverse smoothness
-        constant; ``line-search`` the best of ``line_search_grid`` for the whole prefix, or none. Entropic: step_size
-        is the rate eta. Softmax: step_size is how far the steepest logit of a position moves, in nats.
+        the plausible candidates. Ablations: ``random``, toward a random vertex in place of the oracle's; ``adam``, a
+        free optimiser on the embeddings, out of the hull (the paper's ablation "without Frank-Wolfe"); ``softmax``,
+        gradient descent on the logits of a mixture of the whole vocabulary, of which the ``max_candidates`` heaviest
+        atoms are returned.
+    hull: ``full``, every vertex; ``plausible``, at each position the tokens with probability of at least ``p_min``
+        under the policy after the original prefix (at most ``max_candidates``), and the original one.
     mass: entropic and softmax: the share of weight spread over the candidates at the start, in (0, 1].
-    alpha, beta: weights of the gold and of the away gradient.
-    away: ``unlikelihood``, -log(1 - p); ``clipped``, -min(NLL, away_ceiling). Both bounded where it matters.
-    away_window: the first tokens of the failed continuation that are pushed away.
-    combine: ``sum``; or ``normalized``, each gradient divided by its norm at each position (two backward passes).
-    update_fraction: share of the positions, those with the largest gaps, that move in a step.
-    stop_gap, stop_nll: a prefix is finished when its summed gap, or its gold NLL per token, is at most this.
-    iterate: ``last``, or ``best``: the iterate with the lowest objective, taken at what is continued from: with
-        ``rounding="argmax"`` that is the rounded prefix, at one more forward pass an iterate.
-    rounding: ``none`` keeps the latent; ``argmax`` continues from the heaviest atoms, as plain tokens.
+    iterate: ``last``, or ``best``: the one with the lowest objective, as it will be continued from.
+    rounding: ``none``, continue from the mixture itself; ``argmax``, from each position's heaviest atom, as plain
+        tokens.
     token_budget: padded tokens (prefix and branches) in one batch, those of a cached prompt counting as the share of
         one that they take in memory; None: what the free memory allows. Where it does not suffice, half as many are
         tried.
@@ -102,23 +101,21 @@ class ReviseConfig:
     """
 
     steps: int = 10
-    solver: Literal["frank-wolfe", "entropic", "random", "unconstrained", "softmax"] = "frank-wolfe"
+    guide_weight: float = 1.0
+    explore_weight: float = 1.0
+    fluency_weight: float = 0.1
+    reduction: Literal["sum", "mean"] = "sum"
+    explore: Literal["loglik", "unlikelihood"] = "loglik"
+    explore_tokens: int | None = None
+    stop_guide: float | None = 1e-3
+    special_vertices: bool = True
+    step_rule: Literal["harmonic", "constant"] = "harmonic"
+    step_size: float = 0.1
+    solver: Literal["frank-wolfe", "entropic", "random", "adam", "softmax"] = "frank-wolfe"
     hull: Literal["full", "plausible"] = "full"
     p_min: float = 1e-4
     max_candidates: int = 64
-    step_rule: StepRule = "constant"
-    step_size: float = 0.1
-    line_search_grid: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
     mass: float = 0.9
-    alpha: float = 1.0
-    beta: float = 0.3
-    away: Literal["unlikelihood", "clipped"] = "unlikelihood"
-    away_window: int = 8
-    away_ceiling: float = 3.0
-    combine: Literal["sum", "normalized"] = "sum"
-    update_fraction: float = 1.0
-    stop_gap: float | None = None
-    stop_nll: float | None = None
     iterate: Literal["last", "best"] = "last"
     rounding: Literal["none", "argmax"] = "none"
     token_budget: int | None = None
@@ -126,55 +123,65 @@ class ReviseConfig:
     backend: str | None = None
     seed: int = 0
 
+    # Names of earlier versions, for the error that an old settings file gets.
+    RENAMED: ClassVar[dict[str, str]] = {
+        "alpha": "guide_weight",
+        "beta": "explore_weight",
+        "away": "explore",
+        "away_window": "explore_tokens",
+        "away_ceiling": "explore ('unlikelihood' is the bounded form)",
+        "stop_nll": "stop_guide (summed over the answer's tokens)",
+        "stop_gap": "stop_guide",
+        "combine": "reduction",
+        "update_fraction": "no other: every position moves",
+        "line_search_grid": "step_rule ('harmonic' or 'constant')",
+    }
+
     def __post_init__(self) -> None:
+        weights = (self.guide_weight, self.explore_weight, self.fluency_weight)
         checks = {
             "steps": (self.steps >= 1, "at least 1"),
+            "guide_weight": (0 <= self.guide_weight < math.inf, "0 or more, and finite"),
+            "explore_weight": (0 <= self.explore_weight < math.inf, "0 or more, and finite"),
+            "fluency_weight": (0 <= self.fluency_weight < math.inf, "0 or more, and finite"),
+            "explore_tokens": (self.explore_tokens is None or self.explore_tokens >= 1, "None or at least 1"),
+            "stop_guide": (self.stop_guide is None or self.stop_guide >= 0, "None or 0 or more"),
             "p_min": (0.0 < self.p_min < 1.0, "in (0, 1)"),
             "max_candidates": (self.max_candidates >= 1, "at least 1"),
-            "step_size": (self.step_size > 0, "positive"),
+            "step_size": (0 < self.step_size < math.inf, "positive and finite"),
             "mass": (0.0 < self.mass <= 1.0, "in (0, 1]"),
-            "alpha": (self.alpha >= 0, "0 or more"),
-            "beta": (self.beta >= 0, "0 or more"),
-            "away_window": (self.away_window >= 1, "at least 1"),
-            "away_ceiling": (self.away_ceiling > 0, "positive"),
-            "update_fraction": (0.0 < self.update_fraction <= 1.0, "in (0, 1]"),
             "token_budget": (self.token_budget is None or self.token_budget >= 1, "None or at least 1"),
         }
         for name, (good, wanted) in checks.items():
             if not good:
                 raise ConfigError(f"ReviseConfig.{name} = {getattr(self, name)!r}: it must be {wanted}")
-        if self.alpha == 0 and self.beta == 0:
+        if not any(weights):
             raise ConfigError(
-                "ReviseConfig: alpha and beta are both 0, so there is nothing to optimise; set one of them"
+                "ReviseConfig: guide_weight, explore_weight and fluency_weight are all 0, so there is nothing to"
+                " optimise; set one of them"
             )
-        scheduled = self.step_rule in ("constant", "harmonic")
-        if self.solver in ("frank-wolfe", "random") and scheduled and self.step_size > 1:
+        if self.solver in ("frank-wolfe", "random") and self.step_size > 1:
             raise ConfigError(
-                f"ReviseConfig.step_size = {self.step_size}: a {self.step_rule} Frank-Wolfe step above 1 leaves the"
-                " hull;"
-                " choose a value in (0, 1]"
+                f"ReviseConfig.step_size = {self.step_size}: a Frank-Wolfe step above 1 leaves the hull; choose a value"
+                " in (0, 1]"
             )
-        if self.step_rule == "line-search" and not (
-            self.line_search_grid and all(0 < g <= 1 for g in self.line_search_grid)
-        ):
-            raise ConfigError("ReviseConfig.line_search_grid: give one or more step sizes in (0, 1]")
         if self.solver == "entropic" and self.hull != "plausible":
             raise ConfigError(
                 "ReviseConfig: the entropic solver keeps a weight for every vertex, which the full hull does not allow;"
                 " set hull='plausible'"
             )
-        if self.solver in ("unconstrained", "softmax") and (
-            self.hull != "full" or not scheduled or self.update_fraction < 1.0
-        ):
+        if self.solver in ("adam", "softmax") and self.hull != "full":
+            raise ConfigError(f"ReviseConfig: the {self.solver} solver knows hull='full' alone")
+        if self.solver == "adam" and self.rounding != "none":
             raise ConfigError(
-                f"ReviseConfig: the {self.solver} solver knows hull='full', step_rule='constant' or 'harmonic' and"
-                " update_fraction=1 alone"
+                "ReviseConfig: what the adam solver finds lies outside the hull and has no atoms to round to; set"
+                " rounding='none'"
             )
-        if self.solver == "unconstrained" and self.rounding != "none":
-            raise ConfigError(
-                "ReviseConfig: what the unconstrained solver finds lies outside the hull and has no atoms to round to;"
-                " set rounding='none'"
-            )
+
+    @classmethod
+    def answer_only(cls, **changes: Any) -> ReviseConfig:
+        """An objective that is the gold answer's summed NLL and nothing else."""
+        return cls(explore_weight=0.0, fluency_weight=0.0, **changes)
 
     @property
     def atoms(self) -> int:
@@ -184,37 +191,41 @@ class ReviseConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective at one point, for one rollout.
+    """The objective at one point, for one rollout, in nats.
 
-    loss = alpha * gold_nll + beta * away. gold_nll: mean NLL of the answer tokens, nats a token. away: mean of the
-    away form over the window. grad: ``dL/dz [T, d]`` in float32 on the model's device, without normalisation.
+    loss = explore_weight * explore + guide_weight * guide + fluency_weight * fluency. explore: log-likelihood of the
+    failed continuation (of ``unlikelihood``: that form). guide: NLL of the gold answer. fluency: NLL of the original
+    prefix. Each is a sum or a mean over its tokens, as the settings say. grad: ``dL/dz [T, d]`` in float32 on the
+    model's device.
     """
 
     loss: float
-    gold_nll: float
-    away: float
+    explore: float
+    guide: float
+    fluency: float
     grad: Tensor
 
 
 @dataclass
 class Trace:
-    """One value an iterate (loss, gold_nll, away, entropy: ``K + 1``) or a step (gap, step: ``K``) of a revision.
+    """One value an iterate (loss, explore, guide, fluency, entropy: ``K + 1``) or a step (gap, step: ``K``).
 
-    rounded_loss: the objective at the rounded prefix, where the choice of the iterate needed it; else empty.
-    gap: Frank-Wolfe gap summed over the positions; step: mean gamma, or the rate of an entropic step; entropy: mean
-    over the positions, nats; chosen: the iterate that was returned; stopped: why it ended (``steps``, ``gap`` or
-    ``nll``).
+    Terms: see ``Evaluation``. rounded_loss: the objective at the rounded prefix, where the choice of the iterate needed
+    it; else empty. gap: Frank-Wolfe gap summed over the positions; step: gamma, or the rate of the other solvers;
+    entropy: mean over the positions, nats; chosen: the iterate that was returned; stopped: why it ended (``steps`` or
+    ``guide``).
     """
 
     loss: list[float] = field(default_factory=list)
     rounded_loss: list[float] = field(default_factory=list)
-    gold_nll: list[float] = field(default_factory=list)
-    away: list[float] = field(default_factory=list)
+    explore: list[float] = field(default_factory=list)
+    guide: list[float] = field(default_factory=list)
+    fluency: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     gap: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     chosen: int = 0
-    stopped: Literal["steps", "gap", "nll"] = "steps"
+    stopped: Literal["steps", "guide"] = "steps"
 
 
 @dataclass(frozen=True)
@@ -241,6 +252,6 @@ class Revision:
         """``z [T, d]`` in the table's dtype and on its device."""
         return self.mixture.to(hull.table.device).embed(hull.table)
 
-    def argmax_ids(self) -> Tensor:
-        """The heaviest atom of each position, int64 ``[T]``."""
-        return self.mixture.argmax_ids()
+    def text_ids(self, hull: VocabularyHull, rule: TextRule = "inner-product") -> Tensor:
+        """The prefix as tokens, int64 ``[T]`` on the CPU; see ``VocabularyHull.text_ids``."""
+        return hull.text_ids(self.mixture.to(hull.table.device), rule).cpu()

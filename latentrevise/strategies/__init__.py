@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from latentrevise.errors import ConfigError
+from latentrevise.revise.hull import TextRule
 from latentrevise.revise.revision import ReviseConfig
 from latentrevise.strategies.base import Choice, Cut, Proposal, Strategy, Tools, Work
 from latentrevise.strategies.beam import Beam
@@ -37,11 +39,23 @@ __all__ = [
 
 
 def _plausible() -> ReviseConfig:
-    return ReviseConfig(hull="plausible", solver="entropic", step_size=2.0, beta=0.0, iterate="best", rounding="argmax")
+    return ReviseConfig(
+        hull="plausible",
+        solver="entropic",
+        step_size=2.0,
+        step_rule="constant",
+        explore_weight=0.0,
+        fluency_weight=0.0,
+        reduction="mean",
+        stop_guide=None,
+        special_vertices=False,
+        iterate="best",
+        rounding="argmax",
+    )
 
 
 def _softmax() -> ReviseConfig:
-    return ReviseConfig(solver="softmax", mass=0.1, step_size=2.0)
+    return ReviseConfig(solver="softmax", mass=0.1, step_size=2.0, step_rule="constant")
 
 
 def _posterior() -> PivotConfig:
@@ -52,11 +66,13 @@ def _posterior() -> PivotConfig:
 class StrategySettings:
     """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'.
 
-    window: what the latent strategies revise, see ``Latent``.
+    latent: the published method; its ablations change it by one thing each. rho: where they cut a failed rollout.
+    window: what ``latent-plausible`` revises, see ``Latent``.
     """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
     latent_plausible: ReviseConfig = field(default_factory=_plausible)
+    rho: float = 0.8
     window: Window = "prefix"
     forks: ForkConfig = field(default_factory=ForkConfig)
     pivot: PivotConfig = field(default_factory=PivotConfig)
@@ -69,19 +85,34 @@ class StrategySettings:
     dart: DartConfig = field(default_factory=DartConfig)
 
 
-def _latent(name: str, settings: StrategySettings, config: ReviseConfig) -> Latent:
-    return Latent(name, config, window=settings.window, forks=settings.forks)
+def _published(
+    name: str, settings: StrategySettings, *, rho: float | None = None, text: TextRule = "inner-product", **changes: Any
+) -> Latent:
+    """The published method, or an ablation of it: what of its settings is changed."""
+    config = replace(settings.latent, **changes)
+    rho = settings.rho if rho is None else rho
+    return Latent(name, config, uses_answer=config.guide_weight > 0, forks=settings.forks, rho=rho, text=text)
+
+
+def _ours(name: str, settings: StrategySettings, window: Window) -> Latent:
+    return Latent(name, settings.latent_plausible, window=window, forks=settings.forks)
 
 
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
-    "latent": lambda s: _latent("latent", s, s.latent),
-    "latent-plausible": lambda s: _latent("latent-plausible", s, s.latent_plausible),
-    "latent-window": lambda s: replace(_latent("latent-window", s, s.latent_plausible), window="entropy"),
-    "latent-gold": lambda s: _latent("latent-gold", s, replace(s.latent, beta=0.0)),
-    "latent-away": lambda s: replace(_latent("latent-away", s, replace(s.latent, alpha=0.0)), uses_answer=False),
-    "latent-random": lambda s: _latent("latent-random", s, replace(s.latent, solver="random")),
-    "latent-free": lambda s: _latent("latent-free", s, replace(s.latent, solver="unconstrained")),
-    "latent-softmax": lambda s: _latent("latent-softmax", s, s.latent_softmax),
+    "latent": lambda s: _published("latent", s),
+    "latent-nearest": lambda s: _published("latent-nearest", s, text="nearest"),
+    "latent-adam": lambda s: _published("latent-adam", s, solver="adam"),
+    "latent-no-guide": lambda s: _published("latent-no-guide", s, guide_weight=0.0),
+    "latent-no-explore": lambda s: _published("latent-no-explore", s, explore_weight=0.0),
+    "latent-no-fluency": lambda s: _published("latent-no-fluency", s, fluency_weight=0.0),
+    "latent-rho0.5": lambda s: _published("latent-rho0.5", s, rho=0.5),
+    "latent-rho0.2": lambda s: _published("latent-rho0.2", s, rho=0.2),
+    "latent-k5": lambda s: _published("latent-k5", s, steps=5),
+    "latent-k20": lambda s: _published("latent-k20", s, steps=20),
+    "latent-random": lambda s: _published("latent-random", s, solver="random"),
+    "latent-softmax": lambda s: Latent("latent-softmax", s.latent_softmax, rho=s.rho, text="inner-product"),
+    "latent-plausible": lambda s: _ours("latent-plausible", s, s.window),
+    "latent-window": lambda s: _ours("latent-window", s, "entropy"),
     "explain": lambda s: Explain(s.explain),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
@@ -95,6 +126,9 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "pivot-pair-linear": lambda s: Pair("pivot-pair-linear", s.forks, replace(s.pair, exhaustive=0)),
     "pivot-beam": lambda s: Beam("pivot-beam", s.forks, s.pair),
     "pair-random": lambda s: PairRandom("pair-random", s.forks, s.pair),
+    "resample-rho0.8": lambda s: ResamplePrefix("resample-rho0.8", 0.8),
+    "resample-rho0.5": lambda s: ResamplePrefix("resample-rho0.5", 0.5),
+    "resample-rho0.2": lambda s: ResamplePrefix("resample-rho0.2", 0.2),
     "resample-prefix": lambda s: ResamplePrefix(),
     "resample": lambda s: Resample(),
 }

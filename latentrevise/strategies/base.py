@@ -58,6 +58,13 @@ class Cut:
     continuation_ids: tuple[int, ...]
 
 
+def recut(cut: Cut, share: float) -> Cut:
+    """The same rollout, cut behind this share of its tokens; both sides keep a token."""
+    ids = (*cut.prefix_ids, *cut.continuation_ids)
+    at = min(max(1, round(len(ids) * share)), len(ids) - 1)
+    return Cut(cut.sample_id, ids[:at], ids[at:])
+
+
 @dataclass(frozen=True)
 class Work:
     """One zero-hit prompt to recover.

@@ -19,7 +19,7 @@ from latentrevise.data.records import Rollout
 from latentrevise.engines import Request, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model import memory
-from latentrevise.model.branches import Branch
+from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.base import Choice, Proposal, Tools, Work, shares
 
@@ -275,7 +275,7 @@ def target_values(
         before = (token, *tail[: reader.reasoning(tail)], *item.template_ids)
         rows.append(Branch(trunk, len(stem) - 1, (*before, *item.answer_ids), scored_from=len(before)))
         computes.append(Compute(forward=len(item.template_ids) + len(item.answer_ids), decoded=decoded))
-    scores = tools.policy.score_branches(list(trunks), rows, token_budget=tools.token_budget)
+    scores = score_branches(tools.policy, list(trunks), rows, token_budget=tools.token_budget)
     return list(zip(scores.total.tolist(), computes, strict=True))
 
 

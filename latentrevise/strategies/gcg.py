@@ -16,9 +16,8 @@ import torch
 
 from latentrevise import kernels
 from latentrevise.errors import ConfigError
-from latentrevise.model.branches import Branch
+from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.compute import Compute
-from latentrevise.model.packing import suffix_length
 from latentrevise.revise.reviser import Reviser
 from latentrevise.revise.revision import FailedRollout, ReviseConfig
 from latentrevise.strategies.base import Proposal, Tools, Work, shares
@@ -85,21 +84,21 @@ class GCG:
         """One substitution in each prefix, where one helps."""
         if not searches:
             return
-        objective = ReviseConfig(beta=0.0, token_budget=tools.token_budget)
-        evaluations = Reviser(tools.policy, objective).value_and_grad([s.rollout for s in searches])
+        reviser = Reviser(tools.policy, ReviseConfig.answer_only(token_budget=tools.token_budget))
+        evaluations = reviser.value_and_grad([s.rollout for s in searches])
         trunks, branches, swaps = [], [], []
         for i, (search, evaluation) in enumerate(zip(searches, evaluations, strict=True)):
             rollout = search.rollout
-            passed = suffix_length(rollout, objective)
+            passed = reviser.tokens(rollout)
             search.compute += Compute(passed, passed)
-            search.nll = evaluation.gold_nll * len(rollout.answer_ids)
+            search.nll = evaluation.guide
             trunks.append((*rollout.prompt_ids, *rollout.prefix_ids))
             for t, token in self._substitutions(tools, evaluation.grad, rollout.prefix_ids):
                 swaps.append((i, t, token))
                 rest = (token, *rollout.prefix_ids[t + 1 :], *rollout.template_ids, *rollout.answer_ids)
                 at = len(rollout.prompt_ids) + t
                 branches.append(Branch(i, at, rest, scored_from=len(rest) - len(rollout.answer_ids)))
-        scores = tools.policy.score_branches(trunks, branches, token_budget=tools.token_budget)
+        scores = score_branches(tools.policy, trunks, branches, token_budget=tools.token_budget)
         best: dict[int, tuple[float, int, int]] = {}
         for (i, t, token), logprob, tokens in zip(swaps, scores.total.tolist(), scores.branch_tokens, strict=True):
             searches[i].compute += Compute(tokens)

@@ -1,7 +1,8 @@
 """``latent``: revise the embeddings of a failed prefix, then continue from it (arXiv 2606.29938).
 
-One class serves the published method (full hull, continuation from the latent itself), the restricted form (plausible
-hull, entropic, rounded to tokens) and the ablations: they differ in their ``ReviseConfig`` and their window alone.
+One class serves the published method (``ReviseConfig()``, the cut at 0.8, continuation from the mixture itself, its
+text by Eq. 8), the restricted form (plausible hull, entropic, rounded to tokens) and the ablations: they differ in
+their ``ReviseConfig``, their cut, their window and how they are written as text.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from latentrevise.model.compute import Compute
+from latentrevise.revise.hull import TextRule
 from latentrevise.revise.reviser import Reviser
 from latentrevise.revise.revision import ReviseConfig
-from latentrevise.strategies.base import Cut, Proposal, Tools, Work, shares
+from latentrevise.strategies.base import Cut, Proposal, Tools, Work, recut, shares
 from latentrevise.strategies.candidates import ForkConfig, Reader, read, room
 
 Window = Literal["prefix", "entropy"]
@@ -34,7 +36,8 @@ class Latent:
 
     window: what is revised: ``prefix``, the run's cut of the rollout; ``entropy``, the step in which the policy is
     least sure of a token, with all before it kept as it was (our own decision). forks: how long a step may be, and
-    where the reasoning ends.
+    where the reasoning ends. rho: cut each rollout behind this share of its tokens, as the paper does; None: where the
+    run cuts. text: how a mixture is written as tokens, see ``VocabularyHull.text_ids``.
     """
 
     name: str
@@ -42,25 +45,29 @@ class Latent:
     uses_answer: bool = True
     window: Window = "prefix"
     forks: ForkConfig = field(default_factory=ForkConfig)
+    rho: float | None = None
+    text: TextRule = "heaviest"
 
     @property
     def backend(self) -> str:
         return self.config.backend or "auto"
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
-        pairs = [(item, cut) for item in work for cut in item.cuts]
+        pairs = [(item, cut if self.rho is None else recut(cut, self.rho)) for item in work for cut in item.cuts]
         parts = [_Part(cut) for _, cut in pairs] if self.window == "prefix" else self._windows(tools, pairs)
         rollouts = [item.rollout(part.cut, part.kept_ids) for (item, _), part in zip(pairs, parts, strict=True)]
-        found = zip(parts, Reviser(tools.policy, self.config).revise(rollouts), strict=True)
+        reviser = Reviser(tools.policy, self.config)
+        found = zip(parts, reviser.revise(rollouts), strict=True)
         proposals: list[list[Proposal]] = []
         for item in work:
             own = []
             for n in shares(samples, len(item.cuts)):
                 part, revision = next(found)
+                text = revision.text_ids(reviser.hull, self.text).tolist()
                 own.append(
                     Proposal(
                         n=n,
-                        plain_ids=(*part.kept_ids, *revision.argmax_ids().tolist()),
+                        plain_ids=(*part.kept_ids, *text),
                         mixture=revision.mixture.behind(part.kept_ids),
                         latent=self.config.rounding == "none",
                         kept=len(part.kept_ids),

@@ -18,7 +18,7 @@ import torch
 
 from latentrevise.data.records import Rollout, row_seed
 from latentrevise.errors import ConfigError
-from latentrevise.model.branches import Branch
+from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.compute import Compute
 from latentrevise.revise.hull import Mixture
 from latentrevise.revise.reviser import Reviser
@@ -203,7 +203,7 @@ class Pair:
             trunks.append(stem[:first])
             branches.append(Branch(i, first, (*before, *marker_ids), scored_from=len(before)))
             own.compute += Compute(forward=len(stem) - first + len(marker_ids) - 1, decoded=decoded)
-        scores = iter(tools.policy.score_branches(trunks, branches, token_budget=tools.token_budget).total.tolist())
+        scores = iter(score_branches(tools.policy, trunks, branches, token_budget=tools.token_budget).total.tolist())
         for own in found:
             fault = [next(scores) for _ in own.values[0]]
             order = sorted(range(len(fault)), key=lambda i: fault[i])
@@ -233,13 +233,13 @@ class Pair:
                 mixtures.append(mixture)
                 passed = _relaxed(own)
                 own.compute += Compute(forward=own.row_tokens + passed, backward=passed)
-        reviser = Reviser(tools.policy, ReviseConfig(beta=0.0, token_budget=tools.token_budget))
+        reviser = Reviser(tools.policy, ReviseConfig.answer_only(token_budget=tools.token_budget))
         scored: list[list[tuple[float, Combination]]] = [[] for _ in found]
         table = tools.policy.table
         for (i, tokens), mixture, at in zip(rows, mixtures, reviser.value_and_grad(rollouts, mixtures), strict=True):
             values = mixture.ids[0].long()
             away = table[values].float() - mixture[:1].embed(table).float()
-            linear = (-at.gold_nll - away @ at.grad[0]).tolist()
+            linear = (-at.guide - away @ at.grad[0]).tolist()
             scored[i] += [(score, (tokens, v)) for score, v in zip(linear, values.tolist(), strict=True)]
         best = [sorted(own, key=lambda pair: -pair[0])[: self.config.rescored] for own in scored]
         return [[combination for _, combination in own] for own in best]

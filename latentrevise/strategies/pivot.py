@@ -148,7 +148,7 @@ def _gains(tools: Tools, reader: Reader, work: Sequence[Work], found: Sequence[F
         )
         for i, rollout, end in steps.values()
     ]
-    reviser = Reviser(tools.policy, ReviseConfig(beta=0.0, token_budget=tools.token_budget))
+    reviser = Reviser(tools.policy, ReviseConfig.answer_only(token_budget=tools.token_budget))
     gradients: dict[tuple[int, str, int], Tensor] = {}
     for key, row, evaluation in zip(steps, rows, reviser.value_and_grad(rows), strict=True):
         gradients[key] = evaluation.grad

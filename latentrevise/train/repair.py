@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from latentrevise.data.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
+from latentrevise.model.branches import completion_logprobs
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.recovery.guards import Candidate, guard, signals
@@ -197,7 +198,8 @@ class Repairer:
         prefix, trained = self._prefix(proposal)
         right = [i for i, correct in enumerate(self._correct(item, completions)) if correct]
         contexts = [(*item.prompt.ids, *prefix)] * len(right)
-        plain = self.policy.logprobs(contexts, [completions[i].ids for i in right], self.settings.token_budget)
+        found = [completions[i].ids for i in right]
+        plain = completion_logprobs(self.policy, contexts, found, self.settings.token_budget)
         rescues, leaked = [], 0
         for i, logprobs in zip(right, plain, strict=True):
             completion = completions[i]
