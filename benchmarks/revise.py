@@ -1,15 +1,17 @@
-"""One step of the reviser against the obvious implementation, on random models of real shapes.
+"""One step of the reviser (arXiv 2606.29938, Algorithm 1) against the obvious implementation, on random models of real
+shapes.
 
-``obvious``: what one writes first with Hugging Face, written well: a batch of equal lengths, frozen parameters, two
-full forward and backward passes a step over prompt, prefix and branch, the model's logits, ``grad @ E.T`` and an
-argmin. Only the rows of the logits that are scored go through a softmax. ``loop``: the same, one prefix at a time.
-``latentrevise``: the packed pass under the token budget the package chooses by itself; the prompts' cache is made
-before the clock starts, as it is once for all K steps, but counts in the memory.
+``obvious``: what one writes first with Hugging Face, written well: a batch of equal lengths, frozen parameters, one
+full forward and backward pass over prompt, prefix and failed continuation (explore and fluency) and one over prompt,
+prefix, template and answer (guide), the model's logits, ``grad @ E.T`` and an argmin. Only the rows of the logits that
+are scored go through a softmax. ``loop``: the same, one rollout at a time. ``latentrevise``: the packed pass under the
+token budget the package chooses by itself; the prompts' cache is made before the clock starts, as it is once for all K
+steps, but counts in the memory.
 
-All three start from the same prefixes, and the gradient of the first is compared before anything is timed. Prompts
-are as long as prefixes. Beside the comparison: where our step's time goes, and with ``--prefixes``, ``--lengths`` and
-``--steps`` how it grows with the number of prefixes, their length and K. Utilisation is the fewest FLOPs of the step
-over what torch's matmul does in that time.
+Rollouts of M tokens are cut at rho = 0.8. All three start from the same prefixes, and the gradient of the first is
+compared before anything is timed. Beside the comparison: where our step's time goes, and with ``--rollouts``,
+``--lengths`` and ``--steps`` how it grows with the number of rollouts, their prefixes' length and K. Utilisation is the
+fewest FLOPs of the step over what torch's matmul does in that time.
 """
 
 from __future__ import annotations
@@ -27,9 +29,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks import harness
 from latentrevise import FailedRollout, Mixture, ReviseConfig, Reviser, kernels
 from latentrevise.model import memory
-from latentrevise.model.packing import batches, suffix_length
-from latentrevise.revise import solver
-from latentrevise.revise.objective import away_terms, branch_losses
+from latentrevise.model.packing import batches
+from latentrevise.revise import objective, solver
 from latentrevise.revise.reviser import _Batch
 
 SHAPES = {
@@ -42,7 +43,7 @@ KEY_HEADS = {"0.5B": 2, "1.5B": 2, "7B": 4}
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of a measurement. prompt, prefix, gold (template and answer), failed: tokens; batch: prefixes."""
+    """Sizes of a measurement. prompt, prefix, gold (template and answer), failed: tokens; batch: rollouts."""
 
     shape: str
     layers: int
@@ -52,14 +53,19 @@ class Work:
     attention: str = "sdpa"
     batch: int = 8
     prompt: int = 64
-    prefix: int = 64
-    gold: int = 12
+    prefix: int = 205
+    failed: int = 51
+    gold: int = 16
     answer: int = 4
-    failed: int = 8
+
+    def of_length(self, tokens: int, rho: float = 0.8) -> Work:
+        """Rollouts of that many tokens, cut at ``rho``."""
+        prefix = round(rho * tokens)
+        return replace(self, prefix=prefix, failed=tokens - prefix)
 
     def model(self) -> Qwen2ForCausalLM:
         settings = SHAPES[self.shape] | {"num_hidden_layers": self.layers, "num_key_value_heads": KEY_HEADS[self.shape]}
-        config = Qwen2Config(**settings, vocab_size=self.vocab, tie_word_embeddings=True, max_position_embeddings=4096)
+        config = Qwen2Config(**settings, vocab_size=self.vocab, tie_word_embeddings=True, max_position_embeddings=16384)
         torch.manual_seed(0)
         with torch.device(self.device):
             model = Qwen2ForCausalLM._from_config(config, dtype=self.dtype, attn_implementation=self.attention)
@@ -81,8 +87,8 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """The fewest of a step: the suffixes once forward and backward through the body, the scored rows and the
-        prefix against the table. Keys of the prompt get no gradient, nor do weights."""
+        """The fewest of a step: the suffixes once forward and backward through the body, the scored rows
+        (the prefix among them) and the oracle against the table. Keys of the prompt get no gradient, nor do weights."""
         s = SHAPES[self.shape]
         d, kv = s["hidden_size"], s["hidden_size"] // s["num_attention_heads"] * KEY_HEADS[self.shape]
         layer = 2 * d * d + 2 * d * kv + 3 * d * s["intermediate_size"]
@@ -91,7 +97,7 @@ class Work:
         # Pairs of a query and a key: scores and values forward, their two gradients each backward.
         own = self.prefix**2 / 2 + sum(n * self.prefix + n**2 / 2 for n in ends)
         attention = d * (6 * own + 4 * tokens * self.prompt)
-        table = self.vocab * d * (2 * (self.answer + self.failed) + self.prefix)
+        table = self.vocab * d * (2 * (self.answer + self.failed + self.prefix) + self.prefix)
         return 2.0 * self.batch * (self.layers * (2 * tokens * layer + attention) + table)
 
 
@@ -105,32 +111,31 @@ class Obvious:
         def column(name: str) -> Tensor:
             return torch.tensor([getattr(r, name) for r in rollouts], device=self.table.device)
 
-        self.prompt, self.answer = column("prompt_ids"), column("answer_ids")
+        self.prompt, self.prefix, self.answer = column("prompt_ids"), column("prefix_ids"), column("answer_ids")
         self.gold = torch.cat([column("template_ids"), self.answer], 1)
-        self.failed = column("continuation_ids")[:, : config.away_window]
-        self.z = self.table[column("prefix_ids")]
+        self.failed = column("continuation_ids")
+        self.z = self.table[self.prefix]
 
     def gradient(self) -> Tensor:
-        total = torch.zeros_like(self.z)
-        for branch, scored, weight in (
-            (self.gold, self.answer.shape[1], self.config.alpha),
-            (self.failed, self.failed.shape[1], self.config.beta),
-        ):
+        config, total = self.config, torch.zeros_like(self.z)
+        both = torch.cat([self.prefix, self.failed], 1)
+        weights = torch.full(both.shape, -config.fluency_weight, device=both.device)
+        weights[:, self.prefix.shape[1] :] = config.explore_weight
+        guide = torch.full(self.answer.shape, -config.guide_weight, device=both.device)
+        for branch, targets, weight in ((self.failed, both, weights), (self.gold, self.answer, guide)):
             z = self.z.clone().requires_grad_(True)
             inputs = torch.cat([self.table[self.prompt], z, self.table[branch]], 1)
             logits = self.model(inputs_embeds=inputs, use_cache=False).logits
-            rows = logits[:, -scored - 1 : -1].float().log_softmax(-1)
-            logprobs = rows.gather(-1, branch[:, -scored:, None])[..., 0]
-            terms = -logprobs if branch is self.gold else away_terms(logprobs, self.config)
-            (weight * terms.mean(1).sum()).backward()
+            rows = logits[:, -targets.shape[1] - 1 : -1].float().log_softmax(-1)
+            (weight * rows.gather(-1, targets[..., None])[..., 0]).sum().backward()
             assert z.grad is not None
             total += z.grad
         return total
 
     def step(self) -> Tensor:
-        gradient = self.gradient()
-        vertex = (gradient @ self.table.T).argmin(-1)
-        return (1 - self.config.step_size) * self.z + self.config.step_size * self.table[vertex]
+        gamma = solver.schedule(0, self.config)
+        vertex = (self.gradient() @ self.table.T).argmin(-1)
+        return (1 - gamma) * self.z + gamma * self.table[vertex]
 
 
 class Packed:
@@ -139,13 +144,12 @@ class Packed:
     def __init__(self, model: Qwen2ForCausalLM, rollouts: list[FailedRollout], config: ReviseConfig) -> None:
         self.reviser = Reviser(model, config)
         self.rollouts = rollouts
-        sizes = [(len(r.prompt_ids), suffix_length(r, config)) for r in rollouts]
+        sizes = [(len(r.prompt_ids), self.reviser.tokens(r)) for r in rollouts]
         self.budget = config.token_budget or memory.token_budget(self.reviser.policy, config.recompute)
         with self.reviser._scope():
             share = memory.cached_share(self.reviser.policy, config.recompute)
             self.batches = [
-                self.reviser._batch(index, [rollouts[i] for i in index], config)
-                for index in batches(sizes, self.budget, share)
+                self.reviser._batch(index, [rollouts[i] for i in index]) for index in batches(sizes, self.budget, share)
             ]
 
     def gradient(self) -> Tensor:
@@ -156,9 +160,8 @@ class Packed:
         with self.reviser._scope():
             for batch in self.batches:
                 mixture = Mixture.from_tokens(batch.packing.prefix_ids, config.atoms)
-                losses, gradients, _ = self.reviser._value_and_grad(batch, mixture, config)
-                rows = batch.packing.prefix_row
-                solver.advance(self.reviser.hull, mixture, gradients, rows, None, losses.total, _unused, 0, config)
+                _, gradient = self.reviser._value_and_grad(batch, mixture)
+                solver.advance(self.reviser.hull, mixture, gradient, batch.packing.prefix_row, None, 0, config)
 
     def revise(self, steps: int = 1) -> None:
         """The public call: with the prompts' cache before the steps and one evaluation behind them."""
@@ -185,36 +188,27 @@ class Packed:
                 hidden = done["body forward"]
 
                 def head(hidden: Tensor = hidden, batch: _Batch = batch) -> Tensor:
-                    packing = batch.packing
-                    logprobs = policy.head.logprob(hidden.index_select(0, packing.score_index), packing.targets)
-                    gold, away = branch_losses(
-                        logprobs, packing.score_row, packing.score_gold, len(batch.rollouts), config
-                    )
-                    return torch.autograd.grad((config.alpha * gold + config.beta * away).sum(), hidden)[0]
+                    packing, count = batch.packing, len(batch.rollouts)
+                    logprobs = policy.head.logprob(packing.scored(hidden, batch.prompt.last_hidden), packing.targets)
+                    terms = objective.terms(logprobs, packing.score_row, packing.score_kind, count, config)
+                    return torch.autograd.grad(terms.loss.sum(), hidden)[0]
 
                 part("head", head)
                 part("body backward", lambda z=z, h=hidden: torch.autograd.grad(h, z, done["head"])[0])
                 gradient = done["body backward"]
                 part("oracle", lambda g=gradient: kernels.vertex_oracle(g, hull.table, hull.allowed)[0])
-                gradients = solver.Gradients(gradient, None, 1.0, 0.0, config.combine)
-                rows, loss = packing.prefix_row, torch.zeros(len(batch.rollouts), device=device)
+                rows = packing.prefix_row
                 part(
                     "update",
-                    lambda m=mixture, g=gradients, r=rows, loss=loss: (
-                        solver.advance(hull, m, g, r, None, loss, _unused, 0, config).gap
-                    ),
+                    lambda m=mixture, g=gradient, r=rows: solver.advance(hull, m, g, r, None, 0, config).gap,
                 )
         seconds["update"] = max(0.0, seconds["update"] - seconds["oracle"])
         return seconds
 
 
-def _unused(mixture: Mixture) -> Tensor:
-    raise AssertionError("a constant step evaluates nothing")
-
-
 def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
     """Measure, add the rows to ``report`` and return ratios; the first implementation is ours."""
-    model, rollouts, config = work.model(), work.rollouts(), ReviseConfig(beta=0.3, away_window=work.failed)
+    model, rollouts, config = work.model(), work.rollouts(), ReviseConfig()
     packed, obvious = Packed(model, rollouts, config), Obvious(model, rollouts, config)
     singles = [Obvious(model, [rollout], config) for rollout in rollouts] if loop else []
     steps = {"latentrevise": packed.step, "obvious": obvious.step}
@@ -239,7 +233,14 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
             times[name].append(harness.clock(step, work.device))
             print(f"{name}: {times[name][-1]:.2f} s, {extra[name]:.0f} MiB", flush=True)
     dtype = str(work.dtype).removeprefix("torch.")
-    shape = {"B": work.batch, "P": work.prompt, "T": work.prefix, "layers": work.layers, "V": work.vocab}
+    shape = {
+        "B": work.batch,
+        "P": work.prompt,
+        "T": work.prefix,
+        "c": work.failed,
+        "layers": work.layers,
+        "V": work.vocab,
+    }
     floor = work.flops / harness.matmul_rate(work.device, work.dtype)
     for name, seconds in times.items():
         p20, median, p80 = harness.quantiles(seconds)
@@ -256,7 +257,7 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
         "gradient_difference": difference,
         "speed_ratio": {"median": median, "p20": p20, "p80": p80, "rounds": rounds},
         "memory_ratio": extra["obvious"] / max(extra["latentrevise"], 1e-9),
-        "prefixes_per_second": work.batch / (sum(times["latentrevise"]) / rounds),
+        "rollouts_per_second": work.batch / (sum(times["latentrevise"]) / rounds),
     }
 
 
@@ -266,16 +267,16 @@ def breakdown(packed: Packed, device: torch.device, rounds: int) -> dict[str, fl
     return {name: statistics.median(f[name] for f in found) for name in found[0]}
 
 
-def scaling(work: Work, prefixes: list[int], lengths: list[int], steps: list[int], rounds: int) -> list[dict]:
-    """Seconds of ours over the number of prefixes, their length and K; the rounds go over all sizes in turn.
+def scaling(work: Work, rollouts: list[int], lengths: list[int], steps: list[int], rounds: int) -> list[dict]:
+    """Seconds of ours over the number of rollouts, their prefixes' length and K; the rounds go over all sizes in turn.
 
-    A step of all prefixes, and for K the whole call: prompts, K steps, one evaluation.
+    A step of all rollouts, and for K the whole call: prompts, K steps, one evaluation.
     """
-    model, config = work.model(), ReviseConfig(beta=0.3, away_window=work.failed)
+    model, config = work.model(), ReviseConfig()
     cases: list[tuple[dict[str, int], Work, Callable[[], object]]] = []
-    for n in prefixes:
+    for n in rollouts:
         sized = replace(work, batch=n)
-        cases.append(({"prefixes": n}, sized, Packed(model, sized.rollouts(), config).step))
+        cases.append(({"rollouts": n}, sized, Packed(model, sized.rollouts(), config).step))
     for length in lengths:
         sized = replace(work, batch=1, prefix=length)
         cases.append(({"prefix": length}, sized, Packed(model, sized.rollouts(), config).step))
@@ -313,13 +314,12 @@ def main(options: argparse.Namespace) -> dict:
             sizes = {"prompt": options.prompt, "batch": options.batch}
             work = Work(shape, layers, options.vocab, dtype, device, options.attention, **sizes)
             if not options.ours_only:
-                for prefix in options.T or [work.prefix]:
-                    sized = replace(work, prompt=prefix, prefix=prefix)
-                    documents.append(run(sized, report, options.rounds, not options.no_loop))
+                for length in options.M or [256]:
+                    documents.append(run(work.of_length(length), report, options.rounds, not options.no_loop))
                     show(documents[-1])
-            if options.prefixes or options.lengths or options.steps:
+            if options.rollouts or options.lengths or options.steps:
                 found = scaling(
-                    work, options.prefixes or [], options.lengths or [], options.steps or [], options.rounds
+                    work, options.rollouts or [], options.lengths or [], options.steps or [], options.rounds
                 )
                 facts = {"shape": shape, "dtype": str(dtype), "layers": layers, "prompt": work.prompt}
                 scales.append(facts | {"prefix": work.prefix, "batch": work.batch, "rows": found})
@@ -331,19 +331,21 @@ def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="none: 0.5B, on a GPU all")
     group.add_argument("--layers", type=int, help="fewer layers than the shape has; the result says so")
     group.add_argument("--attention", default="sdpa", help="of the model, for all sides: sdpa, eager, flex_attention")
-    group.add_argument("--batch", type=int, default=8, help="prefixes in the comparison and over K")
-    group.add_argument("--prompt", type=int, default=64, help="prompt tokens where --T does not say so")
-    group.add_argument("--prefixes", type=int, nargs="+", help="also time our step over these numbers of prefixes")
+    group.add_argument("--batch", type=int, default=8, help="rollouts in the comparison and over K")
+    group.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    group.add_argument("--M", type=int, nargs="+", help="tokens of a rollout, cut at 0.8 (256)")
+    group.add_argument("--rollouts", type=int, nargs="+", help="also time our step over these numbers of rollouts")
     group.add_argument("--lengths", type=int, nargs="+", help="and over these lengths of one prefix")
     group.add_argument("--steps", type=int, nargs="+", help="and a whole revision over these K")
-    group.add_argument("--no-loop", action="store_true", help="leave out the loop over single prefixes")
-    group.add_argument("--ours-only", action="store_true", help="only what --prefixes, --lengths and --steps ask for")
+    group.add_argument("--no-loop", action="store_true", help="leave out the loop over single rollouts")
+    group.add_argument("--ours-only", action="store_true", help="only what --rollouts, --lengths and --steps ask for")
 
 
 def show(document: dict) -> None:
     ratio, parts = document["speed_ratio"], document["parts_s"]
     print(
-        f"{document['shape']} {document['dtype']} {document['layers']} layers, {document['batch']} prefixes: a step"
+        f"{document['shape']} {document['dtype']} {document['layers']} layers, {document['batch']} rollouts,"
+        f" T = {document['prefix']}: a step"
         f" x{ratio['median']:.2f} faster (x{ratio['p20']:.2f} to x{ratio['p80']:.2f} over {ratio['rounds']} rounds),"
         f" x{document['memory_ratio']:.1f} less memory over the model\n"
         + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())

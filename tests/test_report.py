@@ -106,8 +106,9 @@ class RunBuilder:
         falling = np.geomspace(9, 1.5 + self.rng.random(), STEPS + 1) + self.rng.normal(0, 0.2, STEPS + 1)
         return {
             "loss": falling.tolist(),
-            "gold_nll": falling.tolist(),
-            "away": [],
+            "guide": falling.tolist(),
+            "explore": [],
+            "fluency": [],
             "gap": np.geomspace(8, 0.05 + 0.1 * self.rng.random(), STEPS).tolist(),
             "step": (2 / (np.arange(STEPS) + 2) * 0.4).tolist(),
             "entropy": np.linspace(0, 1.2 + 0.3 * self.rng.random(), STEPS + 1).tolist(),
