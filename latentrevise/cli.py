@@ -222,7 +222,7 @@ def bench(context: typer.Context) -> None:
             " run this, or `make bench`, from there"
         )
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-m", "benchmarks", *context.args]
+    words = [sys.executable, "-P", "-m", "benchmarks", *context.args]  # nothing of the working directory
     raise typer.Exit(subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
 
 

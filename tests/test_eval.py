@@ -164,7 +164,20 @@ def test_the_problems_of_a_benchmark_ask_for_a_box(own, tmp_path, caplog):
     (prompt,) = read_records(tmp_path / "out" / "prompts.parquet", Prompt)
     assert prompt.text == "1+1\n\n" + (own or INSTRUCTION)
     assert found["config"]["instruction"] == (own or INSTRUCTION)
-    assert "1 of 1 rollouts hold no \\boxed{} answer" in caplog.text
+    assert "1 of 1 rollouts hold no answer by answer_pattern = 'boxed'" in caplog.text
+    assert found["unparsed"] == 0.0
+
+
+def test_what_is_asked_for_fits_the_answer_pattern(tmp_path):
+    write_jsonl(tmp_path / "problems.jsonl", [{"problem": "1+1", "answer": 2}])
+    source = tmp_path / "problems.jsonl"
+    for pattern, asked in (("gsm8k", "`#### `"), ("answer-line", "`Answer: `")):
+        config, out = EvalRunConfig(max_new_tokens=4, answer_pattern=pattern), tmp_path / pattern
+        evaluate_run(tiny_model(), TOKENIZER, "math-500", config, out, source=source)
+        assert asked in read_records(out / "prompts.parquet", Prompt)[0].text
+    own = EvalRunConfig(max_new_tokens=4, answer_pattern="=> (.+)")
+    with pytest.raises(ConfigError, match="instruction"):
+        evaluate_run(tiny_model(), TOKENIZER, "math-500", own, tmp_path / "own", source=source)
 
 
 def test_rows_are_read_by_the_settings_and_one_too_long_is_left_out(tmp_path):

@@ -348,7 +348,7 @@ def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
     out = tmp_path / "out"
     recovered = recover(model, tokenizer, [{"prompt": "what is 2 + 3?", "answer": "5"}], config, out)
     assert recovered.metrics["zero_hit"] == 1
-    assert "2 of 2 rollouts hold no \\boxed{} answer" in caplog.text
+    assert "2 of 2 rollouts hold no answer by answer_pattern = 'boxed'" in caplog.text
     (prompt,) = read_records(out / "prompts.parquet", Prompt)
     (start, *_) = (row for path in (out / "starts").rglob("*.parquet") for row in read_records(path, Start))
     rows = [row for path in (out / "samples").rglob("*.parquet") for row in read_records(path, Sample)]
@@ -435,3 +435,21 @@ def test_a_model_that_was_moved_is_the_same_model(tmp_path):
     assert run.read_header() == {"format": 1, **header, "model": {"path": "there", "fingerprint": "a"}}
     with pytest.raises(RunError, match=r"model\.fingerprint: 'a' there, 'b' now"):
         run.check(header | {"model": {"path": "here", "fingerprint": "b"}})
+
+
+def test_answers_are_read_by_the_pattern_everywhere(rule, tmp_path):
+    _, model, tokenizer = rule
+    prompts = make_prompts(get_family("rule"), 8, split="develop", seed=3)
+    plain = {"audit": False, "equal_compute": False, "strategies": ("pivot", "resample-prefix"), "revised_rollouts": 1}
+    found = []
+    for name, pattern in (("box", "boxed"), ("own", r"\\boxed\{ ([^}]*) \}")):
+        recover(model, tokenizer, prompts, small(**plain, answer_pattern=pattern), tmp_path / name)
+        found.append(content(tmp_path / name))
+        found[-1].pop("trajectories.parquet")  # names the settings
+    assert found[0] == found[1]
+    assert any(row["verdict"] == "correct" for row in found[0]["rollouts/part-00000.parquet"])
+    blind = small(**plain, answer_pattern="gsm8k", answer_template="#### ")
+    run = Recovery(model, tokenizer, blind, tmp_path / "blind")
+    run.mine(prompts)
+    assert {r.extracted for own in run.rollouts().values() for r in own} == {None}
+    assert run.template_ids == tuple(tokenizer.encode("#### ", add_special_tokens=False))

@@ -236,7 +236,7 @@ def test_zero_hit_groups_are_repaired_in_place(tmp_path, verifier, told, convent
     assert entry["zero_hit/frac_groups"] == 1.0
     assert entry["zero_hit/rescued_frac"] == 1.0
     assert entry["recovered/frac_rows"] == 0.25
-    assert entry["verifier/unknown_frac"] == 0.0
+    assert entry["verifier/unknown_frac"] == entry["verifier/unparsed_frac"] == 0.0
     assert entry["recovered/answer_leak_frac"] == 0.0  # the guard is off
     assert abs(entry["recovered/reliance"]) < 1e-4  # what was fed were the plain tokens
     assert entry["rewards/verified/mean"] == 0.25
@@ -294,6 +294,8 @@ def test_a_row_is_judged_once_before_its_group_is_repaired(tmp_path, verifier, t
     asked, failed = [], []
 
     class Counting:
+        pattern = verifier.pattern
+
         def verify(self, pairs):
             asked.append(len(pairs))
             return [replace(j, extracted="seen") for j in verifier.verify(pairs)]

@@ -25,7 +25,7 @@ from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
 from latentrevise.train.repair import Repairer, RepairSettings, judged_rollouts, repair_metrics, replaced, zero_hit
-from latentrevise.verify.verifier import Verifier
+from latentrevise.verify.settings import VerifySettings
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ VARIABLE = "LATENTREVISE_ADAPTER"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """Settings of an adapter.
+class AdapterSettings(VerifySettings):
+    """Settings of an adapter; how answers are read: see VerifySettings.
 
     model: directory or hub id of the policy that is trained. dtype, device: of the copy that repairs, as in
     ``load_model``. refresh: a glob of files that the trainer writes last into a model directory
@@ -43,7 +43,7 @@ class AdapterSettings:
     copy stays as it was loaded.
     temperature, top_p, top_k, max_new_tokens: as the trainer samples; the log-probs of replacements are at this
     temperature. group_size: rows of a group that is trained on; groups of another size are left alone (0: any size).
-    reward: of a recovered row. repair: see RepairSettings. verify_timeout: seconds for one answer.
+    reward: of a recovered row. repair: see RepairSettings.
     """
 
     model: str
@@ -57,10 +57,11 @@ class AdapterSettings:
     group_size: int = 0
     reward: float = 1.0
     repair: RepairSettings = field(default_factory=RepairSettings)
-    verify_timeout: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.check_verification()
+        self.pattern().template(self.repair.answer_template)
         if self.repair.strategy == "none":
             raise ConfigError("repair.strategy = none: an adapter that repairs nothing is better left out")
 
@@ -127,7 +128,7 @@ class Recovery:
             top_k=settings.top_k,
             max_new_tokens=settings.max_new_tokens,
         )
-        verifier = Verifier(timeout=settings.verify_timeout)
+        verifier = settings.verifier()
         engine = HFEngine(model, tokenizer)
         repairer = Repairer(Policy(model, tokenizer), engine, tokenizer, verifier, settings.repair, sampling)
         return cls(repairer, settings)

@@ -29,6 +29,7 @@ from latentrevise.demo.family import Family, Trace
 from latentrevise.demo.knowledge import Model, evaluate_model
 from latentrevise.demo.tokenizer import build_tokenizer
 from latentrevise.errors import ConfigError, ModelError
+from latentrevise.processes import safe_path
 
 IGNORED = -100
 EVALUATION_PROMPTS = 128
@@ -304,7 +305,8 @@ def model_for(family: str, seed: int, cache: Path) -> Path:
             worker = multiprocessing.get_context("spawn").Process(
                 target=train_family, args=(family, recipe, made, seed, EVALUATION_PROMPTS)
             )
-            worker.start()
+            with safe_path():
+                worker.start()
             worker.join()
             if worker.exitcode != 0:
                 raise ModelError(f"training the {family!r} model of seed {seed} failed; see the messages above")
@@ -357,8 +359,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         for position, name in enumerate(names)
     ]
-    for worker in workers:
-        worker.start()
+    with safe_path():
+        for worker in workers:
+            worker.start()
     for worker in workers:
         worker.join()
     failed = [worker.name for worker in workers if worker.exitcode != 0]

@@ -35,21 +35,25 @@ from latentrevise.model.loading import sharded, unwrapped
 from latentrevise.recovery.guards import bootstrap_mean, pass_at_k
 from latentrevise.recovery.rundir import RunDirectory, run_header
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
-from latentrevise.verify.verifier import Verifier
+from latentrevise.verify.patterns import AnswerPattern
+from latentrevise.verify.settings import VerifySettings
+from latentrevise.verify.verifier import Verifier, understood
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+ASKED = "Please reason step by step, and {}."
+INSTRUCTION = ASKED.format(AnswerPattern().instruction)
+"""What benchmarks are asked with, where nothing else is said; under another answer pattern ASKED says how to answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(PromptSettings):
-    """How to evaluate; how prompts are read: see PromptSettings.
+class EvalConfig(PromptSettings, VerifySettings):
+    """How to evaluate; how prompts are read: see PromptSettings; how answers are: VerifySettings.
 
     samples: drawn for each prompt. k: of pass@k, none larger than ``samples``. temperature, top_p, max_new_tokens,
     stop: of sampling. resamples: bootstrap resamples of the prompts. checker: ``module:attribute`` of a derivation
-    checker (see RecoverConfig); adds valid@1. verify_timeout: seconds an answer.
+    checker (see RecoverConfig); adds valid@1.
     """
 
     samples: int = 1
@@ -60,10 +64,10 @@ class EvalConfig(PromptSettings):
     stop: tuple[str, ...] = ()
     resamples: int = 2000
     checker: str | None = None
-    verify_timeout: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.check_verification()
         if self.samples < 1 or self.resamples < 1:
             raise ConfigError(f"samples = {self.samples!r}, resamples = {self.resamples!r}: both must be at least 1")
         if not self.k or not all(1 <= k <= self.samples for k in self.k):
@@ -109,7 +113,7 @@ def evaluate(
     correct and is told apart in ``unknown``.
     """
     if verifier is None:
-        with Verifier(timeout=config.verify_timeout) as started:
+        with config.verifier() as started:
             return evaluate(model, tokenizer, prompts, config, engine=engine, verifier=started)
     checker = load_checker(config.checker)
     params = SamplingParams(
@@ -255,7 +259,7 @@ def evaluate_run(
     engine, run = engine or HFEngine(model, tokenizer), RunDirectory(out)
     rows: Any = data
     if str(data) in BENCHMARKS:
-        rows, config = benchmark_rows(str(data), source), replace(config, instruction=config.instruction or INSTRUCTION)
+        rows, config = benchmark_rows(str(data), source), replace(config, instruction=_instruction(config))
         known_by = stable_hash(rows)
     elif source is not None:
         raise ConfigError(f"source goes with one of {', '.join(BENCHMARKS)}; give a file of your own as data")
@@ -263,7 +267,7 @@ def evaluate_run(
         known_by = _file_hash(Path(data))
     header = {**run_header(model, config, engine), "data": {"name": str(data), "hash": known_by}}
     run.check(header)
-    with run.locked(), Verifier(timeout=config.verify_timeout) as verifier:
+    with run.locked(), config.verifier() as verifier:
         if not run.prompts.exists():
             room = None if engine.limit is None else engine.limit - config.max_new_tokens
             usable, errors = config.load(rows, tokenizer, room, verifier)
@@ -278,16 +282,28 @@ def evaluate_run(
                     write_records(part, found, Score)
                 scores += read_records(part, Score)
                 bar.update(len(chunk))
-        warn_of_missing_answers([r for part in run.parts("rollouts") for r in read_records(part, Rollout)])
+        rollouts = [r for part in run.parts("rollouts") for r in read_records(part, Rollout)]
+        warn_of_missing_answers(rollouts, verifier.pattern)
         metrics = {
             "data": str(data),
             "model": header["model"]["path"],
             "left_out": len(read_jsonl(run.errors)),
             **summary(scores, config),
+            "unparsed": sum(not understood(r.extracted) for r in rollouts) / len(rollouts),
             "config": to_dict(config),
         }
         write_json(run.metrics, metrics)
     return metrics
+
+
+def _instruction(config: EvalRunConfig) -> str:
+    asked = config.pattern().instruction
+    if not config.instruction and asked is None:
+        raise ConfigError(
+            f"answer_pattern = {config.answer_pattern!r}: nothing is known that asks for such an answer; say it with"
+            " `instruction`"
+        )
+    return config.instruction or ASKED.format(asked)
 
 
 def _file_hash(path: Path) -> str:

@@ -19,6 +19,7 @@ from latentrevise.recovery.guards import (
     pass_at_k,
     wilson,
 )
+from latentrevise.verify.verifier import understood
 
 # Names of the side arms: a strategy aimed at a wrong answer, and the equal-compute control.
 WRONG, POOL = "@wrong", "resample@equal"
@@ -53,10 +54,10 @@ def run_metrics(
     """Everything that goes into ``metrics.json``.
 
     zero_hit: prompts that were to be recovered; aimed_wrong: those of them with a wrong target. left_out: input rows
-    that were not usable. checked: whether derivations were checked. chained: each strategy was given the prompts that
-    those before it had not recovered; then ``chain`` has the figures of all of them together. Rates are ``[rate, low,
-    high]`` with 95 % Wilson intervals over prompts; compute is in token passes (forward 1, backward 2, decoded 1,
-    cached 0).
+    that were not usable; ``unparsed``: rollouts whose answer the verifier does not understand. checked: whether
+    derivations were checked. chained: each strategy was given the prompts that those before it had not recovered;
+    then ``chain`` has the figures of all of them together. Rates are ``[rate, low, high]`` with 95 % Wilson intervals
+    over prompts; compute is in token passes (forward 1, backward 2, decoded 1, cached 0).
     """
     by_arm = {outcome.arm: outcome for outcome in outcomes}
     pool = by_arm.get(POOL)
@@ -68,6 +69,7 @@ def run_metrics(
         "prompts": len(rollouts),
         "rows_left_out": left_out,
         "rollouts": dict(verdicts),
+        "unparsed": sum(not understood(r.extracted) for own in rollouts.values() for r in own),
         "solved": sum(any(r.verdict == "correct" for r in own) for own in rollouts.values()),
         "undecided": sum(
             any(r.verdict == "unknown" for r in own) and not any(r.verdict == "correct" for r in own)

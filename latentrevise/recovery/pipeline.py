@@ -61,7 +61,6 @@ from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.verdicts import Judge, load_checker, warn_of_missing_answers
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal, Strategy, Tools, Work, build
-from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,10 +111,12 @@ class Recovery:
         self.run = RunDirectory(out)
         self.policy = Policy(model, tokenizer)
         self.engine = engine or HFEngine(model, tokenizer)
-        self.verifier = Verifier(timeout=config.verify_timeout)
+        self.verifier = config.verifier()
         self.checker = load_checker(config.checker)
         self.progress = progress
-        self.template_ids = tuple(tokenizer.encode(config.answer_template, add_special_tokens=False))
+        self.template_ids = tuple(
+            tokenizer.encode(self.verifier.pattern.template(config.answer_template), add_special_tokens=False)
+        )
         self.header = run_header(model, config, self.engine)
         self.run.check(self.header)
         self._prompts: list[Prompt] | None = None
@@ -252,7 +253,7 @@ class Recovery:
             self._work = [self._case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
             self._aim_wrong(self._work)
             self._report_uncut([name for name, own in long.items() if not own])
-            warn_of_missing_answers([r for own in rollouts.values() for r in own])
+            warn_of_missing_answers([r for own in rollouts.values() for r in own], self.verifier.pattern)
         return self._work
 
     def _report_uncut(self, prompts: Sequence[str]) -> None:
@@ -487,7 +488,7 @@ class Recovery:
         waiting = [(case, _shuffled(answers, case.seed)) for case in cases]
         while waiting:
             tried = [(case, rest.pop()) for case, rest in waiting if rest]
-            judged = self.verifier.verify([(case.prompt.answer, rf"\boxed{{{answer}}}") for case, answer in tried])
+            judged = self.verifier.compare([(case.prompt.answer, answer) for case, answer in tried])
             for (case, answer), judgement in zip(tried, judged, strict=True):
                 if judgement.verdict == "wrong":
                     case.wrong, case.wrong_ids = answer, self._answer_ids(answer)

@@ -13,6 +13,7 @@ from latentrevise.recovery.gate import GateConfig
 from latentrevise.recovery.guards import GuardConfig
 from latentrevise.recovery.selection import Select
 from latentrevise.strategies import StrategySettings, build
+from latentrevise.verify.settings import VerifySettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +24,16 @@ class CutSettings(StrategySettings):
     samples are spread over them.
     prefix_fraction: where a failed rollout is cut (the paper's rho; the strategy ``latent`` has a ``rho`` of its own);
     prefix_boundary: move the cut behind the nearest token with this text (a newline, or whatever ends a step).
-    answer_template: text between prefix and answer under which the answer is scored (the paper's). guards: what may
-    become a label, see ``GuardConfig``. token_budget: padded tokens in one batch of plain log-probs and branch scores.
+    answer_template: text between prefix and answer under which the answer is scored; by default the
+    answer pattern's, for boxes the paper's. guards: what may become a label, see ``GuardConfig``. token_budget: padded
+    tokens in one batch of plain log-probs and branch scores.
     """
 
     samples: int = 8
     revised_rollouts: int = 1
     prefix_fraction: float = 0.8
     prefix_boundary: str | None = None
-    answer_template: str = "Based on my current reasoning process, the final answer is "
+    answer_template: str | None = None
     guards: GuardConfig = field(default_factory=GuardConfig)
     token_budget: int = 16384
 
@@ -57,8 +59,9 @@ def at_least_one(settings: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverConfig(CutSettings, PromptSettings):
-    """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings`` and ``PromptSettings``.
+class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
+    """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings``, ``PromptSettings`` and
+    ``VerifySettings``.
 
     strategies: by name, in the order of the table. rollouts: mined for each prompt.
     temperature, top_p, max_new_tokens: of sampling. stop: strings that end a rollout.
@@ -66,7 +69,7 @@ class RecoverConfig(CutSettings, PromptSettings):
     ``original`` (the failed tokens), ``continuation`` (heaviest atoms, masked from the loss).
     checker: ``module:attribute`` of a derivation checker, called as (prompt, prefix, continuation, answer); code of
     yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control, at most
-    ``equal_compute_cap`` rollouts a prompt. verify_timeout: seconds for one answer.
+    ``equal_compute_cap`` rollouts a prompt.
     stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
     brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
     trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
@@ -88,7 +91,6 @@ class RecoverConfig(CutSettings, PromptSettings):
     stop_at_success: bool = False
     select: Select = "first"
     keep: int | None = None
-    verify_timeout: float = 5.0
     label: str | None = None
     chunk: int = 64
     seed: int = 0
@@ -97,6 +99,8 @@ class RecoverConfig(CutSettings, PromptSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_verification()
+        self.pattern().template(self.answer_template)
         at_least_one(self, "rollouts", "max_new_tokens", "chunk", "equal_compute_cap")
         for name in self.strategies:
             build(name, self)

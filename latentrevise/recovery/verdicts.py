@@ -15,6 +15,7 @@ from latentrevise.recovery.cases import Case
 from latentrevise.recovery.guards import Candidate, guard, signals
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Strategy, Tools
+from latentrevise.verify.patterns import AnswerPattern
 from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ class Judge:
                     answer_ids=case.answer_ids,
                     completion_ids=sample.completion_ids,
                     completion=sample.completion,
-                    before_answer=before_answer(self.tokenizer, sample.completion_ids, sample.completion),
+                    before_answer=before_answer(
+                        self.tokenizer, sample.completion_ids, sample.completion, self.verifier.pattern
+                    ),
                     plain_logprobs=plain_of[i],
                     aimed=strategy.uses_answer,
                     told=bool(start.context_ids),
@@ -146,7 +149,9 @@ class Judge:
         requests, params = [], []
         for prompt, start, sample in rows:
             ids = sample.completion_ids
-            cut = int(guards.agreement_cut * before_answer(self.tokenizer, ids, sample.completion))
+            cut = int(
+                guards.agreement_cut * before_answer(self.tokenizer, ids, sample.completion, self.verifier.pattern)
+            )
             cut = max((i + 1 for i in range(cut) if ids[i] in self.boundary), default=cut)
             context = (*prompt.ids, *self.config.rendered(start), *ids[:cut])
             left = self.tools.left(len(context))
@@ -167,22 +172,24 @@ def _steps(derivation: Derivation) -> list[dict[str, Any]]:
     return [{"text": step.text, "ok": step.ok} for step in derivation.steps]
 
 
-def before_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> int:
-    """Tokens of a continuation (ids, and their text) in front of its final answer; all where it boxes none."""
-    before = text.rfind("\\boxed")
-    head = text[:before] if before >= 0 else text
+def before_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str, pattern: AnswerPattern) -> int:
+    """Tokens of a continuation (ids, and their text) in front of its final answer; all where it gives none."""
+    found = pattern.find(text)
+    head = text if found is None else text[: found.start]
     return min(len(tokenizer.encode(head, add_special_tokens=False)), len(ids))
 
 
-def warn_of_missing_answers(rollouts: Sequence[Rollout]) -> None:
+def warn_of_missing_answers(rollouts: Sequence[Rollout], pattern: AnswerPattern) -> None:
     """A model that does not know where the answer goes seems to fail everywhere."""
     without = [r for r in rollouts if r.extracted is None]
     if 2 * len(without) > len(rollouts):
         log.warning(
-            "%d of %d rollouts hold no \\boxed{} answer and count as wrong (%d of them ended at max_new_tokens); ask"
-            " for one in the prompts or with `instruction`, or raise max_new_tokens",
+            "%d of %d rollouts hold no answer by answer_pattern = %r and count as wrong (%d of them ended at"
+            " max_new_tokens); ask for one in the prompts or with `instruction`, choose the pattern that the model"
+            " answers in, or raise max_new_tokens",
             len(without),
             len(rollouts),
+            pattern.name,
             sum(r.finish_reason == "length" for r in without),
         )
 

@@ -87,6 +87,9 @@ class Reader:
     def __init__(self, tools: Tools, template_ids: Sequence[int], banned: tuple[str, ...]) -> None:
         self._tools = tools
         self._banned = banned
+        # What opens an answer where it is none of the texts that are banned anyhow: "####", "Answer:".
+        mark = str(tools.tokenizer.decode(list(template_ids))).strip()
+        self._openers = banned if len(mark) < 2 or any(text in mark for text in banned) else (*banned, mark)
         self._template = frozenset(template_ids)
         self._texts: dict[int, str] = {}
         self._opener = next((text for token in template_ids if (text := self.text(token).strip())), None)
@@ -109,7 +112,7 @@ class Reader:
 
         def banned(part: Sequence[int]) -> bool:
             text = self._tools.tokenizer.decode(list(part))
-            return any(each in text for each in self._banned)
+            return any(each in text for each in self._openers)
 
         if not banned(ids):
             return len(ids)

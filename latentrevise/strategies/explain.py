@@ -10,24 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentrevise.errors import ConfigError
 from latentrevise.strategies.base import Proposal, Tools, Work
-
-if TYPE_CHECKING:
-    from latentrevise.data.records import Prompt
 
 
 @dataclass(frozen=True)
 class ExplainConfig:
     """template: what is asked, with the question (of a conversation the last message) at ``{prompt}`` and the answer at
-    ``{answer}``; our own wording."""
+    ``{answer}``; ``{form}``, where it stands, becomes how the run's answer template gives one. Our own wording."""
 
     template: str = (
         "{prompt}\n\nThe final answer is {answer}. Write the complete step-by-step solution as if you had found it"
         " yourself: never say that the answer was given, state it only once your steps have derived it, and end with"
-        " it in \\boxed{}."
+        " it {form}."
     )
 
     def __post_init__(self) -> None:
@@ -46,12 +43,14 @@ class Explain:
     backend: str = "none"
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
-        return [[Proposal(n=samples, context_ids=self._context(tools, item.prompt, item.target))] for item in work]
+        return [[Proposal(n=samples, context_ids=self._context(tools, item, item.target))] for item in work]
 
-    def _context(self, tools: Tools, prompt: Prompt, answer: str) -> tuple[int, ...]:
-        tokenizer = tools.tokenizer
+    def _context(self, tools: Tools, item: Work, answer: str) -> tuple[int, ...]:
+        tokenizer, prompt = tools.tokenizer, item.prompt
+        form = _form(str(tokenizer.decode(list(item.template_ids))).strip())
         # Split first: a question that holds "{answer}" itself stays as it is.
-        around = [part.replace("{answer}", answer) for part in self.config.template.split("{prompt}")]
+        template = self.config.template.replace("{form}", form)
+        around = [part.replace("{answer}", answer) for part in template.split("{prompt}")]
         *before, last = prompt.conversation
         text = last["content"].join(around)
         if not prompt.messages and prompt.ids == tuple(tokenizer.encode(prompt.text)):
@@ -62,3 +61,8 @@ class Explain:
             messages, add_generation_prompt=True, return_dict=True, **tools.chat_template_kwargs
         )
         return tuple(encoded["input_ids"])
+
+
+def _form(opening: str) -> str:
+    """How an answer is to be given, from the text that opens one."""
+    return f"behind {opening!r}" if opening and "boxed" not in opening else "in \\boxed{}"

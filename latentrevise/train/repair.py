@@ -103,7 +103,8 @@ class Repairer:
         self.settings, self.sampling = settings, sampling
         boundary = settings.prefix_boundary
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, policy.table.shape[0])
-        self._template = tuple(tokenizer.encode(settings.answer_template, add_special_tokens=False))
+        template = verifier.pattern.template(settings.answer_template)
+        self._template = tuple(tokenizer.encode(template, add_special_tokens=False))
         self._strategy = build(settings.strategy, settings)
         self._tools = Tools(
             policy,
@@ -213,7 +214,7 @@ class Repairer:
                     answer_ids=item.answer_ids,
                     completion_ids=completion.ids,
                     completion=text,
-                    before_answer=before_answer(self.tokenizer, completion.ids, text),
+                    before_answer=before_answer(self.tokenizer, completion.ids, text, self.verifier.pattern),
                     plain_logprobs=logprobs.tolist(),
                     aimed=self._strategy.uses_answer,
                     told=bool(proposal.context_ids),

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -48,6 +48,8 @@ from latentrevise.train.settings import (
     run_training,
     trl_arguments,
 )
+from latentrevise.verify.patterns import BOXED
+from latentrevise.verify.settings import VerifySettings
 from latentrevise.verify.verifier import Judgement, Verifier
 
 if TYPE_CHECKING:
@@ -70,15 +72,16 @@ _OF_TRLS_LOSSES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLVRSettings(PromptSettings):
-    """Settings of ``latentrevise train rlvr``; how prompts are read: see PromptSettings.
+class RLVRSettings(PromptSettings, VerifySettings):
+    """Settings of ``latentrevise train rlvr``; how prompts are read: see PromptSettings; how answers are, in training,
+    repair and evaluation: VerifySettings.
 
     repair: how zero-hit groups are repaired. advantages: ``grpo_include`` counts recovered rows in the group's mean and
     deviation (LUFFY's published script); ``onpolicy_baseline`` takes both from the sampled rows alone (its
     ``grpo_split``): a recovered row then has +1, the failed rows of its group 0. drop_unrescued: groups that stay
     without a correct row are masked from the loss and from its denominator. loss: ``trl``, what ``trainer.loss_type``
     says, or one of ``latentrevise.train.losses`` with its loss_options. lora: see LoraSettings. eval_prompts,
-    evaluation: as in SFTSettings. verify_timeout: seconds for one answer. trainer: arguments of TRL's GRPOConfig. seed:
+    evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. seed:
     of the trainer and of the repairs.
     """
 
@@ -90,11 +93,17 @@ class RLVRSettings(PromptSettings):
     lora: LoraSettings = field(default_factory=LoraSettings)
     eval_prompts: str | None = None
     evaluation: EvalConfig = field(default_factory=EvalConfig)
-    verify_timeout: float = 5.0
     trainer: dict = field(default_factory=dict)  # type: ignore[type-arg]  # any argument of TRL's
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.check_verification()
+        self.pattern().template(self.repair.answer_template)
+        if self.evaluation.answer_pattern not in (BOXED, self.answer_pattern):
+            raise ConfigError(
+                f"evaluation.answer_pattern = {self.evaluation.answer_pattern!r}: the training reads answers by"
+                f" {self.answer_pattern!r}; set answer_pattern once, for both"
+            )
         if self.loss != "trl":
             losses.build(self.loss, self.loss_options)
         elif self.loss_options:
@@ -251,6 +260,8 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         repairs = dict(zip(chosen, found, strict=True))
         for name, value in repair_metrics(groups.each(), failed, repairs, seconds).items():
             self._metrics["train"][name].append(value)  # TRL leaves NaN out of the mean over a logging interval
+        unparsed = sum(judgement.unparsed for judgement in groups.judged) / len(groups.judged)
+        self._metrics["train"]["verifier/unparsed_frac"].append(unparsed)
         return {
             group * groups.size + i: rescue
             for group, repair in repairs.items()
@@ -438,7 +449,7 @@ def train_rlvr(
 
     arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)
     check_evaluation(arguments, eval_prompts)
-    with Verifier(timeout=settings.verify_timeout) as verifier:
+    with settings.verifier() as verifier:
         with refusals():
             trainer = RecoveringGRPOTrainer(
                 model=model,
@@ -451,6 +462,6 @@ def train_rlvr(
                 settings=settings,
                 engine=engine,
             )
-        trainer.sample_at_evaluation(eval_prompts, settings.evaluation)
+        trainer.sample_at_evaluation(eval_prompts, replace(settings.evaluation, answer_pattern=settings.answer_pattern))
         run_training(trainer, Path(out))
     return trainer
