@@ -26,9 +26,10 @@ DESCRIPTIONS = {
     "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
+    "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
-MODELS = ("revise", "engines", "training_memory")  # import transformers, which kernels are measured without
+MODELS = ("revise", "engines", "training_memory", "verifier")  # import transformers, which kernels are measured without
 
 
 def main(argv: list[str] | None = None) -> int:
