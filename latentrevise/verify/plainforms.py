@@ -51,7 +51,7 @@ _POWER = r"\s*(?:\\cdot|x|\*)\s*10\s*\^\s*\{?\s*([+-]?\s*\d+)\s*\}?"
 
 def read_plain(text: str) -> PlainForm | None:
     """The form of a normal text, where it is one of these."""
-    for reader in (number, _time, _date, _hyphens, _ratio, _cycle, _based, _residue):
+    for reader in (number, _empty, _time, _date, _hyphens, _ratio, _cycle, _based, _residue):
         found = reader(text)
         if found is not None:
             return found
@@ -161,6 +161,10 @@ def _spelled(text: str) -> Number | None:
 def flat(text: str) -> str:
     """Without the braces of ``\\text``."""
     return " ".join(re.sub(r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 ", text).split())
+
+
+def _empty(text: str) -> Literal | None:
+    return Literal("empty", ()) if text.strip() == r"\emptyset" else None
 
 
 def _time(text: str) -> Time | Literal | None:
