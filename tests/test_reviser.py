@@ -422,7 +422,7 @@ def test_the_defaults_are_the_published_method():
     assert (config.reduction, config.explore, config.explore_tokens) == ("sum", "loglik", None)
     assert (config.stop_guide, config.special_vertices, config.hull) == (1e-3, True, "full")
     assert (job.latent, job.rho, job.prefix_fraction) == (config, 0.8, 0.8)
-    assert job.answer_template == "Based on my current reasoning process, the final answer is "
+    assert job.pattern().template(job.answer_template) == "Based on my current reasoning process, the final answer is "
 
 
 def test_nan_logits_are_named():

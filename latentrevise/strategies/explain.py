@@ -14,12 +14,14 @@ from typing import Any
 
 from latentrevise.errors import ConfigError
 from latentrevise.strategies.base import Proposal, Tools, Work
+from latentrevise.verify.patterns import way_of_answering
 
 
 @dataclass(frozen=True)
 class ExplainConfig:
     """template: what is asked, with the question (of a conversation the last message) at ``{prompt}`` and the answer at
-    ``{answer}``; ``{form}``, where it stands, becomes how the run's answer template gives one. Our own wording."""
+    ``{answer}``; ``{form}`` becomes the way of answering that belongs to the run's answer template (under an
+    answer pattern of one's own, say it in its place). Our own wording."""
 
     template: str = (
         "{prompt}\n\nThe final answer is {answer}. Write the complete step-by-step solution as if you had found it"
@@ -47,7 +49,7 @@ class Explain:
 
     def _context(self, tools: Tools, item: Work, answer: str) -> tuple[int, ...]:
         tokenizer, prompt = tools.tokenizer, item.prompt
-        form = _form(str(tokenizer.decode(list(item.template_ids))).strip())
+        form = way_of_answering(str(tokenizer.decode(list(item.template_ids))))
         # Split first: a question that holds "{answer}" itself stays as it is.
         template = self.config.template.replace("{form}", form)
         around = [part.replace("{answer}", answer) for part in template.split("{prompt}")]
@@ -61,8 +63,3 @@ class Explain:
             messages, add_generation_prompt=True, return_dict=True, **tools.chat_template_kwargs
         )
         return tuple(encoded["input_ids"])
-
-
-def _form(opening: str) -> str:
-    """How an answer is to be given, from the text that opens one."""
-    return f"behind {opening!r}" if opening and "boxed" not in opening else "in \\boxed{}"

@@ -199,8 +199,8 @@ class Repairer:
         prefix, trained = self._prefix(proposal)
         right = [i for i, correct in enumerate(self._correct(item, completions)) if correct]
         contexts = [(*item.prompt.ids, *prefix)] * len(right)
-        found = [completions[i].ids for i in right]
-        plain = completion_logprobs(self.policy, contexts, found, self.settings.token_budget)
+        own = [completions[i].ids for i in right]
+        plain = completion_logprobs(self.policy, contexts, own, self.settings.token_budget)
         rescues, leaked = [], 0
         for i, logprobs in zip(right, plain, strict=True):
             completion = completions[i]

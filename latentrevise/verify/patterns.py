@@ -14,35 +14,43 @@ BOXED = "boxed"
 
 @dataclass(frozen=True)
 class _Known:
-    """expression: its group is the answer. template: the text in front of an answer; end: behind it. instruction: asks
-    a model for it."""
+    """expression: its group is the answer. template: the text in front of an answer when it is scored. instruction:
+    asks a model for it."""
 
     expression: str
     template: str
-    end: str
     instruction: str
 
 
 _KNOWN = {
-    BOXED: _Known("", "\n\nThe final answer is \\boxed{", "}", "put your final answer within \\boxed{}"),
+    # The template of arXiv 2606.29938, which puts the answer behind it as it is.
+    BOXED: _Known(
+        "",
+        "Based on my current reasoning process, the final answer is ",
+        "put your final answer within \\boxed{}",
+    ),
     "answer-line": _Known(
         r"(?im)^[ \t>*_#]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t*_]*:[ \t*_]*(\S.*?)[ \t]*$",
         "\n\nAnswer: ",
-        "",
         "end with a line of the form `Answer: ` and the final answer",
     ),
     "gsm8k": _Known(
-        r"(?m)####[ \t]*(\S.*?)[ \t]*$", "\n#### ", "", "end with a line of the form `#### ` and the final answer"
+        r"(?m)####[ \t]*(\S.*?)[ \t]*$", "\n#### ", "end with a line of the form `#### ` and the final answer"
     ),
     "the-answer-is": _Known(
         r"(?im)\bthe[ \t]+(?:final[ \t]+|correct[ \t]+)?answer[ \t]+is(?:[ \t]*:[ \t]*|[ \t]+)(\S.*?)[ \t]*"
         r"(?:[.!](?=\s)|$)",
         "\n\nThe answer is ",
-        "",
         "end with a sentence of the form `The answer is ` and the final answer",
     ),
 }
 NAMES = tuple(_KNOWN)
+
+
+def way_of_answering(template: str) -> str:
+    """How to give an answer, in words, from the template that a run scores answers under."""
+    named = [k.template.strip() for name, k in _KNOWN.items() if name != BOXED]
+    return f"behind `{template.strip()}`" if template.strip() in named else "in \\boxed{}"
 
 
 @dataclass(frozen=True)

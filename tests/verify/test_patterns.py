@@ -10,7 +10,7 @@ from latentrevise.recovery.evaluate import EvalConfig
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.verdicts import before_answer
 from latentrevise.train.rlvr import RLVRSettings
-from latentrevise.verify.patterns import NAMES, AnswerPattern
+from latentrevise.verify.patterns import NAMES, AnswerPattern, way_of_answering
 from latentrevise.verify.verifier import Verifier
 
 
@@ -63,8 +63,10 @@ def test_verdicts_by_pattern(pattern, completion, verdict):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_in_front_of_an_answer_is_read_again(name):
     pattern = AnswerPattern(name)
-    text = "steps" + pattern.template() + "42" + ("}" if name == "boxed" else "")
-    assert pattern.find(text).answer == "42"
+    if name != "boxed":  # its template is the paper's, and scores answers outside of a box
+        assert pattern.find("steps" + pattern.template() + "42").answer == "42"
+    assert way_of_answering(pattern.template()) in ("in \\boxed{}", f"behind `{pattern.template().strip()}`")
+    assert ("boxed" in way_of_answering(pattern.template())) == (name == "boxed")
     assert pattern.find("steps only") is None
     assert pattern.instruction
     assert RecoverConfig(answer_pattern=name).pattern().template() == pattern.template()
