@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from tqdm import tqdm
 
 from latentrevise import RecoverConfig, recover
 from latentrevise.config import to_dict
@@ -31,6 +32,7 @@ from latentrevise.recovery.cases import chosen_cuts
 from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.stages import continuations
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -309,7 +311,7 @@ def test_a_run_in_which_nothing_failed(tmp_path):
         strategies=("latent", "resample"),
     )
     run = Recovery(model, tokenizer, config, tmp_path / "out", progress=False)
-    run.verifier.verify = lambda pairs: [_correct() for _ in pairs]
+    run.job.verifier.verify = lambda pairs: [_correct() for _ in pairs]
     recovered = run.recover([{"prompt": "w1 w2", "answer": "5"}])
     assert recovered.metrics["zero_hit"] == 0
     assert recovered.trajectories == []
@@ -357,8 +359,8 @@ def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
     assert max(len(row.completion_ids) for row in rows) == room
     run = Recovery(model, tokenizer, config, out, progress=False)
     full = dataclasses.replace(start, plain_ids=(5,) * (40 - len(prompt.ids)))
-    with run._bar("", 1) as bar:
-        assert run._continuations([full], {}, {prompt.id: prompt}, bar) == [[]]
+    with tqdm(disable=True) as bar:
+        assert continuations(run.job, [full], {}, {prompt.id: prompt}, bar) == [[]]
     assert "1 of 1 starts fill all positions" in caplog.text
 
 
@@ -367,12 +369,12 @@ def test_a_gold_that_is_parsed_one_time_and_not_the_next_does_not_lose_a_run(rul
     rows = [{"id": name, "prompt": "1 ? = 2 ; 2 ?", "answer": answer} for name, answer in (("a", "3"), ("b", "x^2"))]
     run = Recovery(model, tokenizer, small(), tmp_path / "out", progress=False)
     for troubles in ([None, None], [None, "it can't be parsed in time"], [None, None]):
-        run.verifier.check_golds = lambda golds, troubles=troubles: troubles
-        run._take_prompts(rows)
+        run.job.verifier.check_golds = lambda golds, troubles=troubles: troubles
+        run.job.take_prompts(rows)
         assert [p.id for p in run.prompts] == ["a", "b"]
-    run.verifier.check_golds = lambda golds: [None for _ in golds]
+    run.job.verifier.check_golds = lambda golds: [None for _ in golds]
     with pytest.raises(RunError, match="other prompts"):
-        run._take_prompts([rows[1]])
+        run.job.take_prompts([rows[1]])
 
 
 def test_an_undecided_prompt_is_not_called_zero_hit(tmp_path):
@@ -383,7 +385,7 @@ def test_an_undecided_prompt_is_not_called_zero_hit(tmp_path):
         rollouts=2, samples=2, max_new_tokens=4, chat="never", answer_template="w3 w4", strategies=("resample",)
     )
     run = Recovery(model, tokenizer, config, tmp_path / "out", progress=False)
-    run.verifier.verify = lambda pairs: [Judgement("wrong" if i else "unknown", None) for i in range(len(pairs))]
+    run.job.verifier.verify = lambda pairs: [Judgement("wrong" if i else "unknown", None) for i in range(len(pairs))]
     recovered = run.recover([{"prompt": "w1 w2", "answer": "5"}])
     assert (recovered.metrics["zero_hit"], recovered.metrics["undecided"]) == (0, 1)
 
@@ -452,4 +454,4 @@ def test_answers_are_read_by_the_pattern_everywhere(rule, tmp_path):
     run = Recovery(model, tokenizer, blind, tmp_path / "blind")
     run.mine(prompts)
     assert {r.extracted for own in run.rollouts().values() for r in own} == {None}
-    assert run.template_ids == tuple(tokenizer.encode("#### ", add_special_tokens=False))
+    assert run.job.template_ids == tuple(tokenizer.encode("#### ", add_special_tokens=False))

@@ -1,0 +1,170 @@
+"""What a run came to: results of every arm, what each cost, admitted trajectories and metrics."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from latentrevise.data.records import (
+    Prompt,
+    Sample,
+    Start,
+    Trajectory,
+    Verdict,
+    read_jsonl,
+    read_records,
+    write_json,
+    write_records,
+)
+from latentrevise.errors import RunError
+from latentrevise.model.compute import Compute
+from latentrevise.recovery.job import Job
+from latentrevise.recovery.metrics import Outcome, run_metrics
+from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.selection import select
+from latentrevise.recovery.stages import Arm, Part, read_mixtures, read_starts, write_mixtures
+from latentrevise.revise.hull import Mixture
+
+Result = tuple[Start, Sample, Verdict]
+
+
+def results(job: Job, parts: Iterable[Part]) -> list[Result]:
+    """Every sample of an arm with its start and its verdict. Raises RunError before all parts are verified."""
+    rows: list[Result] = []
+    for part in parts:
+        arm = part.of()
+        path = job.run.part("verdicts", part.index, arm.name)
+        if not path.exists():
+            step = "revise" if job.config.stop_at_success else "verify"
+            raise RunError(f"{job.run.path}: {arm.name} is not verified yet; run `latentrevise {step}` first")
+        starts = {start.start_id: start for start in read_starts(job.run, part)[0]}
+        samples = read_records(job.run.part("samples", part.index, arm.name), Sample)
+        verdicts = read_records(path, Verdict)
+        rows += [(starts[s.start_id], s, v) for s, v in zip(samples, verdicts, strict=True)]
+    return rows
+
+
+def admitted(verdict: Verdict) -> bool:
+    """Whether a sample may become a label."""
+    return verdict.verdict == "correct" and verdict.guard is None
+
+
+def cost(run: RunDirectory, arm: Arm) -> Compute:
+    """What an arm cost, from its starts and samples on disk."""
+    total = Compute()
+    for part in run.parts("starts", arm.name):
+        for start in read_records(part, Start):
+            total += Compute(start.forward_tokens, start.backward_tokens, start.decoded_tokens, start.seconds)
+    for part in run.parts("samples", arm.name):
+        for sample in read_records(part, Sample):
+            total += Compute(0, 0, decoded_tokens(sample.completion_ids, sample.finish_reason), sample.seconds)
+    return total
+
+
+def decoded_tokens(ids: Sequence[int], finish_reason: str) -> int:
+    """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
+    return len(ids) + (finish_reason == "stop")
+
+
+def collect(
+    job: Job, arms: Sequence[Arm], parts: Mapping[str, Sequence[Part]]
+) -> tuple[list[Trajectory], dict[str, Any]]:
+    """Write the admitted trajectories, their mixtures and the metrics, and return rows and metrics.
+
+    parts: of every arm, by its name.
+    """
+    found = {arm.name: results(job, parts[arm.name]) for arm in arms}
+    rows: list[Trajectory] = []
+    mixtures: dict[str, Mixture] = {}
+    header, prompts = job.run.read_header(), {prompt.id: prompt for prompt in job.prompts}
+    for arm in arms:
+        if not arm.wrong and arm.name == arm.strategy.name:
+            kept, own = _trajectories(job, arm, found[arm.name], header, prompts)
+            rows += kept
+            mixtures.update(own)
+    write_mixtures(job.run.atoms, mixtures)
+    write_records(job.run.trajectories, rows, Trajectory)
+    count = Counter(row.strategy for row in rows)
+    metrics = run_metrics(
+        [
+            Outcome(
+                arm.name,
+                arm.strategy.name,
+                arm.strategy.uses_answer,
+                arm.wrong,
+                [case.prompt.id for part in parts[arm.name] for case in part.cases],
+                cost(job.run, arm),
+                found[arm.name],
+                0 if arm.wrong else count[arm.name],
+            )
+            for arm in arms
+        ],
+        rollouts=job.rollouts(),
+        zero_hit=[case.prompt.id for case in job.cases()],
+        aimed_wrong=[case.prompt.id for case in job.cases() if case.wrong is not None],
+        left_out=len(read_jsonl(job.run.errors)),
+        checked=job.checker is not None,
+        chained=job.config.stop_at_success,
+        label=job.config.label,
+    )
+    write_json(job.run.metrics, metrics)
+    return rows, metrics
+
+
+def _trajectories(
+    job: Job, arm: Arm, found: Sequence[Result], header: Mapping[str, Any], prompts: Mapping[str, Prompt]
+) -> tuple[list[Trajectory], dict[str, Mixture]]:
+    """The rows of one arm, in the order of the selection, and the mixtures of their starts."""
+    by_prompt: dict[str, list[Trajectory]] = defaultdict(list)
+    for start, sample, verdict in found:
+        if admitted(verdict):
+            prompt = prompts[sample.prompt_id]
+            by_prompt[prompt.id].append(_trajectory(job, arm, header, prompt, start, sample, verdict))
+    mixtures: dict[str, Mixture] = {}
+    for path in job.run.parts("starts", arm.name):
+        mixtures.update(read_mixtures(path.with_suffix(".safetensors")))
+    rows = [
+        replace(trajectory, rank=rank)
+        for own in by_prompt.values()
+        for rank, trajectory in enumerate(select(own, job.config.select, job.config.keep))
+    ]
+    kept = {row.start_id for row in rows}
+    return rows, {name: mixture for name, mixture in mixtures.items() if name in kept}
+
+
+def _trajectory(
+    job: Job, arm: Arm, header: Mapping[str, Any], prompt: Prompt, start: Start, sample: Sample, verdict: Verdict
+) -> Trajectory:
+    config = job.config
+    return Trajectory(
+        prompt_id=prompt.id,
+        sample_id=sample.sample_id,
+        start_id=start.start_id,
+        parent_sample_id=start.parent_sample_id,
+        strategy=arm.strategy.name,
+        prompt=prompt.text,
+        prompt_ids=prompt.ids,
+        prefix_ids=start.prefix_ids,
+        plain_prefix_ids=config.rendered(start),
+        prefix_rendering=config.rendering,
+        completion_ids=sample.completion_ids,
+        completion=sample.completion,
+        answer=prompt.answer,
+        extracted_answer=verdict.extracted,
+        verdict=verdict.verdict,
+        valid=verdict.valid,
+        reward=1.0,
+        finish_reason=sample.finish_reason,
+        model=header["model"]["path"],
+        seed=config.seed,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        steps=verdict.steps,
+        trace=start.trace,
+        sampling_logprobs=sample.sampling_logprobs,
+        plain_logprobs=verdict.plain_logprobs,
+        backend=arm.strategy.backend,
+        config_hash=header["config_hash"],
+    )

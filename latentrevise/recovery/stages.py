@@ -1,0 +1,268 @@
+"""The stages of a recovery, each over one part of one arm: what it reads, what it writes, and the work between.
+
+A part is some prompts of one arm. Its output is one file, written once and whole; it depends on the part's prompts, on
+what the stage before wrote of them and on the settings alone. So any process may run any part, in any order that keeps
+a part's stages in theirs.
+
+    mine      prompts              -> rollouts/part
+    propose   zero-hit cases       -> starts/ARM/part (and the mixtures beside it)
+    continue  starts/ARM/part      -> samples/ARM/part
+    judge     samples/ARM/part     -> verdicts/ARM/part
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+from latentrevise.data.records import (
+    Prompt,
+    Rollout,
+    Sample,
+    Start,
+    Verdict,
+    decoded,
+    read_atoms,
+    read_offsets,
+    read_records,
+    row_seed,
+    write_atoms,
+    write_records,
+)
+from latentrevise.engines import Completion, Request
+from latentrevise.errors import RunError
+from latentrevise.recovery import verdicts
+from latentrevise.recovery.cases import Case
+from latentrevise.recovery.job import Job
+from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.revise.hull import Mixture
+from latentrevise.strategies import Proposal, Strategy, Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A strategy in a run, or its control. wrong: aimed at a wrong answer; samples: continuations a prompt."""
+
+    name: str
+    strategy: Strategy
+    wrong: bool
+    samples: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of work: the ``index``-th of an arm (of the run itself, while mining), with its prompts or cases."""
+
+    index: int
+    prompts: Sequence[Prompt] = ()
+    arm: Arm | None = None
+    cases: Sequence[Case] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.cases or self.prompts)
+
+    def of(self) -> Arm:
+        assert self.arm is not None  # only a part of mining has none
+        return self.arm
+
+
+class Stage(Protocol):
+    """name: on the bar. folder: of the run directory, where ``output`` lies. run: from input to output, once."""
+
+    name: str
+    folder: str
+
+    def run(self, job: Job, part: Part, bar: tqdm) -> None: ...
+
+
+def output(run: RunDirectory, stage: Stage, part: Part) -> Path:
+    """The file that a stage writes of a part; it is there when the part is done."""
+    return run.part(stage.folder, part.index, "" if part.arm is None else part.arm.name)
+
+
+def read_output(run: RunDirectory, folder: str, part: Part, command: str) -> Path:
+    """The same of the stage before. Raises RunError that names the command which makes it."""
+    path = run.part(folder, part.index, part.of().name)
+    if not path.exists():
+        raise RunError(f"{run.path} has no {path.relative_to(run.path)} yet; run `latentrevise {command}` first")
+    return path
+
+
+def read_starts(run: RunDirectory, part: Part) -> tuple[list[Start], dict[str, Mixture]]:
+    """The starts of a part, and the mixtures of those that have one."""
+    path = read_output(run, "starts", part, "revise")
+    return read_records(path, Start), read_mixtures(path.with_suffix(".safetensors"))
+
+
+class Mine:
+    """Sample ``rollouts`` of each prompt and verify them."""
+
+    name, folder = "mine", "rollouts"
+
+    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+        config = job.config
+        requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in part.prompts]
+        found = job.generate(requests, [config.sampling(config.rollouts)] * len(requests), bar)
+        flat = [
+            (prompt, j, completion, decoded(job.tokenizer, completion.ids))
+            for prompt, own in zip(part.prompts, found, strict=True)
+            for j, completion in enumerate(own)
+        ]
+        judged = job.verifier.verify([(prompt.answer, text) for prompt, _, _, text in flat])
+        rows = [
+            Rollout(
+                prompt_id=prompt.id,
+                sample_id=f"{prompt.id}/{j}",
+                completion_ids=completion.ids,
+                completion=text,
+                extracted=judgement.extracted,
+                verdict=judgement.verdict,
+                finish_reason=completion.finish_reason,
+                sampling_logprobs=completion.logprobs or (),
+            )
+            for (prompt, j, completion, text), judgement in zip(flat, judged, strict=True)
+        ]
+        write_records(output(job.run, self, part), rows, Rollout)
+
+
+class Propose:
+    """Let the arm's strategy propose prefixes to continue from."""
+
+    name, folder = "revise", "starts"
+
+    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+        arm = part.of()
+        work = [case.work(arm.wrong) for case in part.cases]
+        began = time.perf_counter()
+        proposals = arm.strategy.propose(job.tools(), work, arm.samples)
+        spare = time.perf_counter() - began - sum(p.compute.seconds for own in proposals for p in own)
+        count = sum(len(own) for own in proposals)
+        rows, mixtures = [], {}
+        for item, own in zip(work, proposals, strict=True):
+            for j, proposal in enumerate(own):
+                start = _start(f"{arm.name}/{item.prompt.id}/{j}", item, proposal, max(spare, 0.0) / count)
+                rows.append(start)
+                if proposal.mixture is not None:
+                    mixtures[start.start_id] = proposal.mixture
+        path = output(job.run, self, part)
+        write_mixtures(path.with_suffix(".safetensors"), mixtures)
+        write_records(path, rows, Start)
+
+
+class Continue:
+    """Sample from the arm's starts."""
+
+    name, folder = "continue", "samples"
+
+    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+        starts, mixtures = read_starts(job.run, part)
+        prompts = {case.prompt.id: case.prompt for case in part.cases}
+        began = time.perf_counter()
+        found = continuations(job, starts, mixtures, prompts, bar)
+        seconds = (time.perf_counter() - began) / max(sum(map(len, found)), 1)
+        rows = [
+            Sample(
+                start_id=start.start_id,
+                prompt_id=start.prompt_id,
+                sample_id=f"{start.start_id}/{j}",
+                completion_ids=completion.ids,
+                completion=decoded(job.tokenizer, completion.ids),
+                finish_reason=completion.finish_reason,
+                sampling_logprobs=completion.logprobs or (),
+                seconds=seconds,
+            )
+            for start, completions in zip(starts, found, strict=True)
+            for j, completion in enumerate(completions)
+        ]
+        write_records(output(job.run, self, part), rows, Sample)
+
+
+def continuations(
+    job: Job, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: tqdm
+) -> list[list[Completion]]:
+    """What is sampled from each start: one round, or several, until one brings a correct continuation. Where the
+    model has no position left behind a start, nothing."""
+    found: list[list[Completion]] = [[] for _ in starts]
+    tools = job.tools()
+    left = [tools.left(len(s.context_ids or prompts[s.prompt_id].ids) + len(s.plain_ids)) for s in starts]
+    waiting, number = [i for i, room in enumerate(left) if room > 0], 0
+    if len(waiting) < len(starts):
+        log.warning(
+            "%d of %d starts fill all positions of the model; nothing is sampled from them",
+            len(starts) - len(waiting),
+            len(starts),
+        )
+    while waiting:
+        own = [starts[i] for i in waiting]
+        requests = [job.request(prompts[s.prompt_id], s, mixtures.get(s.start_id), number) for s in own]
+        params = [job.config.sampling(starts[i].n, starts[i].greedy, left[i]) for i in waiting]
+        drawn = job.generate(requests, params, bar)
+        for i, completions in zip(waiting, drawn, strict=True):
+            found[i] += completions
+        number += 1
+        going = [(i, new) for i, new in zip(waiting, drawn, strict=True) if number < starts[i].rounds]
+        pairs = [(prompts[starts[i].prompt_id].answer, decoded(job.tokenizer, c.ids)) for i, new in going for c in new]
+        judged = iter(job.verifier.verify(pairs))
+        correct = [[next(judged).verdict == "correct" for _ in new] for _, new in going]
+        waiting = [i for (i, _), hits in zip(going, correct, strict=True) if not any(hits)]
+    return found
+
+
+class Judge:
+    """Verify the arm's samples, check derivations, compute plain log-probs, apply the guards."""
+
+    name, folder = "verify", "verdicts"
+
+    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+        arm = part.of()
+        starts, mixtures = read_starts(job.run, part)
+        samples = read_records(read_output(job.run, "samples", part, "continue"), Sample)
+        judge = verdicts.Judge(job.tools(), job.verifier, job.checker, job.config, job.boundary)
+        cases = {case.prompt.id: case for case in part.cases}
+        generate = partial(job.generate, bar=bar)
+        rows = judge.verdicts(arm.strategy, arm.wrong, cases, starts, mixtures, samples, generate)
+        write_records(output(job.run, self, part), rows, Verdict)
+
+
+def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Start:
+    compute = proposal.compute
+    return Start(
+        start_id=start_id,
+        prompt_id=item.prompt.id,
+        parent_sample_id=proposal.parent,
+        target=item.target,
+        prefix_ids=proposal.original_ids,
+        plain_ids=proposal.plain_ids,
+        latent=proposal.latent,
+        greedy=proposal.greedy,
+        n=proposal.n,
+        forward_tokens=compute.forward + proposal.uncached,
+        backward_tokens=compute.backward,
+        decoded_tokens=compute.decoded,
+        seconds=compute.seconds + seconds,
+        trace=None if proposal.trace is None else asdict(proposal.trace),
+        context_ids=proposal.context_ids,
+        rounds=proposal.rounds,
+    )
+
+
+def write_mixtures(path: Path, mixtures: Mapping[str, Mixture]) -> None:
+    """Atoms and offsets of mixtures by id, to one safetensors file."""
+    offsets = {name: m.offset for name, m in mixtures.items() if m.offset is not None}
+    write_atoms(path, {name: (m.ids, m.weights) for name, m in mixtures.items()}, offsets)
+
+
+def read_mixtures(path: Path) -> dict[str, Mixture]:
+    """What ``write_mixtures`` wrote."""
+    offsets = read_offsets(path)
+    return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in read_atoms(path).items()}
