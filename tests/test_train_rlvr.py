@@ -21,14 +21,9 @@ from latentrevise.recovery.evaluate import EvalConfig
 from latentrevise.recovery.guards import GuardConfig
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal
+from latentrevise.train.groups import Groups, VerifiedReward
 from latentrevise.train.repair import Repair, Repairer, RepairSettings, Rescue, replaced
-from latentrevise.train.rlvr import (
-    RecoveringGRPOTrainer,
-    RLVRSettings,
-    VerifiedReward,
-    _Groups,
-    train_rlvr,
-)
+from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_rlvr
 from latentrevise.train.settings import trl_arguments
 from latentrevise.verify.verifier import Judgement, Verifier
 from tests.tiny import BOS, EOS, tiny_model, tiny_tokenizer
@@ -266,7 +261,7 @@ def test_a_continuation_has_the_positions_that_the_model_has(verifier, told, pos
 
 def test_a_group_with_an_undecided_row_is_left_alone():
     verdicts = ["wrong"] * 4 + ["wrong", "unknown"] + ["wrong"] * 2 + ["correct"] + ["wrong"] * 3
-    groups = _Groups([Judgement(verdict, None) for verdict in verdicts], 4)
+    groups = Groups([Judgement(verdict, None) for verdict in verdicts], 4)
     assert groups.zero_hit() == [0]
     assert groups.rows_without_correct({}) == set(range(8))
     assert groups.rows_without_correct({1: None}) == {4, 5, 6, 7}

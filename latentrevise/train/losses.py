@@ -31,6 +31,11 @@ class Rollouts:
     *plain* tokens. mask: ``[B, T]``, 1 where a token is trained. outcome: ``[B]`` verified, 1 or 0. advantage: ``[B]``.
     correct, judged: ``[B]`` rows of the row's group that are correct, and that are verified at all. recovered: ``[B]``
     bool, rows that a strategy put in place of a failed one.
+    entropy: ``[B, T]`` of the policy now, nats, detached. behind: ``[B, T]`` log-probs of what sampled the tokens, as
+    it sampled them: behind the revision or the hint for those of a recovered row, else ``old``.
+    answer: ``[B, T]``, 1 on tokens of the gold answer that stand in place of the sampled one; they are not in ``mask``.
+    peers: ``[B, G, 3]``, of every row of the row's group, itself first: outcome, mean log-prob of its trained tokens by
+    the policy that sampled (NaN without one), and log-prob of the gold answer behind its reasoning (-inf without one).
     rows, tokens, correct_tokens, wrong_tokens: of the whole optimizer batch, the denominators.
     """
 
@@ -42,6 +47,10 @@ class Rollouts:
     correct: Tensor
     judged: Tensor
     recovered: Tensor
+    entropy: Tensor
+    behind: Tensor
+    answer: Tensor
+    peers: Tensor
     rows: Tensor | float
     tokens: Tensor | float
     correct_tokens: Tensor | float
@@ -72,8 +81,9 @@ Loss = Callable[[Rollouts], Tensor]
 
 
 def clipped(b: Rollouts, advantage: Tensor, low: float, high: float) -> Tensor:
-    """``-min(rho A, clip(rho, 1 - low, 1 + high) A)``, ``[B, T]`` (PPO, arXiv 1707.06347)."""
-    A = advantage[:, None]
+    """``-min(rho A, clip(rho, 1 - low, 1 + high) A)``, ``[B, T]`` (PPO, arXiv 1707.06347); advantage: ``[B]`` or
+    ``[B, T]``."""
+    A = advantage if advantage.ndim == 2 else advantage[:, None]
     return -torch.min(b.ratio * A, b.ratio.clamp(1 - low, 1 + high) * A)
 
 
@@ -109,6 +119,11 @@ def w_reinforce(b: Rollouts, *, positive: float = 0.1, clip: float = 0.2) -> Ten
     """Weighted-REINFORCE (arXiv 2506.01347): ``A = positive`` for correct rows, -1 for wrong ones (``positive`` = 0:
     NSR)."""
     return b.token_mean(clipped(b, (1 + positive) * b.outcome - 1, clip, clip))
+
+
+def sign(b: Rollouts, *, clip: float = 0.2) -> Tensor:
+    """The fixed reference of arXiv 2605.07689: ``A = 2 r - 1``, whatever the group. Learns from every row."""
+    return w_reinforce(b, positive=1.0, clip=clip)
 
 
 def topr(b: Rollouts, *, baseline: float = 0.0) -> Tensor:
@@ -188,9 +203,80 @@ def sft_mix(b: Rollouts, *, weight: float = 0.5, clip_low: float = 0.2, clip_hig
     return b.token_mean(torch.where(b.recovered[:, None], -weight * b.logp, sampled))
 
 
+def oc(b: Rollouts, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
+    """Off-context GRPO (arXiv 2607.19313): GRPO with ``rho_t = pi(y_t | x) / pi_old(y_t | x, hint)`` on recovered rows.
+
+    The numerator is the policy behind the plain row, the denominator what the continuation was sampled with, behind the
+    revision or the hint; of the tokens that nothing sampled (a prefix that was fed, the end) ``pi_old`` is the plain
+    one. A token that the policy says only behind the hint so weighs little, where every other loss here takes ``rho``
+    of a recovered row for 1. The ratio of each token by itself, clipped as in GRPO, is our own reading: only the
+    abstract was at hand. A group without a correct row has ``A = 0``.
+    """
+    off_context = replace(b, old=b.behind)
+    return b.row_mean(b.sum(clipped(off_context, b.advantage, clip_low, clip_high)) / b.lengths)
+
+
+def rl_zvp(b: Rollouts, *, alpha: float = 0.1, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
+    """RL-ZVP (arXiv 2509.21880, Eq. 5): in a group of one outcome ``A_t = alpha H_t`` for its correct rows and
+    ``A_t = -alpha (max_k H_k - H_t)`` for its wrong ones, ``H`` the entropy, the maximum over the row; GRPO's ``A``
+    elsewhere.
+
+    A wrong row is so pushed away most where the policy was sure. DAPO's clip and mean: our own decision.
+    """
+    H = b.entropy * b.mask
+    shaped = torch.where(b.outcome[:, None] > 0, H, H - H.max(1, keepdim=True).values)
+    one_outcome = (b.correct == 0) | (b.correct == b.judged)
+    A = torch.where(one_outcome[:, None], alpha * shaped, b.advantage[:, None])
+    return b.token_mean(clipped(b, A, clip_low, clip_high))
+
+
+def lens(b: Rollouts, *, alpha: float = 0.25, clip: float = 0.2) -> Tensor:
+    """LENS (arXiv 2510.08696, 5.1): GRPO on calibrated rewards ``c = r - (1 - r) / G * p / (D - p)``, ``p`` a row's
+    ``pi_old`` to the power 1 / length.
+
+    ``D`` is twice the largest ``p`` of the group, or, if that is more and the group has a correct row, the inverse of
+    the mean of ``r / p``. ``A`` is ``(c - mean) / std`` in a group with a correct row, else ``alpha (c - mean)``: of a
+    group that fails throughout the confident rows become less likely, and the doubtful ones more. Undecided rows are
+    left out of ``G``.
+    """
+    r, p = b.peers[..., 0], b.peers[..., 1].exp()
+    known = r.isfinite() & p.isfinite()
+    r, p = torch.where(known, r, 0.0), torch.where(known, p, 0.0)
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    inverse = count / (r / p.clamp(min=1e-30)).sum(1, keepdim=True)  # infinite in a group without a correct row
+    D = (2 * p.amax(1, keepdim=True)).clamp(min=1e-30)
+    D = torch.where(inverse.isfinite(), torch.maximum(D, inverse), D)
+    c = torch.where(known, r - (1 - r) / count * p / (D - p), 0.0)
+    mean = c.sum(1, keepdim=True) / count
+    std = (torch.where(known, (c - mean) ** 2, 0.0).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    scale = torch.where(r.sum(1, keepdim=True) > 0, 1 / (std + 1e-4), alpha)
+    A = torch.where(known, scale * (c - mean), 0.0)[:, 0]
+    return b.row_mean(b.sum(clipped(b, A, clip, clip)) / b.lengths)
+
+
+def verifree(b: Rollouts, *, answer_weight: float = 1.0) -> Tensor:
+    """VeriFree (arXiv 2505.21493): ``-A log pi(z) - answer_weight R log pi(a | z)``, ``z`` a row's reasoning, ``a`` the
+    gold answer in place of its own, ``R = pi_old(a | z)``, ``A = R - (mean of the others' R)``.
+
+    No verdict is read. A row that comes to no answer has ``R = 0`` (our own decision). Learns from a group without a
+    correct row as far as its reasonings make the gold answer likelier or less likely than one another.
+    """
+    R = b.peers[..., 2].exp()
+    own, others = R[:, 0], R[:, 1:].sum(1) / max(R.shape[1] - 1, 1)
+    return b.row_mean(-(own - others) * b.sum(b.logp) - answer_weight * own * (b.logp * b.answer).sum(1))
+
+
 REGISTRY: dict[str, Callable[..., Tensor]] = {
-    loss.__name__: loss for loss in (grpo, dapo, psr, nsr, w_reinforce, topr, redi, nft, oreal, luffy, sft_mix)
+    loss.__name__: loss
+    for loss in (
+        *(grpo, dapo, psr, nsr, w_reinforce, sign, topr, redi, nft, oreal, luffy, sft_mix),
+        *(oc, rl_zvp, lens, verifree),
+    )
 }
+
+
+OF_PEERS = ("lens", "verifree")
+"""The losses that read ``Rollouts.peers``."""
 
 
 def build(name: str, options: Mapping[str, Any] | None = None) -> Loss:
@@ -213,6 +299,7 @@ def _unjudged_masked(b: Rollouts) -> Rollouts:
     return replace(
         b,
         mask=b.mask * known[:, None],
+        answer=b.answer * known[:, None],
         outcome=torch.where(known, b.outcome, 0.0),
         advantage=torch.where(known, b.advantage, 0.0),
     )

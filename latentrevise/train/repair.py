@@ -18,6 +18,7 @@ from latentrevise.data.records import Prompt, Rollout, VerdictName, decoded, ori
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.branches import completion_logprobs
+from latentrevise.model.compute import Compute
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.recovery.guards import Candidate, guard, signals
@@ -64,7 +65,8 @@ class Rescue:
     """A row for a group: ``ids`` (prefix as rendered, continuation, end), ``trained`` 0 or 1 for each, the text.
 
     plain: mean log-prob of the continuation behind plain tokens, nats a token. reliance: that less the one behind what
-    was fed: how much of the continuation's likelihood is owed to the revision.
+    was fed: how much of the continuation's likelihood is owed to the revision. sampled: of each id, what it was sampled
+    with (temperature 1), NaN for those that nothing sampled.
     """
 
     ids: tuple[int, ...]
@@ -72,19 +74,26 @@ class Rescue:
     text: str
     plain: float
     reliance: float
+    sampled: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What was found for one group: rows, the most plausible first; verified samples, and those whose prefix leaked."""
+    """What was found for one group: rows, the most plausible first; verified samples, and those whose prefix leaked.
+
+    compute: what finding and sampling them took; ``seconds`` is not measured for a group.
+    """
 
     rescues: list[Rescue] = field(default_factory=list)
     correct: int = 0
     leaked: int = 0
+    compute: Compute = field(default_factory=Compute)
 
 
 class Repairer:
-    """policy, engine: of the model as it is now. sampling: as the trainer samples, one sample a request.
+    """policy, engine: of the model as it is now. sampling: as the trainer samples, one sample a request. ended: take
+    only rows that came to their end, where the trainer masks the others: it would count one as correct, and teach the
+    failed rows alone.
 
     Where the weights are spread over processes all of them make the same repairs, and what the first one finds counts.
     """
@@ -98,9 +107,11 @@ class Repairer:
         settings: RepairSettings,
         sampling: SamplingParams,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        ended: bool = False,
     ) -> None:
         self.policy, self.engine, self.tokenizer, self.verifier = policy, engine, tokenizer, verifier
-        self.settings, self.sampling = settings, sampling
+        self.settings, self.sampling, self.ended = settings, sampling, ended
         boundary = settings.prefix_boundary
         self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, policy.table.shape[0])
         template = verifier.pattern.template(settings.answer_template)
@@ -134,6 +145,8 @@ class Repairer:
         found = [Repair() for _ in groups]
         for (i, proposal, _), completions in zip(flat, drawn, strict=True):
             found[i] = self._judged(work[i], proposal, completions, found[i])
+        for i, own in zip(able, proposals, strict=True):
+            found[i] = replace(found[i], compute=sum((p.compute for p in own), found[i].compute))
         for i, repair in enumerate(found):
             best = sorted(repair.rescues, key=lambda r: -r.plain)[: self.settings.replace]
             found[i] = replace(repair, rescues=best)
@@ -199,8 +212,14 @@ class Repairer:
         prefix, trained = self._prefix(proposal)
         right = [i for i, correct in enumerate(self._correct(item, completions)) if correct]
         contexts = [(*item.prompt.ids, *prefix)] * len(right)
-        own = [completions[i].ids for i in right]
-        plain = completion_logprobs(self.policy, contexts, own, self.settings.token_budget)
+        found = [completions[i].ids for i in right]
+        plain = completion_logprobs(self.policy, contexts, found, self.settings.token_budget)
+        fed = len(proposal.context_ids or item.prompt.ids) + len(proposal.plain_ids)
+        compute = Compute(
+            forward=fed * (len(completions) // proposal.n)
+            + sum(len(contexts[0]) + len(completions[i].ids) for i in right),
+            decoded=sum(len(c.ids) for c in completions),
+        )
         rescues, leaked = [], 0
         for i, logprobs in zip(right, plain, strict=True):
             completion = completions[i]
@@ -222,7 +241,7 @@ class Repairer:
             )
             objections = guard(found, self.settings.guards)
             leaked += "prefix-leak" in objections
-            if objections:
+            if objections or (self.ended and completion.finish_reason != "stop"):
                 continue
             end = (self.tokenizer.eos_token_id,) if completion.finish_reason == "stop" else ()
             mean = float(logprobs.mean())
@@ -233,9 +252,16 @@ class Repairer:
                     text=decoded(self.tokenizer, (*prefix, *completion.ids)),
                     plain=mean,
                     reliance=mean - fmean(completion.logprobs or [mean]),
+                    sampled=(
+                        *[math.nan] * len(prefix),
+                        *(completion.logprobs or [math.nan] * len(completion.ids)),
+                        *[math.nan] * len(end),
+                    ),
                 )
             )
-        return Repair(known.rescues + rescues, known.correct + len(right), known.leaked + leaked)
+        return Repair(
+            known.rescues + rescues, known.correct + len(right), known.leaked + leaked, known.compute + compute
+        )
 
 
 def judged_rollouts(
@@ -288,6 +314,7 @@ def repair_metrics(
         ),
         "verifier/unknown_frac": _share(rows.count("unknown"), len(rows)),
         "time/revise_s": seconds,
+        "repair/passes": float(sum(r.compute.passes for r in repairs.values())),
     }
 
 

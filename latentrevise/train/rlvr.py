@@ -11,9 +11,9 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -21,41 +21,44 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Prompt, Rollout, VerdictName, row_seed
 from latentrevise.engines import Engine, HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import sharded
 from latentrevise.model.policy import Policy
-from latentrevise.recovery.evaluate import EvalConfig, Evaluates
+from latentrevise.recovery.evaluate import Evaluates
 from latentrevise.train import losses
+from latentrevise.train.groups import (
+    Groups,
+    VerifiedReward,
+    judged_completions,
+    one_outcome,
+    onpolicy_advantages,
+    padded,
+    peers_of,
+    with_gold,
+)
 from latentrevise.train.logprob import add_linear_logprob
 from latentrevise.train.repair import (
     Repair,
     Repairer,
-    RepairSettings,
     Rescue,
     judged_rollouts,
     repair_metrics,
     replaced,
-    zero_hit,
 )
 from latentrevise.train.settings import (
-    LoraSettings,
+    RLVRSettings,
     check_evaluation,
     ready_tokenizer,
     refusals,
     run_training,
     trl_arguments,
 )
-from latentrevise.verify.patterns import BOXED
-from latentrevise.verify.settings import VerifySettings
 from latentrevise.verify.verifier import Judgement, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Convention = Literal["grpo_include", "onpolicy_baseline"]
 
 # Arguments of TRL's that shape its own losses alone.
 _OF_TRLS_LOSSES = (
@@ -69,58 +72,6 @@ _OF_TRLS_LOSSES = (
     "entropy_coef",
     "use_adaptive_entropy",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLVRSettings(PromptSettings, VerifySettings):
-    """Settings of ``latentrevise train rlvr``; how prompts are read: see PromptSettings; how answers are, in training,
-    repair and evaluation: VerifySettings.
-
-    repair: how zero-hit groups are repaired. advantages: ``grpo_include`` counts recovered rows in the group's mean and
-    deviation (LUFFY's published script); ``onpolicy_baseline`` takes both from the sampled rows alone (its
-    ``grpo_split``): a recovered row then has +1, the failed rows of its group 0. drop_unrescued: groups that stay
-    without a correct row are masked from the loss and from its denominator. loss: ``trl``, what ``trainer.loss_type``
-    says, or one of ``latentrevise.train.losses`` with its loss_options. lora: see LoraSettings. eval_prompts,
-    evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. seed:
-    of the trainer and of the repairs.
-    """
-
-    repair: RepairSettings = field(default_factory=RepairSettings)
-    advantages: Convention = "grpo_include"
-    drop_unrescued: bool = False
-    loss: str = "trl"
-    loss_options: dict = field(default_factory=dict)  # type: ignore[type-arg]  # numbers by name
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    eval_prompts: str | None = None
-    evaluation: EvalConfig = field(default_factory=EvalConfig)
-    trainer: dict = field(default_factory=dict)  # type: ignore[type-arg]  # any argument of TRL's
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.check_verification()
-        self.pattern().template(self.repair.answer_template)
-        if self.evaluation.answer_pattern not in (BOXED, self.answer_pattern):
-            raise ConfigError(
-                f"evaluation.answer_pattern = {self.evaluation.answer_pattern!r}: the training reads answers by"
-                f" {self.answer_pattern!r}; set answer_pattern once, for both"
-            )
-        if self.loss != "trl":
-            losses.build(self.loss, self.loss_options)
-        elif self.loss_options:
-            raise ConfigError("loss_options belong to a loss of the registry; name one with `loss`")
-
-
-class VerifiedReward:
-    """TRL's reward function: 1 for a verified answer, 0 for a wrong one, None (not scored) for an undecided one."""
-
-    __name__ = "verified"
-
-    def __init__(self, verifier: Verifier) -> None:
-        self.verifier = verifier
-
-    def __call__(self, completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
-        judged = judged_completions(self.verifier, answer, completions)
-        return [{"correct": 1.0, "wrong": 0.0, "unknown": None}[j.verdict] for j in judged]
 
 
 class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
@@ -168,6 +119,13 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
                 " the loss does read are loss_options), or take loss = trl"
             )
         temperature = self.temperature
+        if self.settings.loss == "oc" and temperature != 1.0:
+            raise ConfigError(
+                f"loss = oc compares with the log-probs of the sampler, which are of temperature 1; trainer.temperature"
+                f" is {temperature}: set it to 1, or take another loss"
+            )
+        if self.settings.dynamic_sampling and self.accelerator.num_processes > 1:
+            raise ConfigError("dynamic_sampling works in one process; set it to 0, or use drop_unrescued")
         add_linear_logprob(self._base, temperature=temperature, metrics=("entropy",))
         if self.ref_model is not None:
             add_linear_logprob(self.accelerator.unwrap_model(self.ref_model), temperature=temperature)
@@ -187,7 +145,11 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         output["correct"] = (by_group == 1).sum(1).repeat_interleave(groups.size)[mine].float()
         output["judged"] = by_group.isfinite().sum(1).repeat_interleave(groups.size)[mine].float()
         if self.settings.advantages == "onpolicy_baseline" and bool(recovered.any()):
-            output["advantages"] = self._onpolicy_advantages(output["advantages"], recovered, groups.size, mine)
+            rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)
+            rewards[self._rewards.isnan().all(1)] = math.nan
+            own = onpolicy_advantages(rewards, recovered, groups.size, self.scale_rewards)[mine]
+            repaired = recovered.view(-1, groups.size).any(1).repeat_interleave(groups.size)[mine]
+            output["advantages"] = torch.where(repaired, own, output["advantages"])
         # Counts of tokens over the generation batch, for losses that divide by those of one kind.
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         kinds = torch.stack([(mask * (output["outcome"] == r)[:, None]).sum() for r in (1.0, 0.0)])
@@ -199,7 +161,28 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             output["sampling_per_token_logps"] = torch.where(
                 output["recovered"][:, None], output.get("old_per_token_logps", stream), stream
             )
+        if self._loss is not None:
+            output["behind"] = padded(self._behind, output["completion_ids"], math.nan)
+            output["answer"] = padded(self._gold, output["completion_ids"], 0.0)
+            output["peers"] = self._peers(output, groups.size, mine)
         return output
+
+    def _peers(self, output: dict[str, Any], size: int, mine: slice) -> Tensor:
+        """See ``losses.Rollouts``; nothing is computed for a loss that does not read them."""
+        if self.settings.loss not in losses.OF_PEERS:
+            return torch.zeros(len(output["outcome"]), size, 3, device=output["outcome"].device)
+        if "old_per_token_logps" not in output:
+            ids, seen = (
+                torch.cat([output[f"prompt_{kind}"], output[f"completion_{kind}"]], 1) for kind in ("ids", "mask")
+            )
+            with torch.no_grad():
+                output["old_per_token_logps"], *_ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, seen, output["completion_ids"].shape[1], self.args.per_device_train_batch_size
+                )
+        old, mask = output["old_per_token_logps"], output["completion_mask"] * output.get("tool_mask", 1)
+        gold = torch.where(output["answer"].sum(1) > 0, (old * output["answer"]).sum(1), -math.inf)
+        stats = torch.stack([output["outcome"], (old * mask).sum(1) / mask.sum(1), gold], 1)
+        return peers_of(self.accelerator.gather(stats), size)[mine]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[Any, Any, Any]:
         if "prompt_ids" in self._rows[0]:  # never encode twice what is there as ids
@@ -211,15 +194,20 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         return self._rewards
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        prompt_ids, ids, mask, completions, logprobs, *rest = super()._generate(prompts)
+        sampled = super()._generate(prompts)
         training = self._base.training
-        own = judged_completions(self.verifier, [row["answer"] for row in self._rows], completions)
+        own = judged_completions(self.verifier, [row["answer"] for row in self._rows], sampled[3])
         size = cast(int, self.num_generations if training else self.num_generations_eval)
-        groups = self._groups = _Groups(gather_object(own), size)
+        if training and self.settings.dynamic_sampling:
+            sampled = self._resampled(prompts, sampled, own, size)
+        prompt_ids, ids, mask, completions, logprobs, *rest = sampled
+        groups = self._groups = Groups(gather_object(own), size)
         first = self.accelerator.process_index * len(own)
         rescues: dict[int, Rescue] = {}
         if training:
             rescues = self._repaired(groups, first, prompt_ids, ids)
+        self._behind: dict[int, Sequence[float]] = {}
+        self._gold: dict[int, Sequence[float]] = {}
         self._recovered = torch.tensor([i in rescues for i in range(len(groups.verdicts))], device=self.args.device)
         left = groups.rows_without_correct(rescues) if training and self.settings.drop_unrescued else set()
         masks = [[0 if first + j in left else 1] * len(row) for j, row in enumerate(ids)]
@@ -227,18 +215,56 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             rescue = rescues.get(first + j)
             if rescue is None:
                 continue
-            ids[j], masks[j] = list(rescue.ids), list(rescue.trained)
+            ids[j], masks[j], self._behind[j] = list(rescue.ids), list(rescue.trained), rescue.sampled
             completions[j] = (
                 rescue.text if isinstance(completions[j], str) else [{"role": "assistant", "content": rescue.text}]
             )
             if logprobs is not None:
                 logprobs[j] = [math.nan] * len(rescue.ids)  # see _generate_and_score_completions
+        if training and self.settings.loss == "verifree":
+            for j, row in enumerate(self._rows):
+                kept = first + j not in left
+                ids[j], reasoning, gold = with_gold(self._without_end(ids[j]), str(row["answer"]), self._tokenizer)
+                masks[j], self._gold[j] = [kept * t for t in reasoning], [kept * t for t in gold]
+                if logprobs is not None:
+                    logprobs[j] = [*logprobs[j][: sum(reasoning)], *[math.nan] * sum(gold)]
         if any(0 in row for row in masks):
             mask = masks
         return prompt_ids, ids, mask, completions, logprobs, *rest
 
+    def _resampled(
+        self, prompts: list[Any], sampled: tuple[Any, ...], judged: list[Judgement], size: int
+    ) -> tuple[Any, ...]:
+        """``sampled`` with other prompts in place of those of one outcome, in ``prompts``, the rows and ``judged``,
+        too: TRL goes on with these very lists."""
+        given = cast(list[Mapping[str, Any]], self._rows)
+        kinds: list[VerdictName] = ["correct", "wrong"] if self.settings.repair.strategy == "none" else ["correct"]
+        renewed = 0
+        for number in range(self.settings.dynamic_sampling):
+            dead = one_outcome(Groups(judged, size), kinds)
+            if not dead:
+                break
+            renewed += len(dead)
+            places = [g * size + i for g in dead for i in range(size)]
+            for g in dead:
+                seed = row_seed(self.settings.seed, "dynamic", self.state.global_step, number, g)
+                row = self.train_dataset[seed % len(self.train_dataset)]
+                for j in range(g * size, (g + 1) * size):
+                    given[j], prompts[j] = dict(row), row["prompt"]
+            self._rows = [given[j] for j in places]
+            again = super()._generate([prompts[j] for j in places])
+            found = judged_completions(self.verifier, [row["answer"] for row in self._rows], again[3])
+            for k, j in enumerate(places):
+                judged[j] = found[k]
+                for part in (0, 1, 3, 4):  # prompt ids, ids, completions, log-probs
+                    if sampled[part] is not None:
+                        sampled[part][j] = again[part][k]
+        self._rows = given
+        self._metrics["train"]["dynamic/renewed_groups"].append(float(renewed))
+        return sampled
+
     def _repaired(
-        self, groups: _Groups, first: int, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
+        self, groups: Groups, first: int, prompt_ids: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]
     ) -> dict[int, Rescue]:
         """What takes the place of rows, by their place in the generation batch of all processes; metrics are logged."""
         wanted = groups.zero_hit()
@@ -258,7 +284,8 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         found, seconds = self._share(work, seed) if work else ([], 0.0)
         failed = {group: rollouts for group, (_, rollouts) in zip(chosen, work, strict=True)}
         repairs = dict(zip(chosen, found, strict=True))
-        for name, value in repair_metrics(groups.each(), failed, repairs, seconds).items():
+        own = {"sampled/tokens": float(sum(gather_object([sum(map(len, ids))])))}
+        for name, value in (repair_metrics(groups.each(), failed, repairs, seconds) | own).items():
             self._metrics["train"][name].append(value)  # TRL leaves NaN out of the mean over a logging interval
         unparsed = sum(judgement.unparsed for judgement in groups.judged) / len(groups.judged)
         self._metrics["train"]["verifier/unparsed_frac"].append(unparsed)
@@ -304,11 +331,12 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
                     max_new_tokens=cast(int, self.max_completion_length),
                 ),
                 self.settings.chat_template_kwargs,
+                ended=self.mask_truncated_completions,
             )
         self._repairer.engine.update(self._base)
         return self._repairer
 
-    def _failed(self, groups: _Groups, group: int, rows: Mapping[int, Any]) -> tuple[Prompt, list[Rollout]]:
+    def _failed(self, groups: Groups, group: int, rows: Mapping[int, Any]) -> tuple[Prompt, list[Rollout]]:
         places = range(group * groups.size, (group + 1) * groups.size)
         prompt_ids, _, row = rows[places[0]]
         name = str(row.get("prompt_id", group))
@@ -322,20 +350,6 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         return tuple(ids[:-1]) if ids and ids[-1] in self.eos_token_ids else tuple(ids)
 
     # Advantages and losses
-
-    def _onpolicy_advantages(self, advantages: Tensor, recovered: Tensor, size: int, mine: slice) -> Tensor:
-        """``(r - mean) / std``, both from the sampled rows of a repaired group; a deviation of 0 counts as 1."""
-        rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)
-        rewards[self._rewards.isnan().all(1)] = math.nan
-        rewards, marked = rewards.view(-1, size), recovered.view(-1, size)
-        sampled = rewards.masked_fill(marked, math.nan)
-        mean = sampled.nanmean(1, keepdim=True).nan_to_num()
-        count = sampled.isfinite().sum(1, keepdim=True)
-        std = (((sampled - mean) ** 2).nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        std = torch.ones_like(std) if self.scale_rewards == "none" else torch.where(std > 0, std, 1.0)
-        own = ((rewards - mean) / std).nan_to_num().flatten()[mine]
-        repaired = marked.any(1).repeat_interleave(size)[mine]
-        return torch.where(repaired, own, advantages)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._loss is None:
@@ -356,15 +370,20 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         generation = cast(GRPOConfig, self.args).steps_per_generation or 1
         part = steps / (generation if mode == "train" else 1) / self.accelerator.num_processes
         old = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps", logp)).detach()
+        old = torch.where(old.isnan(), logp.detach(), old)  # without a sampler's log-prob the ratio is 1
         batch = losses.Rollouts(
             logp=logp,
-            old=torch.where(old.isnan(), logp.detach(), old),  # without a sampler's log-prob the ratio is 1
+            old=old,
             mask=mask,
             outcome=inputs["outcome"],
             advantage=inputs["advantages"],
             correct=inputs["correct"],
             judged=inputs["judged"],
             recovered=inputs["recovered"],
+            entropy=entropies.detach(),
+            behind=torch.where(inputs["behind"].isnan(), old, inputs["behind"]),
+            answer=inputs["answer"],
+            peers=inputs["peers"],
             rows=len(logp) * steps,
             tokens=inputs["num_items_in_batch"] * part,
             correct_tokens=inputs["correct_tokens"] * part,
@@ -382,38 +401,6 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * balance / steps
         self._metrics[mode]["entropy"].append(float(batch.sum(entropies.detach()).sum() / mask.sum().clamp(min=1)))
         return loss
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The judgements of a generation batch over all processes, ``size`` rows a group, groups one after another."""
-
-    judged: list[Judgement]
-    size: int
-
-    @property
-    def verdicts(self) -> list[VerdictName]:
-        return [judgement.verdict for judgement in self.judged]
-
-    def each(self) -> list[list[VerdictName]]:
-        verdicts = self.verdicts
-        return [verdicts[i : i + self.size] for i in range(0, len(verdicts), self.size)]
-
-    def zero_hit(self) -> list[int]:
-        """Groups of which every row is verified wrong."""
-        return [g for g, verdicts in enumerate(self.each()) if zero_hit(verdicts)]
-
-    def rows_without_correct(self, rescues: Mapping[int, Any]) -> set[int]:
-        """Rows of groups that have neither a correct row nor a rescued one."""
-        rescued = {i // self.size for i in rescues}
-        dead = [g for g, verdicts in enumerate(self.each()) if "correct" not in verdicts and g not in rescued]
-        return {g * self.size + i for g in dead for i in range(self.size)}
-
-
-def judged_completions(verifier: Verifier, answers: Sequence[str], completions: Sequence[Any]) -> list[Judgement]:
-    """Of completions as TRL hands them on: texts, or lists of messages."""
-    texts = [c if isinstance(c, str) else str(c[-1].get("content") or "") for c in completions]
-    return verifier.verify(list(zip(map(str, answers), texts, strict=True)))
 
 
 def train_rlvr(

@@ -8,14 +8,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
 
 from latentrevise.config import to_dict
+from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import (
     Prompt,
     RowError,
@@ -27,13 +28,19 @@ from latentrevise.data.records import (
     write_records,
 )
 from latentrevise.errors import ConfigError, RunError
+from latentrevise.recovery.evaluate import EvalConfig
 from latentrevise.recovery.rundir import other_prompts
+from latentrevise.train import losses
+from latentrevise.train.repair import RepairSettings
+from latentrevise.verify.patterns import BOXED
+from latentrevise.verify.settings import VerifySettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 Arguments = TypeVar("Arguments")
+Convention = Literal["grpo_include", "onpolicy_baseline"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,54 @@ class LoraSettings:
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLVRSettings(PromptSettings, VerifySettings):
+    """Settings of ``latentrevise train rlvr``; how prompts are read: see PromptSettings; how answers are, in training,
+    repair and evaluation: VerifySettings.
+
+    repair: how zero-hit groups are repaired. advantages: ``grpo_include`` counts recovered rows in the group's mean and
+    deviation (LUFFY's published script); ``onpolicy_baseline`` takes both from the sampled rows alone (its
+    ``grpo_split``): a recovered row then has +1, the failed rows of its group 0. drop_unrescued: groups that stay
+    without a correct row are masked from the loss and from its denominator. dynamic_sampling: that of DAPO (arXiv
+    2503.14476): so many times over, other prompts take the place of those whose rows are all correct, or, where nothing
+    is repaired, all wrong (0: none, as in TRL); in one process only. loss: ``trl``, what ``trainer.loss_type`` says, or
+    one of ``latentrevise.train.losses`` with its loss_options. lora: see LoraSettings. eval_prompts, evaluation: as in
+    SFTSettings. trainer: arguments of TRL's GRPOConfig. seed: of the trainer
+    and of the repairs.
+    """
+
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    advantages: Convention = "grpo_include"
+    drop_unrescued: bool = False
+    dynamic_sampling: int = 0
+    loss: str = "trl"
+    loss_options: dict = field(default_factory=dict)  # type: ignore[type-arg]  # numbers by name
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    eval_prompts: str | None = None
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    trainer: dict = field(default_factory=dict)  # type: ignore[type-arg]  # any argument of TRL's
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.check_verification()
+        self.pattern().template(self.repair.answer_template)
+        if self.evaluation.answer_pattern not in (BOXED, self.answer_pattern):
+            raise ConfigError(
+                f"evaluation.answer_pattern = {self.evaluation.answer_pattern!r}: the training reads answers by"
+                f" {self.answer_pattern!r}; set answer_pattern once, for both"
+            )
+        if self.loss != "trl":
+            losses.build(self.loss, self.loss_options)
+        elif self.loss_options:
+            raise ConfigError("loss_options belong to a loss of the registry; name one with `loss`")
+        if self.loss == "verifree" and self.repair.strategy != "none":
+            raise ConfigError("loss = verifree puts the gold answer into every row; set repair.strategy=none")
+        if self.loss == "verifree" and self.answer_pattern != BOXED:
+            raise ConfigError(f"loss = verifree writes gold answers as {BOXED}; set answer_pattern={BOXED}")
+        if self.dynamic_sampling < 0:
+            raise ConfigError(f"dynamic_sampling = {self.dynamic_sampling}: it may not be negative")
 
 
 def trl_arguments(
