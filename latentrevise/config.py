@@ -24,6 +24,8 @@ from latentrevise.data.records import stable_hash
 from latentrevise.errors import ConfigError
 
 Config = TypeVar("Config")
+PRESETS = Path(__file__).parent / "configs"
+"""Settings that come with the package: ``paper-grpo`` and ``paper-sft`` are the published ones of training."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def load_config(cls: type[Config], path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
     """A ``cls`` from a YAML file (or none) and ``key=value`` overrides, ``a.b=value`` for nested ones.
 
+    path: of a file, or the name of one of PRESETS where there is no such file.
     The value of an override is read as YAML: ``true``, ``3``, ``0.5``, ``null``, ``[a, b]``. Where the setting is a
     text, the value is that text as it stands (``#``, ``:``, brackets and all). But ``\\n`` and ``\\t`` are a newline
     and a tab unless a lower-case letter follows, which makes them LaTeX (``\\nu``, ``\\text``); and a text in
@@ -115,10 +118,15 @@ def _escaped(text: str) -> str:
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    file, preset = Path(path).expanduser(), PRESETS / f"{path}.yaml"
+    file = preset if not file.exists() and preset.is_file() else file
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"settings file {path} can't be read ({error}); check the path") from error
+        names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ConfigError(
+            f"settings file {path} can't be read ({error}); check the path, or name a preset: {names}"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"settings file {path} is not valid YAML ({_one_line(error)})") from error
     if values is None:
