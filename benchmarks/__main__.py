@@ -24,12 +24,14 @@ DESCRIPTIONS = {
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
     "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
+    "rlvr_cost": "seconds and memory of an RLVR step with repair, against n = 8 and n = 16",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
-MODELS = ("revise", "engines", "training_memory", "verifier")  # import transformers, which kernels are measured without
+# Import transformers, which kernels are measured without.
+MODELS = ("revise", "engines", "training_memory", "rlvr_cost", "verifier")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
-    parser.add_argument("--rounds", type=int, default=5, help="revise, engines: of each measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="revise, engines, rlvr_cost: of each measurement")
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")

@@ -133,7 +133,7 @@ class Repairer:
         work = [self._work(prompt, failed, seed) for prompt, failed, seed in groups]
         able = [i for i, item in enumerate(work) if item.cuts]
         samples, asked = self.settings.samples, [work[i] for i in able]
-        proposals = self._agreed(self._strategy.propose(self._tools, asked, samples)) if able else []
+        proposals = self._agreed(self._propose(asked, samples)) if able else []
         # Seeds by a proposal's place in its own group: which groups are repaired together changes nothing.
         flat = [
             (i, p, row_seed(work[i].seed, k))
@@ -167,6 +167,9 @@ class Repairer:
         answer = tuple(self.tokenizer.encode(prompt.answer, add_special_tokens=False))
         cuts = chosen_cuts(long, s.revised_rollouts, s.prefix_fraction, self._boundary, seed)
         return Work(prompt, prompt.answer, tuple(long), cuts, answer, self._template, seed)
+
+    def _propose(self, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
+        return self._strategy.propose(self._tools, work, samples)
 
     def _room(self, item: Work, proposal: Proposal) -> int:
         """Tokens left for a continuation, its end-of-sequence token among them: of a row, and of the model."""
