@@ -130,10 +130,10 @@ def step(trainer: Any, inputs: list[dict[str, Any]], size: int) -> dict[str, Any
 @contextmanager
 def timed(trainer: Any, parts: dict[str, float]) -> Iterator[None]:
     """Where the seconds of a repair go, by wrapping what it calls."""
-    repairer = trainer._repairer
-    if repairer is None:
+    if trainer.settings.repair.strategy == "none":
         yield
         return
+    repairer = trainer._ready()
 
     def watch(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*args: Any, **kwargs: Any) -> Any:
@@ -167,10 +167,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         found["arms"][arm] = means | {
             "time_ratio": bootstrap_mean([r[arm]["seconds"] / r["n8"]["seconds"] for r in rounds]),
             "memory_ratio": bootstrap_mean([r[arm]["mib"] / max(r["n8"]["mib"], 1e-9) for r in rounds]),
-            "parts": {
-                name: fmean(r["parts"].get(name, 0.0) for r in own)
-                for name in sorted({n for r in own for n in r["parts"]})
-            },
+            "parts": {name: fmean(r["parts"].get(name, 0.0) for r in own) for name in names},
         }
     return found
 
