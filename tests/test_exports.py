@@ -173,6 +173,7 @@ def test_rl_has_one_row_a_prompt_with_the_gold_under_both_names():
 COLUMNS = {
     "trl-sft": {"prompt", "completion", "input_ids", "completion_mask"},
     "trl-pref": {"prompt", "chosen", "rejected", "rejected_sample_id"},
+    "trl-step-pref": {"prompt", "chosen", "rejected", "rejected_sample_id", "shared_tokens"},
     "messages": {"messages"},
     "verl-sft": {"messages"},
 }
@@ -196,7 +197,10 @@ def test_every_format_has_its_columns(run, tmp_path):
         out = tmp_path / f"{name}.parquet"
         assert export_run(run, name, out) == 3
         columns = set(pq.read_schema(out).names)
-        if name == "rl":
+        if name == "trl-groups":
+            columns -= {"prompt", "answer", "prompt_id", "prompt_ids"}
+            assert columns == {"completions", "masks", "outcomes", "recovered"}
+        elif name == "rl":
             assert columns == {"prompt", "answer", "label", "metadata"}
             assert set(pq.read_table(out).to_pylist()[0]["metadata"]) == ORIGIN
         elif name == "verl-rl":

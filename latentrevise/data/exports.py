@@ -2,6 +2,8 @@
 
     trl-sft    prompt, completion, input_ids, completion_mask   TRL SFTTrainer; takes the ids as they are
     trl-pref   prompt, chosen, rejected                         TRL DPOTrainer and its kin; rejected: a failed rollout
+    trl-step-pref  the same, cut at one fork: the branch that was verified against the failed one nearest to it
+    trl-groups     prompt, answer, prompt_ids, completions, masks, outcomes, recovered    ``train groups``: GRPO on them
     messages   messages                                         chat fine-tuning, most tools
     verl-sft   messages                                         verl's SFT data set, parquet
     verl-rl    data_source, prompt, ability, reward_model, extra_info      verl's RL data set, parquet, one row a prompt
@@ -17,14 +19,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentrevise.data.records import Prompt, Rollout, Trajectory, atomic_write, decoded, read_records, write_jsonl
+from latentrevise.data.records import (
+    Prompt,
+    Rollout,
+    Sample,
+    Start,
+    Trajectory,
+    Verdict,
+    atomic_write,
+    decoded,
+    read_records,
+    shared_head,
+    write_jsonl,
+)
 from latentrevise.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -112,6 +126,92 @@ def preference_rows(
     return rows
 
 
+def step_preference_rows(
+    trajectories: Iterable[Trajectory],
+    failed: Iterable[tuple[str, str, Sequence[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Row]:
+    """TRL preferences at one fork (the pairs of arXiv 2406.14532): ``prompt`` goes on to where the branches part.
+
+    failed: ``(prompt id, sample id, ids)`` of branches verified wrong: whole completions, prefix included. Rejected is
+    the one that shares the most tokens with the trajectory; a trajectory that shares none with any, or that is the
+    beginning of one, or the other way round, is no fork and left out. Raises InputError where none is left.
+    """
+    branches: dict[str, list[tuple[str, Sequence[int]]]] = {}
+    for prompt_id, sample_id, ids in failed:
+        branches.setdefault(prompt_id, []).append((sample_id, ids))
+    rows, seen = [], 0
+    for t in trajectories:
+        seen += 1
+        ids = (*t.plain_prefix_ids, *t.completion_ids)
+        given = len(t.plain_prefix_ids) if t.prefix_rendering == "continuation" else 0
+        forks = [(shared_head(ids, own), name, own) for name, own in branches.get(t.prompt_id, ())]
+        forks = [f for f in forks if given <= f[0] < min(len(ids), len(f[2])) and f[0]]
+        if not forks:
+            continue
+        at, name, worse = max(forks, key=lambda fork: fork[0])
+        rows.append(
+            {
+                "prompt": _prompt_text((*t.prompt_ids, *ids[:at]), tokenizer),
+                "chosen": decoded(tokenizer, ids[at:]),
+                "rejected": decoded(tokenizer, worse[at:]),
+                **_origin(t),
+                "rejected_sample_id": name,
+                "shared_tokens": at,
+            }
+        )
+    if not rows:
+        raise InputError(
+            f"none of {seen} trajectories parts from a failed branch behind a shared token; export trl-pref"
+        )
+    return rows
+
+
+def group_rows(
+    trajectories: Iterable[Trajectory],
+    rollouts: Iterable[Rollout],
+    prompts: Iterable[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    stop: Sequence[str] = (),
+) -> list[Row]:
+    """Whole groups to train on without sampling, one row a prompt: its decided rollouts, of a zero-hit one the first
+    trajectory in place of the longest. Undecided rollouts are left out; so are groups of fewer rows than the others.
+
+    completions: ids, the end among them. masks: 1 where a token is learned. outcomes: 1.0 or 0.0. recovered: booleans.
+    """
+    first = {t.prompt_id: t for t in _one_a_prompt(trajectories)}
+    by_prompt: dict[str, list[Rollout]] = {}
+    for r in rollouts:
+        if r.verdict != "unknown":
+            by_prompt.setdefault(r.prompt_id, []).append(r)
+    size = max(map(len, by_prompt.values()), default=0)
+    rows = []
+    for prompt in prompts:
+        own = by_prompt.get(prompt.id, [])
+        if len(own) < size:
+            continue
+        outcomes = [float(r.verdict == "correct") for r in own]
+        made = [rollout_row(prompt.ids, r, tokenizer, stop) for r in own]
+        recovered = [False] * len(own)
+        if not any(outcomes) and (t := first.get(prompt.id)) is not None:
+            at = max(range(len(own)), key=lambda i: len(own[i].completion_ids))
+            made[at], outcomes[at], recovered[at] = sft_rows([t], tokenizer, stop)[0], 1.0, True
+        skip = len(prompt.ids)
+        rows.append(
+            {
+                "prompt": _prompt_text(prompt.ids, tokenizer),
+                "answer": prompt.answer,
+                "prompt_id": prompt.id,
+                "prompt_ids": list(prompt.ids),
+                "completions": [row["input_ids"][skip:] for row in made],
+                "masks": [row["completion_mask"][skip:] for row in made],
+                "outcomes": outcomes,
+                "recovered": recovered,
+            }
+        )
+    return rows
+
+
 def message_rows(
     trajectories: Iterable[Trajectory], conversations: Conversations, tokenizer: PreTrainedTokenizerBase
 ) -> list[Row]:
@@ -171,7 +271,7 @@ def rl_rows(trajectories: Iterable[Trajectory], conversations: Conversations) ->
     ]
 
 
-FORMATS = ("trl-sft", "trl-pref", "messages", "verl-sft", "verl-rl", "rl")
+FORMATS = ("trl-sft", "trl-pref", "trl-step-pref", "trl-groups", "messages", "verl-sft", "verl-rl", "rl")
 
 
 def export_run(
@@ -210,6 +310,14 @@ def export_run(
     makers: dict[str, Callable[[], list[Row]]] = {
         "trl-sft": lambda: sft_rows(chosen, tokenizer, header["config"].get("stop", ())),
         "trl-pref": lambda: preference_rows(chosen, read_records(run / "rollouts", Rollout), tokenizer),
+        "trl-step-pref": lambda: step_preference_rows(chosen, _failed_branches(run), tokenizer),
+        "trl-groups": lambda: group_rows(
+            chosen,
+            read_records(run / "rollouts", Rollout),
+            read_records(run / "prompts.parquet", Prompt),
+            tokenizer,
+            header["config"].get("stop", ()),
+        ),
         "messages": lambda: message_rows(chosen, conversations, tokenizer),
         "verl-sft": lambda: message_rows(chosen, conversations, tokenizer),
         "verl-rl": lambda: verl_rl_rows(chosen, conversations, tokenizer),
@@ -222,6 +330,20 @@ def export_run(
         with atomic_write(out) as temporary:
             pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
     return len(rows)
+
+
+def _failed_branches(run: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """The rollouts of a run that were verified wrong, and the continuations behind their starts' plain tokens."""
+    for r in read_records(run / "rollouts", Rollout):
+        if r.verdict == "wrong":
+            yield r.prompt_id, r.sample_id, r.completion_ids
+    for part in sorted((run / "samples").glob("*/part-?????.parquet")):
+        places = [run / stage / part.parent.name / part.name for stage in ("starts", "verdicts")]
+        starts = {s.start_id: s for s in read_records(places[0], Start)}
+        wrong = {v.sample_id for v in read_records(places[1], Verdict) if v.verdict == "wrong"}
+        for s in read_records(part, Sample):
+            if s.sample_id in wrong:
+                yield s.prompt_id, s.sample_id, (*starts[s.start_id].plain_ids, *s.completion_ids)
 
 
 def _one_a_prompt(trajectories: Iterable[Trajectory]) -> list[Trajectory]:

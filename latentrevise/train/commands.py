@@ -74,6 +74,41 @@ def rlvr(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dtype
     typer.echo(f"trained model in {out / 'model'}")
 
 
+@app.command()
+@grouped
+def groups(
+    given: Settings,
+    data: Annotated[Path, place("Groups as `latentrevise export --to trl-groups` writes them.")],
+    model: Model,
+    out: Out,
+    dtype: Dtype = "float32",
+) -> None:
+    """GRPO over completions that are there already: nothing is sampled, verified or repaired."""
+    from latentrevise.train.offline import GroupSettings, read_groups, train_groups
+
+    chosen, found = given.load(GroupSettings), read_groups(data)
+    policy, tokenizer = _loaded(model, dtype)
+    _begin(out, "groups", chosen, policy, [row["completions"] for row in found])
+    train_groups(policy, tokenizer, found, out, chosen, _judging(chosen, policy, tokenizer))
+    typer.echo(f"trained model in {out / 'model'}")
+
+
+@app.command()
+@grouped
+def distill(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dtype = "float32") -> None:
+    """Self-distillation with the gold answer as privileged information: OPSD or SDPO, by TRL's own trainers."""
+    from latentrevise.train.distill import DistillSettings, train_distill
+    from latentrevise.train.settings import kept_prompts
+
+    chosen = given.load(DistillSettings)
+    policy, tokenizer = _loaded(model, dtype)
+    new = chosen.trainer.get("max_completion_length", 256) or 0
+    problems, errors = _prompts(prompts, chosen, policy, tokenizer, new)
+    _begin(out, "distill", chosen, policy, [])
+    train_distill(policy, tokenizer, kept_prompts(out, problems, errors), out, chosen)
+    typer.echo(f"trained model in {out / 'model'}")
+
+
 def _begin(out: Path, kind: str, settings: Any, model: PreTrainedModel, data: Any) -> None:
     from latentrevise.recovery.rundir import fingerprint
     from latentrevise.train.settings import begin
