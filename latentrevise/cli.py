@@ -203,8 +203,15 @@ def evaluate(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    run: Annotated[Path | None, typer.Option(help="A mined run: what its failures are, what to change.")] = None,
+) -> None:
     """Say what is installed, what this machine can run, and which kernel implementation would serve each op."""
+    if run is not None:
+        from latentrevise.recovery.diagnosis import run_diagnosis
+
+        typer.echo(run_diagnosis(run))
+        return
     from latentrevise.doctor import diagnosis
 
     typer.echo(diagnosis())
