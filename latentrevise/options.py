@@ -31,7 +31,7 @@ Prompts = Annotated[
 Model = Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers, or of a LoRA adapter.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-ConfigFile = Annotated[Path | None, place("YAML file of settings.", "--config")]
+ConfigFile = Annotated[Path | None, place("YAML file of settings, or the name of a preset.", "--config")]
 Set = Annotated[
     list[str] | None,
     typer.Option(

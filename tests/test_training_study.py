@@ -39,6 +39,12 @@ def test_cells_are_pooled_prompt_by_prompt():
     assert any(line.startswith("| rlvr `grpo` | zero-hit 100 → 50 |") for line in lines)
 
 
+def test_a_paired_test():
+    assert training.sign_flip([0.0] * 5) == 1.0
+    assert training.sign_flip([0.1] * 12) < 0.01
+    assert training.sign_flip([0.1, -0.1] * 6) > 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # under a minute on an idle core; several training runs in two spawned processes
 def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
@@ -53,7 +59,15 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
     assert (tmp_path / "training.png").stat().st_size > 10_000
     cells = {path: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
     assert {c["rows"] for c in cells.values() if c["kind"] == "sft" and c["different"]} == {16}
-    assert all(len(c["zero_hit"]) == 2 for c in cells.values() if c["kind"] == "rlvr")
+    sampled = [c for c in cells.values() if c["kind"] == "rlvr" and not training.RLVR[c["arm"]].distill]
+    assert all(len(c["zero_hit"]) == 2 for c in sampled)
+    groups = {c["arm"]: c["group"] for c in sampled}
+    assert (groups["grpo"], groups["grpo n=16"]) == (8, 16)
+    for arm, what in training.RLVR.items():
+        if what.equal_to:  # as many rollouts more as the repair's passes would have been
+            (paid,) = [c for c in sampled if c["arm"] == what.equal_to]
+            more = paid["repair_passes"] / paid["sampled_tokens"] / 4
+            assert groups[arm] == round(8 * (1 + more)) > 8
     assert arms["grpo + pivot"]["means"]["recovered_rows"] > arms["grpo"]["means"]["recovered_rows"] == 0
 
     # Of an arm's rows half are ordinary and correct; its own are what its name says.
@@ -81,7 +95,7 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
 
 
 def test_other_sizes_need_another_folder(tmp_path):
-    training.begin(tmp_path, "training study", training.Sizes(), [training.SFT, training.RLVR])
+    training.begin(tmp_path, "training study", training.Sizes(), training.plan())
     (tmp_path / "cells").mkdir()  # something was computed
     with pytest.raises(RunError, match="other settings"):
         main(["training", "--quick", "--out", str(tmp_path)])

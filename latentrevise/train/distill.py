@@ -22,7 +22,7 @@ from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Prompt
 from latentrevise.errors import ConfigError
 from latentrevise.train.groups import VerifiedReward
-from latentrevise.train.settings import LoraSettings, ready_tokenizer, run_training, trl_arguments
+from latentrevise.train.settings import LoraSettings, ready_tokenizer, refusals, run_training, trl_arguments
 from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -70,15 +70,18 @@ def train_distill(
     )
     common = {"model": model, "train_dataset": data, "processing_class": ready_tokenizer(tokenizer)}
     common["peft_config"] = settings.lora.peft()
+    usual: dict[str, Any] = {"chat_template_kwargs": dict(settings.chat_template_kwargs)}
     if settings.method == "opsd":
-        usual = {"teacher_model_kind": "base", "distillation_mode": "full_logits", "distillation_topk": None}
+        usual |= {"teacher_model_kind": "base", "distillation_mode": "full_logits", "distillation_topk": None}
         arguments = trl_arguments(SDFTConfig, out, settings.trainer, seed=settings.seed, **usual)
-        trainer: Any = SDFTTrainer(args=arguments, **common)
+        with refusals():
+            trainer: Any = SDFTTrainer(args=arguments, **common)
         run_training(trainer, Path(out))
         return trainer
-    usual = {"include_environment_feedback": True, "environment_feedback_only_without_solution": True}
+    usual |= {"include_environment_feedback": True, "environment_feedback_only_without_solution": True}
     with Verifier(timeout=settings.verify_timeout) as verifier:
         arguments = trl_arguments(SDPOConfig, out, settings.trainer, seed=settings.seed, **usual)
-        trainer = SDPOTrainer(args=arguments, reward_funcs=[VerifiedReward(verifier)], **common)
+        with refusals():
+            trainer = SDPOTrainer(args=arguments, reward_funcs=[VerifiedReward(verifier)], **common)
         run_training(trainer, Path(out))
     return trainer

@@ -23,7 +23,14 @@ from latentrevise.data.records import Prompt
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.train.logprob import add_linear_logprob
-from latentrevise.train.settings import LoraSettings, check_evaluation, ready_tokenizer, run_training, trl_arguments
+from latentrevise.train.settings import (
+    LoraSettings,
+    check_evaluation,
+    ready_tokenizer,
+    refusals,
+    run_training,
+    trl_arguments,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,15 +118,16 @@ def train_groups(
         GRPOConfig, out, settings.trainer, seed=settings.seed, num_generations=size, per_device_train_batch_size=size
     )
     check_evaluation(arguments, eval_prompts)
-    trainer = OfflineGRPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": row["prompt_id"]} for row in groups]),
-        processing_class=ready_tokenizer(tokenizer),
-        peft_config=settings.lora.peft(),
-        reward_funcs=[recorded],
-        rollout_func=Pregenerated(groups),
-    )
+    with refusals():
+        trainer = OfflineGRPOTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": row["prompt_id"]} for row in groups]),
+            processing_class=ready_tokenizer(tokenizer),
+            peft_config=settings.lora.peft(),
+            reward_funcs=[recorded],
+            rollout_func=Pregenerated(groups),
+        )
     trainer.sample_at_evaluation(eval_prompts, settings.evaluation)
     run_training(trainer, Path(out))
     return trainer

@@ -1,0 +1,106 @@
+"""The plan of the training study: its arms, what they spend, what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from latentrevise.demo.data import Split
+from latentrevise.recovery.guards import GuardConfig, pass_at_k
+
+UNGUARDED = GuardConfig(
+    leak_weight=None, min_derivation_tokens=None, min_tokens=None, min_plain_logprob=None, told=False, max_mention=None
+)
+RUNS: dict[str, dict[str, Any]] = {
+    "guarded": {"strategies": ("latent-plausible", "pivot")},
+    "unguarded": {"strategies": ("latent", "resample"), "samples": 16, "guards": UNGUARDED},
+}
+SFT = {  # arm: the run and the strategy that its own half comes from
+    "ordinary": ("guarded", ""),
+    "fresh-resampled": ("unguarded", "resample"),
+    "smuggled": ("unguarded", "latent"),
+    "latent-plausible": ("guarded", "latent-plausible"),
+    "pivot": ("guarded", "pivot"),
+    "latent": ("unguarded", "latent"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An RLVR arm. repair: the strategy. published: repair by the settings of ``paper-grpo``. group: rollouts a prompt,
+    in those of plain GRPO. equal_to: the arm whose repair is paid in rollouts. distill: OPSD or SDPO in place of GRPO.
+    trainer: further arguments of TRL's."""
+
+    repair: str = "none"
+    loss: str = "trl"
+    published: bool = False
+    group: float = 1.0
+    dynamic: int = 0
+    equal_to: str = ""
+    distill: Literal["", "opsd", "sdpo"] = ""
+    trainer: tuple[tuple[str, Any], ...] = ()
+
+
+RLVR = {
+    "grpo": Arm(),
+    "grpo n=16": Arm(group=2.0),
+    "dapo": Arm(dynamic=3, trainer=(("loss_type", "dapo"), ("epsilon_high", 0.28))),
+    "opsd": Arm(distill="opsd"),
+    "sdpo": Arm(distill="sdpo"),
+    "grpo + latent": Arm("latent", published=True),
+    "grpo = latent": Arm(equal_to="grpo + latent"),
+    "grpo + pivot": Arm("pivot"),
+    "grpo = pivot": Arm(equal_to="grpo + pivot"),
+    "grpo + latent-plausible": Arm("latent-plausible"),
+    "grpo = latent-plausible": Arm(equal_to="grpo + latent-plausible"),
+    "oc + pivot": Arm("pivot", "oc"),
+} | {name: Arm(loss=name) for name in ("nsr", "w_reinforce", "sign", "topr", "rl_zvp", "lens", "verifree")}
+PUBLISHED = {  # arm: pass@1, pass@32 on four benchmarks, Qwen2.5-1.5B trained on dapo-hard (arXiv 2606.29938)
+    "start": (16.05, 46.67),
+    "grpo": (14.65, 44.84),
+    "grpo n=16": (17.71, 50.69),
+    "opsd": (7.07, 40.42),
+    "latent": (17.62, 50.50),
+    "grpo + latent": (18.13, 53.51),
+}
+ARMS = {"start": ("start",), "sft": tuple(SFT), "rlvr": tuple(RLVR)}
+METRICS: dict[str, Callable[[int, int, int], float]] = {  # of samples, correct, valid
+    "valid@1": lambda n, correct, valid: valid / n,
+    "pass@1": lambda n, correct, valid: correct / n,
+    "pass@8": lambda n, correct, valid: pass_at_k(n, correct, 8),
+}
+
+COSTS = ("different", "valid_rows", "tokens", "recovered_rows", "repair_s", "repair_passes", "sampled_tokens", "group")
+COSTS += ("train_s",)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a cell spends.
+
+    mined: prompts to train on, zero-hit or not. rows: an SFT arm's own rows, and ordinary ones besides. sft_steps,
+    sft_batch (rows), sft_rate: of its training. rl_steps, rl_groups (prompts a step), group (rollouts a prompt),
+    rl_rate. judged: prompts that judge, of ``split``; samples: of each.
+    """
+
+    mined: int = 320
+    rows: int = 96
+    sft_steps: int = 48
+    sft_batch: int = 16
+    sft_rate: float = 3e-4
+    rl_steps: int = 24
+    rl_groups: int = 8
+    group: int = 8
+    rl_rate: float = 3e-4
+    judged: int = 192
+    samples: int = 16
+    split: Split = "report"
+
+
+QUICK = Sizes(mined=32, rows=8, sft_steps=2, sft_batch=8, rl_steps=2, rl_groups=2, judged=24, samples=8)
+
+
+def plan() -> list[Any]:
+    """What tells one study from another, besides its sizes: the arms."""
+    return [SFT, {name: asdict(arm) for name, arm in RLVR.items()}]

@@ -1,0 +1,159 @@
+"""The training study's cells as tables and a figure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks import harness
+from benchmarks.training_plan import ARMS, COSTS, METRICS, PUBLISHED, RLVR, SFT, Sizes
+from latentrevise.data.records import atomic_write
+from latentrevise.recovery.guards import bootstrap_mean
+
+
+def rates(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, dict[str, float]]:
+    """``hard pass@1`` and so on -> prompt -> the mean over the cells that judged it."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        for prompt, counts in cell.get("scores", {}).items():
+            for metric, value in METRICS.items():
+                found[f"{'hard' if prompt in hard else 'solved'} {metric}"][prompt].append(value(*counts))
+    return {key: {prompt: fmean(values) for prompt, values in own.items()} for key, own in found.items()}
+
+
+def pool(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, Any]:
+    """The cells of one family as one table, a row an arm; gains are over the first arm of the same training, prompt by
+    prompt."""
+    arms: dict[str, dict[str, Any]] = {}
+    for kind, (first, *_) in ARMS.items():
+        base = rates([c for c in cells if (c["kind"], c["arm"]) == (kind, first)], hard)
+        for arm in ARMS[kind]:
+            own = [c for c in cells if (c["kind"], c["arm"]) == (kind, arm)]
+            found = rates(own, hard)
+            for key in [key for key in found if key in base and arm != first]:
+                found[f"{key} gain"] = {p: v - base[key][p] for p, v in found[key].items() if p in base[key]}
+            arms[arm] = {
+                "kind": kind,
+                "p": {key: sign_flip(list(of.values())) for key, of in found.items() if key.endswith(" gain")},
+                "rates": {key: bootstrap_mean(list(of.values())) for key, of in found.items() if of},
+                "runs": [fmean(rates([c], hard)["hard valid@1"].values()) for c in own if "scores" in c],
+                "means": {key: fmean(c[key] for c in own) for key in COSTS if own and all(key in c for c in own)},
+                "zero_hit": [fmean(step) for step in zip(*(c.get("zero_hit", ()) for c in own), strict=True)],
+            }
+    judged = {prompt for c in cells for prompt in c.get("scores", ())}
+    return {"hard": len(judged & hard), "solved": len(judged - hard), "arms": arms}
+
+
+def sign_flip(differences: Sequence[float], draws: int = 4000, seed: int = 0) -> float:
+    """Two-sided p of a paired test: how often a mean as far from 0 comes up when each difference has a random sign."""
+    values = np.asarray(differences, dtype=float)
+    if not values.any():
+        return 1.0
+    signs = np.random.default_rng(seed).integers(0, 2, (draws, len(values))) * 2 - 1
+    return float((1 + (np.abs(signs @ values) >= abs(values.sum()) - 1e-12).sum()) / (draws + 1))
+
+
+def comparison(document: Mapping[str, Any]) -> str:
+    """The paper's own comparison, its figures beside ours, per cent; of a document that has those arms."""
+    families = {name: pooled["arms"] for name, pooled in document["families"].items()}
+    if not all(arm in arms for arms in families.values() for arm in PUBLISHED):
+        return ""
+    head = "".join(f" {name} hard pass@1 | {name} hard pass@8 | gain, p |" for name in families)
+    lines = [f"| training | paper: pass@1 / pass@32 |{head}", "|" + "---|" * (2 + 3 * len(families))]
+    for arm, paper in PUBLISHED.items():
+        own = ""
+        for arms in families.values():
+            rates, p = arms[arm]["rates"], arms[arm].get("p", {})
+            cells = [f"{100 * rates[k][0]:.1f}" if k in rates else "-" for k in ("hard pass@1", "hard pass@8")]
+            gain, chance = rates.get("hard pass@1 gain"), p.get("hard pass@1 gain")
+            own += f" {cells[0]} | {cells[1]} | " + (f"{100 * gain[0]:+.1f}, {chance:.3f} |" if gain else "- |")
+        lines.append(f"| {arms[arm]['kind']} `{arm}` | {paper[0]:.2f} / {paper[1]:.2f} |{own}")
+    return "\n".join(lines)
+
+
+def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
+    """A Markdown table, per cent."""
+
+    def rate(row: dict[str, Any], key: str) -> str:
+        found = row["rates"].get(key)
+        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in found)) if found else "-"
+
+    def had(row: dict[str, Any]) -> str:
+        means = row["means"]
+        if row["zero_hit"]:
+            shares = quarters(row["zero_hit"])
+            return f"zero-hit {shares[0]:.0f} → {shares[-1]:.0f}"
+        if "different" not in means:
+            return "-"
+        valid = f" ({means['valid_rows']:g} valid)" if "valid_rows" in means else ""
+        return f"{means['different']:g} of {sizes.rows} rows{valid}"
+
+    keys = [f"{part} {metric}" for part in ("hard", "solved") for metric in METRICS]
+    lines = [
+        f"**{family}** ({pooled['hard']} hard and {pooled['solved']} solved prompts)",
+        "",
+        f"| arm | its data | {keys[0]} | gain | by run | {' | '.join(keys[1:])} |",
+        "|" + "---|" * (len(keys) + 4),
+    ]
+    for arm, row in pooled["arms"].items():
+        runs = " / ".join(f"{100 * v:.1f}" for v in row["runs"])
+        first, gain, *others = (rate(row, key) for key in (keys[0], f"{keys[0]} gain", *keys[1:]))
+        if (chance := row.get("p", {}).get(f"{keys[0]} gain")) is not None:
+            gain += f", p {chance:.3f}"
+        lines.append(f"| {row['kind']} `{arm}` | {had(row)} | {first} | {gain} | {runs} | {' | '.join(others)} |")
+    return "\n".join(lines)
+
+
+def tables(document: Mapping[str, Any]) -> str:
+    """What the study's document says, as it stands in docs/: a table a family, and from which code the cells come."""
+    commits = document.get("commits", {harness.NOT_RECORDED: document["cells"]["done"]})
+    sizes = Sizes(**document["sizes"])
+    found = [table(family, pooled, sizes) for family, pooled in document["families"].items()]
+    return "\n\n".join([*filter(None, [comparison(document)]), *found, harness.provenance("cells", commits)])
+
+
+def quarters(shares: Sequence[float]) -> list[float]:
+    """Of the steps: the mean of each quarter, per cent. One step has few groups."""
+    return [100 * float(part.mean()) for part in np.array_split(np.array(shares), min(4, len(shares)))]
+
+
+def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
+    """A row a family: rates on hard and on solved prompts with intervals, and the zero-hit groups over training."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from latentrevise.report.drawing import CYCLE, INK, MARKERS, MUTED, RC, RIGHT, WRONG
+
+    with mpl.rc_context(RC):
+        drawing = Figure(figsize=(15, 4.6 * len(study)), layout="constrained")
+        panels = drawing.subplots(len(study), 3, squeeze=False)
+        for (family, pooled), (*rated, trained) in zip(study.items(), panels, strict=True):
+            arms = pooled["arms"]
+            for axes, part in zip(rated, ("hard", "solved"), strict=True):
+                for metric, colour, shift in (("pass@1", WRONG, -0.15), ("valid@1", RIGHT, 0.15)):
+                    known = [(y, row["rates"].get(f"{part} {metric}")) for y, row in enumerate(arms.values())]
+                    found = [[y + shift, *(100 * v for v in rate)] for y, rate in known if rate]
+                    y, p, low, high = np.array(found).reshape(-1, 4).T
+                    axes.hlines(y, low, high, color=colour, linewidth=1.3)
+                    axes.plot(p, y, "o", color=colour, markersize=5, label=metric)
+                for place in (0.5, 0.5 + len(SFT)):
+                    axes.axhline(place, color=MUTED, linewidth=0.6)
+                labels = [arm if row["kind"] == "start" else f"{row['kind']} {arm}" for arm, row in arms.items()]
+                axes.set_yticks(range(len(arms)), labels)
+                axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel="%", title=f"{family}: {pooled[part]} {part} prompts")
+            for arm, colour, marker in zip(RLVR, (INK, *CYCLE), MARKERS, strict=False):
+                if shares := arms[arm]["zero_hit"]:
+                    means = quarters(shares)
+                    trained.plot(range(1, len(means) + 1), means, color=colour, marker=marker, label=arm)
+            trained.set(xlabel="quarter of the steps", ylabel="%", title=f"{family}: zero-hit groups while training")
+            trained.xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        drawing.legend(*panels[0, 2].get_legend_handles_labels(), loc="outside upper right", ncols=6)
+        with atomic_write(path) as temporary:
+            drawing.savefig(temporary, format="png", dpi=130, facecolor="white", metadata={"Software": None})
