@@ -10,7 +10,13 @@ from latentrevise.demo.data import Split
 from latentrevise.recovery.guards import GuardConfig, pass_at_k
 
 UNGUARDED = GuardConfig(
-    leak_weight=None, min_derivation_tokens=None, min_tokens=None, min_plain_logprob=None, told=False, max_mention=None
+    leak_weight=None,
+    min_derivation_tokens=None,
+    min_tokens=None,
+    min_plain_logprob=None,
+    max_text_nll=None,
+    told=False,
+    max_mention=None,
 )
 RUNS: dict[str, dict[str, Any]] = {
     "guarded": {"strategies": ("latent-plausible", "pivot")},

@@ -225,6 +225,27 @@ def test_a_row_that_the_trainer_would_mask_is_no_rescue(verifier, told, ended):
     assert bool(repair.rescues) == (not ended)
 
 
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_row_with_a_broken_prefix_is_no_rescue(verifier, told, monkeypatch, latent):
+    """The text that a mixture is written as must not be much less likely than the failed prefix; fed text may be."""
+    monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Told(latent=latent))
+    model, text, failed = tiny_model(), encode("so"), encode("no")
+    policy = Policy(model, TOKENIZER)
+
+    def nll(ids):
+        whole = torch.tensor([[*PROMPTS[0].ids, *ids]])
+        logits = model(whole).logits[0, len(PROMPTS[0].ids) - 1 : -1].detach()
+        return -float(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).mean())
+
+    gap = nll(text) - nll(failed)
+    rollouts = [Rollout("p0", f"p0/{i}", (*failed, *failed), "", None, "wrong", "stop", ()) for i in range(4)]
+    for threshold, kept in ((gap - 1e-3, not latent), (gap + 1e-3, True)):
+        settings = replace(told, prefix_fraction=0.5, guards=replace(UNGUARDED, max_text_nll=threshold))
+        parts = (policy, Boxing(model, TOKENIZER), TOKENIZER, verifier, settings)
+        (repair,), _ = Repairer(*parts, SamplingParams(max_new_tokens=24)).repair([(PROMPTS[0], rollouts, 0)])
+        assert bool(repair.rescues) == kept
+
+
 def test_the_trainer_asks_for_ended_rows_where_it_masks_the_others(tmp_path, verifier, told):
     for mask in (False, True):
         trainer = trainer_of(tmp_path, verifier, RLVRSettings(repair=told), mask_truncated_completions=mask)

@@ -11,6 +11,7 @@ from latentrevise.config import PRESETS, load_config
 from latentrevise.data.records import write_jsonl
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.guards import GuardConfig
+from latentrevise.revise.revision import ReviseConfig
 from latentrevise.train.rlvr import RLVRSettings
 from latentrevise.train.sft import SFTSettings
 from tests.test_train_rlvr import PROMPTS, TOKENIZER
@@ -25,7 +26,11 @@ def test_grpo_is_table_7():
     assert (repair.strategy, repair.prefix_fraction, repair.revised_rollouts, repair.replace) == ("latent", 0.8, 1, 1)
     assert repair.answer_template == "Based on my current reasoning process, the final answer is "
     assert (repair.rendering, s.loss, s.advantages, s.drop_unrescued) == ("argmax", "trl", "grpo_include", False)
-    assert (repair.latent.steps, repair.latent.step_rule, repair.latent.step_size) == (10, "harmonic", 0.1)
+    assert repair.latent == ReviseConfig()  # which is the published one
+    latent = repair.latent
+    assert (latent.guide_weight, latent.explore_weight, latent.fluency_weight) == (1.0, 1.0, 0.1)
+    assert (latent.steps, latent.step_rule, latent.step_size, latent.stop_guide) == (10, "harmonic", 0.1, 1e-3)
+    assert repair.rho == 0.8
     assert trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] == 512 * 8
     wanted = {"num_generations": 8, "learning_rate": 1e-5, "beta": 0.001, "max_grad_norm": 1.0}
     wanted |= {"max_completion_length": 8192, "lr_scheduler_type": "constant", "optim": "adamw_torch"}

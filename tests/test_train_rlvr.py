@@ -46,6 +46,7 @@ UNGUARDED = GuardConfig(
     min_derivation_tokens=None,
     min_tokens=None,
     min_plain_logprob=None,
+    max_text_nll=None,
     told=False,
     max_mention=None,
 )

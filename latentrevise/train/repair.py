@@ -215,16 +215,20 @@ class Repairer:
         prefix, trained = self._prefix(proposal)
         right = [i for i, correct in enumerate(self._correct(item, completions)) if correct]
         contexts = [(*item.prompt.ids, *prefix)] * len(right)
-        found = [completions[i].ids for i in right]
-        plain = completion_logprobs(self.policy, contexts, found, self.settings.token_budget)
+        texts = [completions[i].ids for i in right]
+        measured = bool(right) and proposal.latent and self.settings.guards.max_text_nll is not None
+        if measured:  # what the mixture was written as, and the failed prefix it came from
+            contexts += [item.prompt.ids] * 2
+            texts += [proposal.plain_ids, proposal.original_ids]
+        plain = completion_logprobs(self.policy, contexts, texts, self.settings.token_budget)
+        text_nll = float(plain[-1].mean() - plain[-2].mean()) if measured else None
         fed = len(proposal.context_ids or item.prompt.ids) + len(proposal.plain_ids)
         compute = Compute(
-            forward=fed * (len(completions) // proposal.n)
-            + sum(len(contexts[0]) + len(completions[i].ids) for i in right),
+            forward=fed * (len(completions) // proposal.n) + sum(map(len, (*contexts, *texts))),
             decoded=sum(len(c.ids) for c in completions),
         )
         rescues, leaked = [], 0
-        for i, logprobs in zip(right, plain, strict=True):
+        for i, logprobs in zip(right, plain[: len(right)], strict=True):
             completion = completions[i]
             text = decoded(self.tokenizer, completion.ids)
             found = signals(
@@ -240,6 +244,7 @@ class Repairer:
                     plain_logprobs=logprobs.tolist(),
                     aimed=self._strategy.uses_answer,
                     told=bool(proposal.context_ids),
+                    text_nll=text_nll,
                 )
             )
             objections = guard(found, self.settings.guards)
