@@ -15,6 +15,8 @@ COMMANDS = {
     "recover, mine, audit": "latentrevise.recovery.settings:RecoverConfig",
     "train sft": "latentrevise.train.sft:SFTSettings",
     "train rlvr": "latentrevise.train.rlvr:RLVRSettings",
+    "train groups": "latentrevise.train.offline:GroupSettings",
+    "train distill": "latentrevise.train.distill:DistillSettings",
     "eval": "latentrevise.recovery.evaluate:EvalRunConfig",
 }
 

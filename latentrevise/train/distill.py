@@ -80,8 +80,8 @@ def train_distill(
         return trainer
     usual |= {"include_environment_feedback": True, "environment_feedback_only_without_solution": True}
     with Verifier(timeout=settings.verify_timeout) as verifier:
-        arguments = trl_arguments(SDPOConfig, out, settings.trainer, seed=settings.seed, **usual)
+        own = trl_arguments(SDPOConfig, out, settings.trainer, seed=settings.seed, **usual)
         with refusals():
-            trainer = SDPOTrainer(args=arguments, reward_funcs=[VerifiedReward(verifier)], **common)
+            trainer = SDPOTrainer(args=own, reward_funcs=[VerifiedReward(verifier)], **common)
         run_training(trainer, Path(out))
     return trainer

@@ -239,7 +239,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         too: TRL goes on with these very lists."""
         given = cast(list[Mapping[str, Any]], self._rows)
         kinds: list[VerdictName] = ["correct", "wrong"] if self.settings.repair.strategy == "none" else ["correct"]
-        renewed = 0
+        renewed, data = 0, cast(Dataset, self.train_dataset)
         for number in range(self.settings.dynamic_sampling):
             dead = one_outcome(Groups(judged, size), kinds)
             if not dead:
@@ -248,7 +248,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
             places = [g * size + i for g in dead for i in range(size)]
             for g in dead:
                 seed = row_seed(self.settings.seed, "dynamic", self.state.global_step, number, g)
-                row = self.train_dataset[seed % len(self.train_dataset)]
+                row = data[seed % len(data)]
                 for j in range(g * size, (g + 1) * size):
                     given[j], prompts[j] = dict(row), row["prompt"]
             self._rows = [given[j] for j in places]
