@@ -123,7 +123,9 @@ def audit(
 @command()
 def export(
     run: Annotated[Path, place("A finished run directory.")],
-    to: Annotated[str, typer.Option(help="Format: trl-sft, trl-pref, trl-step-pref, trl-groups, messages, verl-sft, verl-rl or rl.")],
+    to: Annotated[
+        str, typer.Option(help="trl-sft, trl-pref, trl-step-pref, trl-groups, messages, verl-sft, verl-rl or rl.")
+    ],
     out: Annotated[Path, place("File to write: .jsonl or .parquet.")],
     model: Annotated[
         str | None, typer.Option(help="Where the run's model (or its tokenizer) is now, if not where it was.")

@@ -121,8 +121,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         temperature = self.temperature
         if self.settings.loss == "oc" and temperature != 1.0:
             raise ConfigError(
-                f"loss = oc compares with the log-probs of the sampler, which are of temperature 1; trainer.temperature"
-                f" is {temperature}: set it to 1, or take another loss"
+                f"loss = oc compares with a sampler's log-probs, of temperature 1; trainer.temperature = {temperature}: set 1"
             )
         if self.settings.dynamic_sampling and self.accelerator.num_processes > 1:
             raise ConfigError("dynamic_sampling works in one process; set it to 0, or use drop_unrescued")
