@@ -121,7 +121,7 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         temperature = self.temperature
         if self.settings.loss == "oc" and temperature != 1.0:
             raise ConfigError(
-                f"loss = oc compares with a sampler's log-probs, of temperature 1; trainer.temperature = {temperature}: set 1"
+                f"loss = oc reads log-probs of temperature 1; set trainer.temperature=1 (it is {temperature})"
             )
         if self.settings.dynamic_sampling and self.accelerator.num_processes > 1:
             raise ConfigError("dynamic_sampling works in one process; set it to 0, or use drop_unrescued")
