@@ -197,6 +197,7 @@ PYBIND11_MODULE(LR_MODULE, m) {
   });
 #else
   m.def("isa", [] { return lr_cpu_isa(); });
+  m.def("isas", [] { return lr_cpu_isas(); });
   m.def("rescored", [] { return lr_cpu_rescored(); });
 #endif
   py::dict dtypes;

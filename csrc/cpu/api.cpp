@@ -643,5 +643,11 @@ int64_t lr_cpu_rescored(void) { return rescored; }
 
 const char *lr_cpu_isa(void) { return active().name; }
 
+#ifdef LATENTREVISE_X86
+const char *lr_cpu_isas(void) { return "scalar avx2 avx512 avx512vnni avx512bf16 amx"; }
+#else
+const char *lr_cpu_isas(void) { return "scalar"; }
+#endif
+
 const char *lr_last_error(void) { return error_buffer(); }
 }

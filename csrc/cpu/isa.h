@@ -126,6 +126,7 @@ extern const Isa avx2_isa;
 extern const Isa avx512_isa;
 extern const Isa avx512vnni_isa;
 extern const Isa avx512bf16_isa;
+extern const Isa amx_isa;
 #endif
 
 const Isa &active();

@@ -291,11 +291,12 @@ void score_rows(const View &table, const float *x, int64_t depth, float *scores)
 constexpr bool kPairs = true;
 
 // The same with bfloat16 rows and panels of pairs: two multiply-adds an instruction, float32 sums.
-template <int M, int N>
+template <int M, int N, bool kFirst = true>
 void score_row_pairs(const bf16 *rows, int64_t stride, const float *x, int64_t depth, float *scores) {
   __m512 acc[M][N];
   LR_UNROLL for (int r = 0; r < M; ++r)
-    LR_UNROLL for (int u = 0; u < N; ++u) acc[r][u] = _mm512_setzero_ps();
+    LR_UNROLL for (int u = 0; u < N; ++u)
+      acc[r][u] = kFirst ? _mm512_setzero_ps() : _mm512_loadu_ps(scores + (r * N + u) * kLanes);
   for (int64_t k = 0; k < depth / 2; ++k) {
     __m512bh xv[N];
     LR_UNROLL for (int u = 0; u < N; ++u) xv[u] = (__m512bh)_mm512_loadu_ps(x + u * kLanes);
@@ -422,6 +423,12 @@ struct Block {
   bool staged;
   Scratch stage;
 };
+
+#ifdef LR_AMX
+#include "tiles.inl"
+#else
+constexpr bool kTiles = false;
+#endif
 
 // ---------------------------------------------------------------------------------------------------- vertex oracle
 
@@ -742,23 +749,35 @@ void read_theta(const SoftmaxTask &a, int64_t panel, int64_t v, int64_t count, f
   }
 }
 
-template <int N>
+// kTiled: scores and means by tile products, panel after panel (tiles.inl).
+template <int N, bool kTiled>
 void softmax_blocks(const SoftmaxTask &a) {
-  constexpr int64_t width = N * kLanes;
+  constexpr int64_t width = N * kLanes, kRows = kTiled ? 128 : kBlock<N>;
   const int64_t panels = a.panel_end - a.panel_begin, panel = (a.x.pairs ? a.x.depth / 2 : a.x.depth) * width;
   const int64_t all = a.x.rows - a.panel_begin * width;
   const float inf = __builtin_inff();
   const bool dense = a.theta.data != nullptr, scored = !dense && !a.x.pairs;
-  Block<N> block(a.table, a.dim, a.mean || panels > 1);
-  Scratch scores(panels * kBlock<N> * width), slopes(a.softcap > 0 ? kBlock<N> * width : 0);
-  for (int64_t v = a.begin; v < a.end; v += kBlock<N>) {
-    const int64_t count = a.end - v < kBlock<N> ? a.end - v : kBlock<N>;
-    const View rows = scored || a.mean ? block.read(v, count) : View{};
+  Block<N> block(a.table, kTiled ? 0 : a.dim, a.mean || panels > 1);
+  Scratch scores((kTiled ? 1 : panels) * kRows * width), slopes(a.softcap > 0 ? kRows * width : 0);
+#ifdef LR_AMX
+  Tiles tiles(kTiled, a.table, a.dim, a.mean != nullptr);
+#endif
+  for (int64_t v = a.begin; v < a.end; v += kRows) {
+    const int64_t count = a.end - v < kRows ? a.end - v : kRows;
+    const View rows = !kTiled && (scored || a.mean) ? block.read(v, count) : View{};
+#ifdef LR_AMX
+    if (kTiled && a.mean) tiles.stage(v, count);
+#endif
     if (scored) score_block<N>(rows, count, a.x.packed + a.panel_begin * panel, panel, panels, a.dim, false, scores.data);
     for (int64_t p = 0; p < panels; ++p) {
-      float *z = scores.data + p * kBlock<N> * width;
+      float *z = scores.data + (kTiled ? 0 : p * kRows * width);
       const int64_t local = p * width, token = a.panel_begin * width + local;
       const int64_t tokens = all - local < width ? all - local : width;
+#ifdef LR_AMX
+      if (kTiled)
+        tiles.score(v, count, a.x.packed + (a.panel_begin + p) * panel, z);
+      else
+#endif
       if (dense)
         read_theta<N>(a, a.panel_begin + p, v, count, z);
       else if (a.x.pairs)
@@ -840,13 +859,19 @@ void softmax_blocks(const SoftmaxTask &a) {
           }
         }
       }
+#ifdef LR_AMX
+      if (kTiled && a.mean) tiles.add(count, z, a.mean + local * a.mean_stride, a.mean_stride);
+#endif
     }
-    if (a.mean)
+    if (a.mean && !kTiled)
       add_block<N>(rows, count, a.dim, scores.data, all < panels * width ? all : panels * width, a.mean, a.mean_stride);
   }
 }
 
-void softmax(const SoftmaxTask &a) { a.x.vectors == 2 ? softmax_blocks<2>(a) : softmax_blocks<1>(a); }
+void softmax(const SoftmaxTask &a) {
+  if (kTiles && a.x.pairs && a.x.vectors == 2 && a.dim >= 32) return softmax_blocks<2, kTiles>(a);
+  a.x.vectors == 2 ? softmax_blocks<2, false>(a) : softmax_blocks<1, false>(a);
+}
 
 template <int N>
 void softmax_backward_blocks(const lr_softmax_args &a, const Panels &x, int64_t first, int64_t begin, int64_t end) {

@@ -170,8 +170,8 @@ int lr_cpu_mixture_embed_backward(const lr_mixture_args *args);
 /* Rows that screening left to be scored exactly in this thread's last oracle or hull_step, all tokens together; -1 if
  * any of its tokens had the full pass. */
 int64_t lr_cpu_rescored(void);
-const char *lr_cpu_isa(void); /* "scalar", "avx2", "avx512", "avx512vnni", "avx512bf16": as this machine (or
-                                 LATENTREVISE_ISA) selects */
+const char *lr_cpu_isa(void);  /* one of lr_cpu_isas(): as this machine (or LATENTREVISE_ISA) selects */
+const char *lr_cpu_isas(void); /* all that the library was built with, separated by spaces */
 
 /* CUDA library; `stream` is a cudaStream_t */
 int lr_cuda_mixture_embed(const lr_mixture_args *args, void *stream);

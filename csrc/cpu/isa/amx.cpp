@@ -1,0 +1,7 @@
+// AVX-512 with tile products (AMX) for scores and means of a bfloat16 table under a softmax; all else as in avx512bf16.cpp.
+#define LR_ISA amx
+#define LR_LANES 16
+#define LR_BF16_DOT
+#define LR_INT8_DOT
+#define LR_AMX
+#include "kernels.inl"
