@@ -129,6 +129,8 @@ def measure(name: str, options: argparse.Namespace) -> dict:
             write(options.json, report.to_json())
 
     ops.run(name, sizes, report, show)
+    if options.only and not (report.rows or report.failed):
+        raise SystemExit(f"--only {' '.join(options.only)}: no implementation of {name} has such a name")
     print(harness.table(report.rows))
     return report.to_json()
 
