@@ -12,10 +12,23 @@ This package knows tensors only: no model, no tokenizer, no branch. Bad argument
 ``TypeError`` that name the argument; a backend that was asked for and cannot run raises :class:`BackendError`.
 """
 
-# With the source tree's root on sys.path (python -m pytest, python -m benchmarks) this folder is also importable as
-# `kernels`, the name of an unrelated distribution that transformers probes for by importing it. It finds an empty
-# module without a version then, concludes that the distribution is absent, and nothing here is loaded twice.
-if __name__ != "kernels":
+# With the source tree's root on sys.path (an editable install, python -m pytest) this folder is also importable as
+# `kernels`, the name of an unrelated distribution that transformers probes for. Under that name it gives way to that
+# distribution wherever else on the path it is, or else is a module without a version and without the folder's contents:
+# transformers concludes that the distribution is absent, and nothing here is loaded twice.
+if __name__ == "kernels":
+    import sys as _sys
+    from importlib.machinery import PathFinder as _PathFinder
+    from pathlib import Path as _Path
+
+    _here = _Path(__file__).resolve().parents[1]
+    __path__ = []
+    _found = _PathFinder.find_spec("kernels", [path for path in _sys.path if _Path(path).resolve() != _here])
+    if _found is not None and _found.loader is not None:
+        __file__, __spec__ = _found.origin, _found
+        __path__ = _found.submodule_search_locations or []
+        _found.loader.exec_module(_sys.modules["kernels"])
+else:
     from .dispatch import BackendError, Choice, available, explain, use_backend
     from .entropic_step import EntropicStep, entropic_step
     from .hull_step import HullStep, hull_step

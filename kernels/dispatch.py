@@ -4,9 +4,10 @@ The rule, in order:
 
 1. ``backend=`` of the call, else the innermost :func:`use_backend`, else the environment variable
    ``LATENTREVISE_BACKEND``. Whatever is asked for this way runs or raises :class:`BackendError`; it never becomes
-   another implementation silently.
+   another implementation silently. ``LATENTREVISE_ISA`` is such a request, too.
 2. Otherwise the first entry of :data:`IMPLEMENTATIONS` for the op whose requirements the call meets. The reference
-   meets every call, so there always is one; :func:`explain` tells why the ones before it were passed over.
+   meets every call, so there always is one; :func:`explain` tells why the ones before it were passed over, and where
+   that is because a library is missing, a RuntimeWarning says so once.
 
 A backend module ``kernels/<op>/<backend>.py`` has a function named like the op (for the differentiable ops the forward
 half, with what its gradient needs) and ``unsupported(call)``, which returns the reason why it cannot serve that call,
@@ -16,6 +17,7 @@ or None.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +29,8 @@ from types import ModuleType
 
 import torch
 
-from . import native
+from . import checks, native
+from .native import BackendError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "hopper")  # hopper: the CUDA library's kernels for sm_90a
 
@@ -45,10 +48,6 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 _override: ContextVar[str | None] = ContextVar("latentrevise_backend", default=None)
 
 
-class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run this call; the message says why and what would."""
-
-
 @dataclass(frozen=True)
 class Call:
     """What an implementation may decide by: where the tensors are, what they hold, which there are."""
@@ -58,6 +57,7 @@ class Call:
     needs_grad: frozenset[str] = frozenset()
     arguments: frozenset[str] = frozenset()  # names of the tensors that were passed
     aligned: bool = True  # every row of the table begins and ends at a multiple of 16 bytes
+    transformed: bool = False  # inside torch.func
 
     @classmethod
     def of(cls, **tensors: torch.Tensor | None) -> Call:
@@ -70,9 +70,11 @@ class Call:
         table = next(iter(present.values()))
         step = 16 // table.element_size()
         whole = table.shape[1] % step == 0 and table.stride(0) % step == 0
-        aligned = whole and (torch.compiler.is_compiling() or table.data_ptr() % 16 == 0)
+        compiling = torch.compiler.is_compiling()
+        transformed = not compiling and any(map(checks.transformed, present.values()))
+        aligned = whole and (compiling or transformed or table.data_ptr() % 16 == 0)
         dtypes = tuple(x.dtype for x in present.values() if x.is_floating_point())
-        return cls(table.device, dtypes, frozenset(grads), frozenset(present), aligned)
+        return cls(table.device, dtypes, frozenset(grads), frozenset(present), aligned, transformed)
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,23 @@ def implementation(op: str, backend: str) -> ModuleType:
 
 
 def choose(op: str, call: Call, backend: str | None = None) -> Choice:
-    """Decide which implementation of ``op`` serves ``call``.
+    """Decide which implementation of ``op`` serves ``call``; warn once where a missing library leaves the reference.
 
     Raises:
         BackendError: a backend was asked for by name and cannot serve it.
     """
+    choice = _decide(op, call, backend)
+    if call.transformed and choice.backend != "reference":
+        raise BackendError(
+            f"{op}: the transforms of torch.func (grad, vmap, jvp ...) cannot see through its kernels; use "
+            "torch.autograd, and rows in place of a batch dimension, or backend='reference', which is plain torch"
+        )
+    if choice.backend == "reference" and choice.rejected:
+        _say_what_is_missing(call.device.type, call.dtypes)
+    return choice
+
+
+def _decide(op: str, call: Call, backend: str | None = None) -> Choice:
     if request := _requested(backend):
         name, reason = request
         if why := _rejection(op, name, call):
@@ -188,6 +202,24 @@ def choose(op: str, call: Call, backend: str | None = None) -> Choice:
             return Choice(op, name, "first that serves this call", rejected)
         rejected[name] = why
     raise AssertionError(f"{op} lists no reference implementation")
+
+
+def _say_what_is_missing(device: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if torch.float64 in dtypes or (device == "cpu" and torch.float16 in dtypes):
+        return  # the reference's own
+    missing = {name: unavailable(name) for name in (("cpu",) if device == "cpu" else ("triton", "cuda"))}
+    if device in ("cpu", "cuda") and all(missing.values()):
+        _warn_once(device, "; ".join(f"{name}: {why}" for name, why in missing.items()))
+
+
+@cache
+def _warn_once(device: str, why: str) -> None:
+    warnings.warn(
+        f"the kernels run on their plain torch references on {device}, several times slower and with the [N, V] matrix "
+        f"in memory. {why}. LATENTREVISE_BACKEND=reference asks for them without this warning",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def chosen(op: str, call: Call, backend: str | None = None) -> str:
@@ -228,4 +260,4 @@ def explain(
     if op is not None and op not in IMPLEMENTATIONS:
         raise ValueError(f"unknown op {op!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     call = Call(torch.device(device), (dtype,))
-    return [choose(name, call) for name in ([op] if op else IMPLEMENTATIONS)]
+    return [_decide(name, call) for name in ([op] if op else IMPLEMENTATIONS)]

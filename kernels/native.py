@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -18,28 +19,51 @@ _DTYPE_NAMES = {
 }
 
 
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this call; the message says why and what would."""
+
+
 @cache
 def load(backend: str) -> ModuleType:
-    """The module of backend ``"cpu"`` or ``"cuda"``; ImportError if it was not built, RuntimeError if it cannot run."""
+    """The module of backend ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ImportError: it was not built or does not load.
+        BackendError: LATENTREVISE_ISA names an instruction set that is unknown or that this CPU does not have.
+        RuntimeError: there is no CUDA device.
+    """
     module = import_module(f"{__package__}._{backend}")
     if backend == "cuda":
         module.device_count()  # raises with the CUDA runtime's own words when there is no device or no driver
     elif (wanted := os.environ.get("LATENTREVISE_ISA")) and module.isa() != wanted:
-        raise RuntimeError(f"LATENTREVISE_ISA={wanted} is unknown or not supported by this CPU; it runs {module.isa()}")
+        known = module.isas().split()
+        why = "not supported by this CPU" if wanted in known else f"unknown; choose one of {', '.join(known)}"
+        raise BackendError(f"LATENTREVISE_ISA={wanted} is {why}, or leave it unset for the best ({module.isa()})")
     return module
 
 
 @cache
 def unavailable(backend: str) -> str | None:
-    """Why the library of ``backend`` cannot be used, or None."""
+    """Why the library of ``backend`` cannot be used, or None. Raises what :func:`load` does about a wrong setting."""
     try:
         load(backend)
     except ImportError as error:
-        remedy = "LATENTREVISE_CUDA=1 pip install ." if backend == "cuda" else "pip install ."
-        return f"the {backend} library was not built ({error}); build it with `{remedy}`"
+        return _missing(backend, error)
+    except BackendError:
+        raise
     except RuntimeError as error:
-        return f"no usable CUDA device: {error}" if backend == "cuda" else str(error)
+        return f"no usable CUDA device: {error}"
     return None
+
+
+def _missing(backend: str, error: ImportError) -> str:
+    remedy = "`LATENTREVISE_CUDA=1 pip install .`" if backend == "cuda" else "`pip install .`"
+    remedy += " in a clone (`pip install -e .` to work in it)"
+    if not isinstance(error, ModuleNotFoundError):
+        return f"the {backend} library does not load here ({error}); build it on this machine with {remedy}"
+    others = sorted(path.name for path in Path(__file__).parent.glob(f"_{backend}.*.so"))
+    why = f"there is {', '.join(others)}, for another Python" if others else "no file of it in this installation"
+    return f"the {backend} library was not built ({why}); build it with {remedy}"
 
 
 def dtype_code(module: ModuleType, dtype: torch.dtype) -> int:

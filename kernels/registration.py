@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "latentrevise"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -49,5 +50,43 @@ def register(schema: str, fake: Callable) -> Callable[[Function], Function]:
             return op(*args) if torch.compiler.is_compiling() else function(*args)
 
         return call  # type: ignore[return-value]
+
+    return decorate
+
+
+class _Last(torch.autograd.Function):
+    """The identity of a gradient, tied to what it was made from, so that differentiating it again is noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.op} has a first derivative only, and a second was asked for (a gradient penalty, a Hessian); "
+            "backend='reference' has all of them, with the [N, V] matrix in memory"
+        )
+
+
+def differentiable_once(op: str) -> Callable[[Function], Function]:
+    """For the ``backward`` of an autograd Function that gives plain numbers: a second derivative raises.
+
+    torch's own ``once_differentiable`` raises only where the incoming gradient needs one; the second derivative with
+    respect to the inputs would silently be zero.
+    """
+
+    def decorate(backward: Function) -> Function:
+        @wraps(backward)
+        def last(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                gradients = backward(ctx, *incoming)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return gradients
+            sources = [x for x in (*ctx.saved_tensors, *incoming) if x is not None and x.requires_grad]
+            return tuple(None if x is None else _Last.apply(op, x, *sources) for x in gradients)
+
+        return last  # type: ignore[return-value]
 
     return decorate

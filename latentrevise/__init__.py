@@ -46,8 +46,16 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Imported on first use: `latentrevise.kernels` alone must not cost the import of transformers.
-    if name not in __all__:
-        raise AttributeError(f"module 'latentrevise' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"latentrevise.{_HOME.get(name, 'revise.revision')}"), name)
+if not TYPE_CHECKING:  # type checkers take the imports above, and know what is not there
+
+    def __getattr__(name: str) -> Any:
+        # Imported on first use: `latentrevise.kernels` alone must not cost the import of transformers.
+        if name == "kernels":
+            return importlib.import_module("latentrevise.kernels")
+        if name not in __all__:
+            raise AttributeError(f"module 'latentrevise' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"latentrevise.{_HOME.get(name, 'revise.revision')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "kernels"})

@@ -30,12 +30,21 @@ def diagnosis() -> str:
         lines.append("  cuda          none")
     lines += ["", "engines", "  hf            runs here", f"  vllm          {vllm.unavailable() or 'installed'}"]
     lines += ["", "kernel backends"]
-    lines += [f"  {name:<14}{unavailable(name) or 'runs here'}" for name in BACKENDS]
+    lines += [f"  {name:<14}{_state(name)}" for name in BACKENDS]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if wrong := [line for line in map(_state, BACKENDS) if "LATENTREVISE_" in line.partition(" ")[0]]:
+        return "\n".join([*lines, "", f"kernels: every call on a CPU raises: {wrong[0]}"])
     for dtype in (torch.float32, torch.bfloat16):
         lines += ["", f"kernels for {str(dtype).removeprefix('torch.')} tensors on {device}"]
         lines += [f"  {choice}" for choice in kernels.explain(device=device, dtype=dtype)]
     return "\n".join(lines)
+
+
+def _state(backend: str) -> str:
+    try:
+        return unavailable(backend) or "runs here"
+    except kernels.BackendError as error:
+        return str(error)
 
 
 def _version(name: str) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..dispatch import Call, chosen, implementation
-from ..registration import register
+from ..registration import differentiable_once, register
 from . import reference
 
 
@@ -62,7 +61,7 @@ class _MixtureEmbed(torch.autograd.Function):
         return _forward(ids, weights, E, backend)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("mixture_embed")
     def backward(ctx: Any, grad_z: Tensor) -> tuple[None, Tensor, None, None]:
         ids, E = ctx.saved_tensors
         return None, _backward(ids, grad_z.contiguous(), E, ctx.backend), None, None

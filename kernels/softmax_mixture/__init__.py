@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..dispatch import Call, chosen, implementation
-from ..registration import register
+from ..registration import differentiable_once, register
 from . import reference
 
 
@@ -54,7 +53,7 @@ class _SoftmaxMixture(torch.autograd.Function):
         return z, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("softmax_mixture")
     def backward(ctx: Any, grad_z: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         theta, E, z, lse = ctx.saved_tensors
         grad_z = grad_z.float().contiguous()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise import kernels
 from latentrevise.errors import InputError, ModelError
+from latentrevise.model.alone import alone
 from latentrevise.model.lean import Widened, activations_made_again, release, slow
 from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
 from latentrevise.model.packing import PAD, PREFIX, bucket, visible
@@ -64,6 +66,7 @@ class Head:
             bias=self.bias,
             scale=self.scale,
             softcap=self.softcap,
+            ignore_index=None,
             **options,
         )
 
@@ -148,6 +151,10 @@ class Policy:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        with alone(model):  # the probes hook into it
+            self._take_apart(model, tokenizer)
+
+    def _take_apart(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         check_model(model, tokenizer)
@@ -184,8 +191,13 @@ class Policy:
     def frozen(self) -> Iterator[None]:
         """The model in eval mode with no parameter requiring a gradient; both are restored on the way out.
 
-        Copies made of the weights (a scaled table, a head with LoRA) are brought up to date on the way in.
+        Copies made of the weights (a scaled table, a head with LoRA) are brought up to date on the way in. Another
+        thread that wants the same model frozen waits; a caller's inference mode is left, since gradients are taken.
         """
+        with alone(self.model):
+            yield from self._frozen()
+
+    def _frozen(self) -> Iterator[None]:
         training = [module for module in self.model.modules() if module.training]
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         try:
@@ -371,8 +383,11 @@ class Policy:
         """Hidden states and logits of the model itself."""
         caught: list[Tensor] = []
 
+        thread = get_ident()
+
         def catch(module: nn.Module, arguments: Any, output: Any) -> None:
-            caught.append(output.last_hidden_state)
+            if get_ident() == thread:  # the model may run in another one, too
+                caught.append(output.last_hidden_state)
 
         handle = self.body.register_forward_hook(catch)
         try:

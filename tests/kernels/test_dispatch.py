@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,6 +161,51 @@ def run(code: str, cwd: str | None = None) -> str:
     return done.stdout.strip()
 
 
+CALL = "import torch; from latentrevise import kernels; kernels.vertex_oracle(torch.eye(3), torch.eye(3))\n"
+
+
 def test_an_instruction_set_that_does_not_exist_is_an_error():
-    code = "import os; os.environ['LATENTREVISE_ISA']='sse9'; from latentrevise.kernels import native; "
-    assert "sse9" in run(code + "print(native.unavailable('cpu'))")
+    code = "import os; os.environ['LATENTREVISE_ISA'] = 'sse9'\n"
+    caught = f"try: {CALL}except RuntimeError as e: print(type(e).__name__, e)"
+    found = run(code + caught)
+    assert found.startswith("BackendError LATENTREVISE_ISA=sse9 is unknown; choose one of scalar")
+    assert found.removeprefix("BackendError ") in run(
+        code + "from latentrevise.doctor import diagnosis; print(diagnosis())"
+    )
+
+
+@pytest.mark.parametrize("kind", ["missing", "of another Python", "does not load"])
+def test_a_missing_library_is_said_once_with_reason_and_remedy(tmp_path, kind):
+    package = Path(dispatch.__file__).parent
+    shutil.copytree(package, tmp_path / "latentrevise" / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "latentrevise" / "__init__.py").touch()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    name = {"of another Python": "_cpu.cpython-399-x86_64-linux-gnu.so", "does not load": f"_cpu{suffix}"}.get(kind)
+    if name:
+        (tmp_path / "latentrevise" / "kernels" / name).write_bytes(b"no library")
+    done = subprocess.run([sys.executable, "-c", CALL * 2], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr.count("RuntimeWarning") == 1
+    why = {"missing": "no file of it", "of another Python": "cpython-399", "does not load": "does not load here"}[kind]
+    assert why in done.stderr
+    assert "pip install ." in done.stderr
+    asked = CALL.replace("torch.eye(3))", "torch.eye(3), backend='reference')")
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr == ""
+
+
+def test_transforms_of_torch_func_are_refused_in_a_sentence_and_run_on_the_reference():
+    H, W, y = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 5, 19, 2])
+
+    def loss(H, backend=None):
+        return kernels.linear_logprob(H, W, y, backend=backend).sum()
+
+    with pytest.raises(kernels.BackendError, match=r"torch\.func.*backend='reference'"):
+        torch.func.grad(loss)(H)
+    with pytest.raises(kernels.BackendError, match=r"vertex_oracle: the transforms of torch\.func"):
+        torch.func.vmap(lambda g: kernels.vertex_oracle(g, W))(H[None])
+    H.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(H), H)
+    found = torch.func.grad(lambda H: loss(H, "reference"))(H.detach())
+    torch.testing.assert_close(found, expected)
+    each = torch.func.vmap(lambda h, t: kernels.linear_logprob(h, W, t, backend="reference"))
+    torch.testing.assert_close(each(H[:, None], y[:, None])[:, 0], kernels.linear_logprob(H, W, y))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentrevise.kernels import linear_logprob, table_gradient
+from latentrevise.kernels import linear_logprob, mixture_embed, softmax_mixture, table_gradient
 
 OP = "linear_logprob"
 
@@ -216,3 +216,79 @@ def test_gradcheck_of_the_reference(transform):
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         linear_logprob(**({"H": torch.ones(2, 3), "W": torch.ones(4, 3), "y": torch.tensor([0, 1])} | change))
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_labels_as_a_trainer_has_them(backend, device, rng, dtype, entropy):
+    """[B, S] labels with ignored ones give what the rest alone give, whatever stands in their rows."""
+    H = rand(rng, device, 3, 5, 8, dtype=dtype)
+    W = rand(rng, device, 40, 8, dtype=dtype).requires_grad_()
+    y = torch.randint(40, (3, 5), generator=rng, device=device)
+    y[0, :2] = y[2, 4] = -100
+    H[0, 0], H[2, 4] = torch.nan, torch.inf
+    kept = y != -100
+    H.requires_grad_()
+    alone = H[kept]
+    found = linear_logprob(H, W, y, entropy=entropy, backend=backend)
+    expected = linear_logprob(alone, W, y[kept], entropy=entropy, ignore_index=None, backend=backend)
+    c = rand(rng, device, 3, 5)
+    pairs = list(zip(found, expected, strict=True)) if entropy else [(found, expected)]
+    for ours, theirs in pairs:
+        assert ours.shape == (3, 5)
+        assert (ours[~kept] == 0).all()
+        torch.testing.assert_close(ours[kept], theirs, rtol=1e-5, atol=1e-5)
+    grad_H, grad_W = torch.autograd.grad(sum((c * ours).sum() for ours, _ in pairs), [H, W])
+    want_H, want_W = torch.autograd.grad(sum((c[kept] * theirs).sum() for _, theirs in pairs), [H, W])
+    assert (grad_H[~kept] == 0).all()
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(grad_H[kept], want_H[kept], **near)
+    torch.testing.assert_close(grad_W, want_W, **near)
+
+
+def test_another_ignore_index_and_none(backend, device, rng):
+    H, W = rand(rng, device, 2, 4), rand(rng, device, 9, 4)
+    y = torch.tensor([3, 7], device=device)
+    full = linear_logprob(H, W, y, backend=backend)
+    assert linear_logprob(H, W, y, ignore_index=7, backend=backend).tolist() == [float(full[0]), 0]
+    y[1] = -100
+    if device.type == "cpu":
+        with pytest.raises((ValueError, IndexError), match="y must be in"):
+            linear_logprob(H, W, y, ignore_index=None, backend=backend)
+    assert linear_logprob(H, W, torch.full_like(y, -100), backend=backend).tolist() == [0, 0]
+    assert linear_logprob(H[:0], W, y[:0], backend=backend).shape == (0,)
+    with pytest.raises(ValueError, match=r"y must have shape \[1, 2\]"):
+        linear_logprob(H[None], W, y, backend=backend)
+
+
+def test_float64_comes_back_as_float64():
+    H, W, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(9, 4), torch.tensor([0, 8, -100])
+    assert linear_logprob(H, W, y).dtype == torch.float64
+
+
+def penalty(function, x):
+    """A gradient penalty, which needs a second derivative."""
+    (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+    return (gradient.square().sum() + function(x)).backward()
+
+
+def test_a_second_derivative_raises_or_is_right():
+    g = torch.Generator().manual_seed(4)
+    H, W, y = torch.randn(3, 4, generator=g), torch.randn(9, 4, generator=g), torch.tensor([0, 8, 5])
+    theta, ids = torch.randn(3, 9, generator=g), torch.tensor([[0, 2], [1, 1], [8, 3]])
+    cases = [
+        ("linear_logprob", H, lambda x, b: linear_logprob(x, W, y, backend=b).sum()),
+        ("softmax_mixture", theta, lambda x, b: softmax_mixture(x, W, backend=b).square().sum()),
+        ("mixture_embed", theta[:, :2], lambda x, b: mixture_embed(ids, x, W, backend=b).square().sum()),
+    ]
+    for name, x, function in cases:
+        x = x.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match=f"{name} has a first derivative only"):
+            penalty(lambda x, function=function: function(x, "cpu"), x)
+        x.grad = None
+        penalty(lambda x, function=function: function(x, "reference"), x)
+        double = x.detach().double().requires_grad_()
+        penalty(lambda x, function=function: function(x, "reference"), double)
+        torch.testing.assert_close(x.grad.double(), double.grad, rtol=1e-4, atol=1e-4)
+        # create_graph alone, without a use of the graph, is no second derivative
+        torch.autograd.grad(function(x, "cpu"), x, create_graph=True)

@@ -75,6 +75,18 @@ def everything(G, E, y, ids, weights, theta, gamma):
     return loss, step.z + moved.z, listed
 
 
+ALL = {
+    "vertex_oracle": lambda x, E: vertex_oracle(x["G"], E),
+    "plausible_vertices": lambda x, E: plausible_vertices(x["G"], E, 0.01, 5),
+    "linear_logprob": lambda x, E: linear_logprob(x["G"], E, x["y"], entropy=True, softcap=6.0),
+    "labels": lambda x, E: (linear_logprob(x["G"][None], E, torch.where(x["y"] < 30, -100, x["y"])[None]),),
+    "mixture_embed": lambda x, E: (mixture_embed(x["ids"], x["weights"], E),),
+    "softmax_mixture": lambda x, E: (softmax_mixture(x["theta"], E),),
+    "hull_step": lambda x, E: hull_step(x["G"], None, E, x["ids"], x["weights"], x["gamma"], slot=2),
+    "entropic_step": lambda x, E: entropic_step(x["G"], None, E, x["ids"], x["weights"], 1.0),
+}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks_and_with_gradients(dynamic):
     torch._dynamo.reset()
@@ -88,6 +100,29 @@ def test_compile_without_graph_breaks_and_with_gradients(dynamic):
         results.append((loss.detach(), z, listed, x["G"].grad, x["weights"].grad, x["theta"].grad))
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "tensors"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", ALL)
+def test_each_op_alone_compiles_for_any_number_of_rows(op, dynamic, kind):
+    """Tables that are parameters and tables that are not."""
+    torch._dynamo.reset()
+    function = ALL[op]
+    table = operands()["E"]
+    table = torch.nn.Parameter(table) if kind == "parameters" else table
+
+    compiled = torch.compile(lambda x: function(x, table), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (6, 4):
+        x = {name: value if name == "E" else value[:rows] for name, value in operands().items()}
+        eager, traced = function(x, table), compiled(x)
+        for a, b in zip(eager, traced, strict=True):
+            assert torch.equal(a, b)
+        differentiable = [a for a in traced if a.requires_grad]
+        if differentiable:
+            found = torch.autograd.grad(sum(a.sum() for a in differentiable), table)
+            expected = torch.autograd.grad(sum(a.sum() for a in eager if a.requires_grad), table)
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
