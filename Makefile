@@ -11,11 +11,13 @@ BIN := .venv/bin
 SETUP := .venv/.ready
 VLLM := .venv/.vllm
 
-.PHONY: help setup demo test lint format bench docs clean
+.PHONY: help setup demo test test-install test-latest lint format bench docs clean
 
 help:
 	@echo "make demo     recover zero-hit prompts of the two demo tasks, print the tables, write the report"
 	@echo "make test     run the tests"
+	@echo "make test-install  wheels, sdist, editable installs, stale trees, other Pythons (minutes)"
+	@echo "make test-latest   the tests that meet transformers, against its newest release"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make docs     build the documentation site into site/"
@@ -48,6 +50,18 @@ demo: $(SETUP)
 test: export OMP_NUM_THREADS ?= 1
 test: $(VLLM)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-install: $(SETUP)
+	$(BIN)/python -m pytest tests/install tests/test_typing.py $(ARGS)
+
+# Beside the pinned environment, whose torch it sees: only transformers and what it demands are newer.
+test-latest: $(SETUP)
+	$(PYTHON) -m venv --clear .venv/latest
+	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d .venv/latest/lib/python*/site-packages)/pinned.pth
+	.venv/latest/bin/python -m pip install --disable-pip-version-check --upgrade --no-deps transformers
+	.venv/latest/bin/python -m pip install --disable-pip-version-check transformers
+	.venv/latest/bin/python -m pytest tests/test_policy.py tests/test_reviser.py \
+		tests/test_engine_hf.py tests/test_architectures.py $(ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The packed pass against two plain Hugging Face passes, and the invariants of a revision."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -445,3 +446,19 @@ def test_a_model_that_hides_its_logits_is_refused():
     model.forward = squared
     with pytest.raises(ModelError, match="not understood"):
         Reviser(model)
+
+
+def test_under_inference_mode_and_in_two_threads_on_one_model():
+    """People sample under inference mode; a second thread waits for the model, whose flags the first has changed."""
+    model = tiny_model("qwen3", vocab=VOCABULARY, seed=18)
+    config, work = ReviseConfig(steps=2), rollouts(seed=19)
+
+    def revise(_: int) -> list[list[int]]:
+        return [revision.mixture.ids.tolist() for revision in Reviser(model, config).revise(work)]
+
+    expected = revise(0)
+    with torch.inference_mode():
+        assert revise(0) == expected
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(revise, range(6))) == [expected] * 6
+    assert all(parameter.requires_grad for parameter in model.parameters())

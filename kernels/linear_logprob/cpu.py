@@ -5,7 +5,9 @@ serving both products while a block is in cache; 4 bytes a token are written, 4 
 The target is left out of the online sums: with ``odds = logsumexp(z_v, v != y) - z_y``, ``logp = -softplus(odds)`` and
 ``dlogp/dH = (1 - p_y) (W_y - mean of W_v under the rest)``, all accurate for ``p_y`` near 1 as well as near 0. The
 vocabulary is cut into parts that follow from the shapes alone and are merged in order, in float64; their sums take at
-most 24 MiB. Limits: float32 and bfloat16, V < 2^31; gradients of W, bias and entropy are blocked.py's.
+most 24 MiB. Where the CPU has AMX and both operands are bfloat16, scores and mean row are tile products, the weights of
+the latter as two bfloat16 terms (2^-17 of each). Limits: float32 and bfloat16, V < 2^31; gradients of W, bias and
+entropy are blocked.py's.
 """
 
 from __future__ import annotations

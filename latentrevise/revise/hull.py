@@ -72,6 +72,7 @@ class Mixture:
         return Mixture(torch.cat([front.ids, self.ids]), torch.cat([front.weights, self.weights]), offset)
 
     def to(self, device: torch.device | str) -> Mixture:
+        """The same mixture with its tensors on ``device``."""
         offset = None if self.offset is None else self.offset.to(device)
         return Mixture(self.ids.to(device), self.weights.to(device), offset)
 
