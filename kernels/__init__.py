@@ -25,7 +25,7 @@ if __name__ == "kernels":
     __path__ = []
     _found = _PathFinder.find_spec("kernels", [path for path in _sys.path if _Path(path).resolve() != _here])
     if _found is not None and _found.loader is not None:
-        __file__, __spec__ = _found.origin, _found
+        __file__, __spec__ = _found.origin or __file__, _found
         __path__ = _found.submodule_search_locations or []
         _found.loader.exec_module(_sys.modules["kernels"])
 else:
