@@ -192,9 +192,18 @@ def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts)
 
 
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tensor descriptors are served by hardware; the interpreter has them too."""
+    return interpreting_triton() or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def split(blocks: int, V: int, BN: int, device: torch.device) -> tuple[int, int]:
     """(parts, rows a part) of the vocabulary: enough programs to fill the device twice, whole tiles of BN rows."""
-    programs = 6 if device.type != "cuda" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    programs = 2 * processors(device)
     tiles = triton.cdiv(V, BN)
     parts = max(1, min(tiles, programs // max(1, blocks)))
     rows = triton.cdiv(tiles, parts) * BN
@@ -203,7 +212,7 @@ def split(blocks: int, V: int, BN: int, device: torch.device) -> tuple[int, int]
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """A descriptor of blocks of a matrix; None before Hopper, or if rows do not start at multiples of 16 bytes."""
-    if not interpreting_triton() and torch.cuda.get_device_capability(x.device) < (9, 0):
+    if not has_copy_engine(x.device):
         return None
     if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16:
         return None
