@@ -1,6 +1,6 @@
 """The kernels against float64, every op and backend of this machine, without a test runner.
 
-    python -m benchmarks.check [--tiny] [--json FILE]
+    python -m benchmarks.check [--tiny] [--op NAME] [--backend NAME] [--json FILE]
 
 One line a case: the largest error, and the largest allowed. Seconds of work; the exit status says whether all is right.
 """
@@ -192,29 +192,35 @@ def cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
                 yield Case(backend, device, dtype, *shape)
 
 
-def run(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> Iterator[Result]:
-    for op, check in CHECKS.items():
-        for case in cases(op, shapes):
+def run(
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES, op: str | None = None, backend: str | None = None
+) -> Iterator[Result]:
+    for name, check in CHECKS.items():
+        for case in cases(name, shapes):
+            if op not in (None, name) or backend not in (None, case.backend):
+                continue
             dtype = str(case.dtype).removeprefix("torch.")
             torch.manual_seed(case.T)
             try:
                 for what, error, limit in check(case):
-                    yield Result(op, case.backend, dtype, case.T, case.V, case.d, what, error, limit)
+                    yield Result(name, case.backend, dtype, case.T, case.V, case.d, what, error, limit)
             except kernels.BackendError as why:
-                print(f"{op} {case.backend} {dtype}: not served ({str(why).partition(': ')[2]})")
+                print(f"{name} {case.backend} {dtype}: not served ({str(why).partition(': ')[2]})")
             except Exception as error:  # a kernel that does not run is a result; the others are still worth knowing
                 what = f"{type(error).__name__}: {str(error)[:500]}"
-                yield Result(op, case.backend, dtype, case.T, case.V, case.d, what, math.nan, 0.0)
+                yield Result(name, case.backend, dtype, case.T, case.V, case.d, what, math.nan, 0.0)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="the smallest shape only")
+    parser.add_argument("--op", choices=list(CHECKS), help="this one only")
+    parser.add_argument("--backend", help="this one only; it is an error if it cannot run here")
     parser.add_argument("--json", type=Path, help="also write the results there, after every op's case")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: list[Result] = []
-    for r in run((TINY,) if options.tiny else SHAPES):
+    for r in run((TINY,) if options.tiny else SHAPES, options.op, options.backend):
         results.append(r)
         verdict = "ok" if r.fine else "WRONG"
         sizes = f"T={r.T} V={r.V} d={r.d}"

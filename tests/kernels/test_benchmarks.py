@@ -95,12 +95,32 @@ def steps(results: tarfile.TarFile) -> dict[str, int]:
 def test_the_gpu_script_says_what_failed(tmp_path):
     """Its steps on this machine, tiny: build-check passes; with no time left each step is recorded as failed."""
     failed, results = run_piece("build-check", tmp_path / "a", TINY="1")
-    assert (failed, steps(results)) == (0, {"check": 0, "tests": 0})
-    assert all(row["fine"] for row in json.load(results.extractfile("./check.json"))["rows"])
-    assert {f"./{name}" for name in ("machine.json", "check.log", "tests.xml")} <= set(results.getnames())
+    checks = ["check-vertex_oracle-cpu", "check-hull_step-cpu"]
+    assert (failed, steps(results)) == (0, dict.fromkeys([*checks, "tests"], 0))
+    for check in checks:
+        assert all(row["fine"] for row in json.load(results.extractfile(f"./{check}.json"))["rows"])
+    assert {f"./{name}" for name in ("machine.json", f"{checks[0]}.log", "tests.xml")} <= set(results.getnames())
     failed, results = run_piece("revise", tmp_path / "b", TINY="1", LIMIT="0")
     assert (failed, steps(results)) == (3, {"revise-0.5B": -1, "revise-1.5B": -1, "revise-7B": -1})
     assert subprocess.run([SCRIPT, "nonsense"], capture_output=True, check=False).returncode == 2
+
+
+def test_a_failed_build_and_a_hang_cost_nothing_else(tmp_path):
+    """Where the build fails and a kernel faults, every other op and backend is still checked, Hopper after all."""
+    fakes = tmp_path / "bin"
+    fakes.mkdir()
+    fault = 'case "$*" in *"pip install"*|*hopper*) exit 1;; *"--op linear_logprob --backend cuda"*) exit 124;; esac'
+    for name, script in (("python3", '[ "$1" != -c ]'), ("timeout", fault)):
+        (fakes / name).write_text(f"#!/bin/sh\n{script}\n")
+        (fakes / name).chmod(0o755)
+    failed, results = run_piece("build-check", tmp_path / "out", PATH=f"{fakes}:{os.environ['PATH']}")
+    status = steps(results)
+    assert failed == 3
+    assert {name for name, code in status.items() if code} == {
+        "build", "check-linear_logprob-cuda", "check-vertex_oracle-hopper",
+    }  # fmt: skip
+    assert len([name for name in status if name.startswith("check-")]) == 11
+    assert list(status)[-1] == "check-vertex_oracle-hopper"
 
 
 @pytest.mark.parametrize("piece", ["build-check", "kernels", "sizes", "revise", "attention", "tune", "cubins"])
