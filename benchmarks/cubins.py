@@ -148,10 +148,12 @@ def read_loop(sass: str) -> tuple[int, int, int]:
     The main loop is the innermost loop with the most matrix instructions; around it is the loop over tiles that
     contains it, or the kernel.
     """
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+?)\s*;", sass)]
     multiplies = [at for at, text in code if re.search(r"\b(?:HGMMA|HMMA|IMMA|DMMA)\b", text)]
-    back = re.compile(r"\bBRA(?:\.\w+)*\s+(?:\S+,\s*)?0x([0-9a-f]+)")
-    loops = {(int(m.group(1), 16), at) for at, text in code if (m := back.search(text)) and int(m.group(1), 16) < at}
+    # Loops end with a branch that may not be taken; one that always is comes back from code out of the way (waits).
+    back = re.compile(r"^@\S+\s+BRA(?:\.\w+)*\s+(?:\S+,\s*)?0x([0-9a-f]+)|^BRA\.U\S*\s+\S+,\s*0x([0-9a-f]+)")
+    ends = [(int(m.group(1) or m.group(2), 16), at) for at, text in code if (m := back.search(text))]
+    loops = {(to, at) for to, at in ends if to < at}
 
     def within(first: int, last: int, places: list[int]) -> int:
         return sum(first <= at <= last for at in places)

@@ -115,8 +115,11 @@ class Absent:
 
 def compiled(arch: int, wanted: Callable[[str, str], bool] = lambda op, what: True) -> Iterator[Launch]:
     """The launches of the calls that are ``wanted``, each compiled form once."""
-    from latentrevise.kernels.vertex_oracle import triton as oracle
     from triton.runtime import driver, jit
+
+    from latentrevise.kernels.linear_logprob import triton as logprob
+    from latentrevise.kernels.vertex_oracle import tiles
+    from latentrevise.kernels.vertex_oracle import triton as oracle
 
     compile_only, seen, launched = jit.JITFunction.run, set(), []
 
@@ -133,8 +136,9 @@ def compiled(arch: int, wanted: Callable[[str, str], bool] = lambda op, what: Tr
     active = driver._active
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
-        stack.enter_context(mock.patch.object(oracle, "processors", lambda device: PROCESSORS[arch]))
-        stack.enter_context(mock.patch.object(oracle, "has_copy_engine", lambda device: arch >= 90))
+        stack.enter_context(mock.patch.object(tiles, "processors", return_value=PROCESSORS[arch]))
+        for module in (oracle, logprob):
+            stack.enter_context(mock.patch.object(module, "has_copy_engine", return_value=arch >= 90))
         stack.callback(driver.set_active, active)
         driver.set_active(Absent(arch))
         for op, what, call in calls():

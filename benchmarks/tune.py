@@ -41,7 +41,8 @@ def targets(T: int, d: int, V: int, dtype: torch.dtype, device: torch.device) ->
     from latentrevise.kernels.softmax_mixture import triton as softmax
     from latentrevise.kernels.vertex_oracle import triton as oracle
 
-    name, size = str(dtype).removeprefix("torch."), "few" if T <= 32 else "many"
+    name = str(dtype).removeprefix("torch.")
+    size = "few" if T <= 32 else "described" if oracle.has_copy_engine(device) else "many"
     X, W = torch.randn(T, d, device=device).to(dtype), torch.randn(V, d, device=device).mul_(d**-0.5).to(dtype)
     y, theta = torch.randint(V, (T,), device=device), torch.randn(T, V, device=device).to(dtype)
     queries = X.clone().requires_grad_()
@@ -54,11 +55,18 @@ def targets(T: int, d: int, V: int, dtype: torch.dtype, device: torch.device) ->
         return BM, BN, (32, 64, 128), (4, 8), (2, 3, 4, 5)
 
     tiles = grid(BM, (64, 128, 256))
-    yield Target("vertex_oracle", oracle.CONFIGS, (name, size), (*tiles, (False, True)),  # with descriptors or not
+    yield Target("vertex_oracle", oracle.CONFIGS, size, tiles,
                  lambda: kernels.vertex_oracle(X, W, backend="triton"), work)  # fmt: skip
-    yield Target("linear_logprob scores", logprob.SCORES, name, tiles, logprobs, 2 * work)
-    yield Target("linear_logprob means", logprob.MEANS, name, ((64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5)),
-                 logprobs, 2 * work)  # fmt: skip
+    yield Target(
+        "linear_logprob scores",
+        logprob.SCORES,
+        name + " plain" * (name == "bfloat16" and oracle.has_copy_engine(device)),
+        tiles,
+        logprobs,
+        2 * work,
+    )
+    yield Target("linear_logprob means", logprob.MEANS, name,
+                 ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5)), logprobs, 2 * work)  # fmt: skip
     yield Target("softmax_mixture", softmax.MIXTURES, name, grid((64, 128), (64, 128, 256)),
                  lambda: kernels.softmax_mixture(theta, W, backend="triton"), work)  # fmt: skip
 

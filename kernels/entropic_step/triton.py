@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..dispatch import Call, only_dtypes
 from ..hull_step.triton import combine
-from ..vertex_oracle.triton import BLOCK, CANDIDATES, gathered_scores
+from ..vertex_oracle.tiles import gathered_scores
+from ..vertex_oracle.triton import BLOCK, CANDIDATES
 
 SLICE = 1024  # columns of z at a time
 
@@ -35,7 +36,7 @@ def entropic_scores(g, ids, weights, table, scores, V, d, C, table_stride, ROWS:
     id = tl.load(ids + t * C + c, mask=c < C, other=0).to(tl.int64)
     alive = tl.load(weights + t * C + c, mask=c < C, other=0.0) > 0
     inside = (id >= 0) & (id < V)
-    s = gathered_scores(g + t * d, table, id, alive & inside, d, table_stride, ROWS, BLOCK)
+    s = gathered_scores(g + t * d, table, id, alive & inside, d, table_stride, ROWS, BLOCK, tl.float32)
     tl.store(scores + t * C + c, tl.where(alive, tl.where(inside, s, float("nan")), 0.0), mask=c < C)
 
 
@@ -112,7 +113,7 @@ def entropic_step(
     z = torch.empty(T, d, dtype=E.dtype, device=E.device)
     if T == 0:
         return new_weights, z, gap
-    g = combine(G_gold, G_away, torch.float32, alpha, beta, combine_as)[0]
+    g = combine(G_gold, G_away, alpha, beta, combine_as)
     BC = triton.next_power_of_2(C)
     entropic_scores[(T * triton.cdiv(C, CANDIDATES),)](
         g, ids, weights, E, scores, V, d, C, E.stride(0), ROWS=CANDIDATES, BLOCK=BLOCK, num_warps=4

@@ -3,15 +3,14 @@
 Identity: ``v = argmin <g, E_v>`` for ``g = alpha gold + beta away``, gap ``sum_a w_a <g, E_a - E_v>``, new
 ``z = (1 - gamma) sum_a w_a E_a + gamma E_v``.
 
-FLOPs and bytes: the oracle's (2*T*V*d a term of g) and 4*T*A*d. g is written once, in the terms the oracle multiplies:
-three of bfloat16 for a bfloat16 table, unless g is a bfloat16 gradient as it is; scores never leave the oracle. The
-finaliser reads A + 1 rows a position.
+FLOPs and bytes: the oracle's 2*T*V*d and what its screening scores again, and 4*T*A*d. g is written once, in float32;
+scores never leave the oracle but for three numbers a token and tile. The finaliser reads A + 1 rows a position.
 
 Tiling: the oracle's; the combination and the finaliser are a program a position, which finds the vertex among the atoms
 and sums gap and ``z`` in one walk over ``d``.
 
-Numerics: float32 sums; the terms of g add up to it exactly. Limits: float32 and bfloat16; candidate sets are scored by
-the oracle's kernel for them, with g in float32.
+Numerics: float32 sums; the vertex is the float64 minimum for g as it is in float32. Limits: float32 and bfloat16;
+candidate sets are scored by the oracle's kernel for them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Call, only_dtypes
-from ..vertex_oracle.triton import NOTHING, candidate_keys, find_keys
+from ..vertex_oracle.tiles import NOTHING
+from ..vertex_oracle.triton import candidate_keys, screened_keys
 
 BLOCK = 1024
 
@@ -47,8 +47,8 @@ def coefficient(row, d, factor, NORMALIZED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def combine_rows(gold, away, out, T, d, gold_stride, away_stride, alpha, beta, HAS_AWAY: tl.constexpr,
-                 NORMALIZED: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def combine_rows(gold, away, out, d, gold_stride, away_stride, alpha, beta, HAS_AWAY: tl.constexpr,
+                 NORMALIZED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     a = coefficient(gold + t * gold_stride, d, alpha, NORMALIZED, BLOCK)
     if HAS_AWAY:
@@ -59,17 +59,12 @@ def combine_rows(gold, away, out, T, d, gold_stride, away_stride, alpha, beta, H
         g = a * tl.load(gold + t * gold_stride + j, mask=inside, other=0.0).to(tl.float32)
         if HAS_AWAY:
             g += b * tl.load(away + t * away_stride + j, mask=inside, other=0.0).to(tl.float32)
-        for term in tl.static_range(TERMS):
-            part = g.to(out.dtype.element_ty)
-            tl.store(out + (t + term * T) * d + j, part, mask=inside)
-            rest = g - part.to(tl.float32)
-            g = tl.where(rest == rest, rest, 0.0)  # inf and NaN are in the first term
+        tl.store(out + t * d + j, g, mask=inside)
 
 
 @triton.jit
 def finish_step(keys, g, ids, weights, gamma, table, new_ids, new_weights, z, vertices, gaps, T, V, d, A, slot,
-                PARTS, table_stride, TERMS: tl.constexpr, BP: tl.constexpr, BA: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                PARTS, table_stride, BP: tl.constexpr, BA: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BP)
     best = tl.min(tl.load(keys + parts.to(tl.int64) * T + t, mask=parts < PARTS, other=NOTHING), axis=0)
@@ -94,9 +89,7 @@ def finish_step(keys, g, ids, weights, gamma, table, new_ids, new_weights, z, ve
         j = start + tl.arange(0, BLOCK)
         inside = j < d
         low = tl.load(table + row + j, mask=inside, other=0.0).to(tl.float32)
-        combined = tl.zeros((BLOCK,), tl.float32)
-        for term in tl.static_range(TERMS):
-            combined += tl.load(g + (t + term * T) * d + j, mask=inside, other=0.0).to(tl.float32)
+        combined = tl.load(g + t * d + j, mask=inside, other=0.0).to(tl.float32)
         acc = step * low
         for a in range(A):
             id = tl.load(ids + t * A + a).to(tl.int64)
@@ -114,20 +107,17 @@ def unsupported(call: Call) -> str | None:
     return only_dtypes(call, (torch.float32, torch.bfloat16))
 
 
-def combine(
-    G_gold: Tensor, G_away: Tensor | None, dtype: torch.dtype, alpha: float, beta: float, combine: str
-) -> Tensor:
-    """``[terms, T, d]`` in ``dtype`` that sum to the combined gradient; bfloat16 takes three, or one if that is
-    exact."""
-    if G_away is None and combine == "sum" and alpha == 1 and G_gold.dtype == dtype:
-        return G_gold.contiguous()[None]
+def combine(G_gold: Tensor, G_away: Tensor | None, alpha: float, beta: float, combine: str) -> Tensor:
+    """The combined gradient ``[T, d]`` in float32, or the one that there is as it came."""
+    if G_away is None and combine == "sum" and alpha == 1:
+        return G_gold.contiguous()
     T, d = G_gold.shape
-    out = torch.empty(1 if dtype == torch.float32 else 3, T, d, dtype=dtype, device=G_gold.device)
+    out = torch.empty(T, d, device=G_gold.device)
     gold = G_gold if G_gold.stride(1) == 1 else G_gold.contiguous()
     away = gold if G_away is None else G_away if G_away.stride(1) == 1 else G_away.contiguous()
     combine_rows[(T,)](
-        gold, away, out, T, d, gold.stride(0), away.stride(0), float(alpha), float(beta), HAS_AWAY=G_away is not None,
-        NORMALIZED=combine == "normalized", TERMS=out.shape[0], BLOCK=BLOCK, num_warps=4,
+        gold, away, out, d, gold.stride(0), away.stride(0), float(alpha), float(beta), HAS_AWAY=G_away is not None,
+        NORMALIZED=combine == "normalized", BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -154,14 +144,13 @@ def hull_step(
     if T == 0:
         return new_ids, new_weights, z, vertex, gap
     allowed = None if allowed is None else allowed.contiguous()
-    g = combine(G_gold, G_away, E.dtype if candidates is None else torch.float32, alpha, beta, combine_as)
+    g = combine(G_gold, G_away, alpha, beta, combine_as)
     if candidates is None:
-        keys, parts = find_keys(g, E, None, None, allowed)
+        (keys, _), parts = screened_keys(g, E, None, None, allowed), 1
     else:
-        keys, parts = candidate_keys(g[0], E, None, None, allowed, candidates)
+        keys, parts = candidate_keys(g, E, None, None, allowed, candidates)
     finish_step[(T,)](
         keys, g, ids, weights, gamma, E, new_ids, new_weights, z, vertex, gap, T, E.shape[0], d, A, slot, parts,
-        E.stride(0),
-        TERMS=g.shape[0], BP=triton.next_power_of_2(parts), BA=triton.next_power_of_2(A), BLOCK=BLOCK, num_warps=4,
+        E.stride(0), BP=triton.next_power_of_2(parts), BA=triton.next_power_of_2(A), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return new_ids, new_weights, z, vertex, gap

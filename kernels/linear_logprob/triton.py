@@ -7,8 +7,8 @@ FLOPs and bytes: 4*N*V*d FLOPs (2*N*V*d without gradient), and 2*N*V*d more a fu
 states; the table is read once a chunk of tokens for each half; N*V exponentials are written in its dtype, and read once
 a block of columns.
 
-1. ``score_tiles``: logits of a [BM, BN] tile, transformed; the target's column is taken out (its exact logit and
-   slope are stored). Per row and tile an integer k with ``2**k >= max exp(z)``, the sum of ``x = 2**(z log2(e) - k)``,
+1. ``score_tiles``: a program walks the [BM, BN] tiles of its part of the vocabulary: logits, transformed; the target's
+   column is taken out (its exact logit and slope are stored). Per row and tile an integer k with ``2**k >= max exp(z)``, the sum of ``x = 2**(z log2(e) - k)``,
    for the entropy the sum of ``x * (z - k ln 2)``; ``x * s`` goes to the workspace in the table's dtype.
 2. ``merge_tiles``: a row's tiles, in lanes that are added in fixed order, in float64; log p, entropy, factors.
 3. ``weighted_rows``: ``R = sum over tiles of 2**(k_tile - k_row) X_tile W_tile``, in parts of the vocabulary where
@@ -17,8 +17,8 @@ a block of columns.
 Numerics: exponentials in bfloat16 have a relative error of 2**-9 everywhere; logits in bfloat16 would have an
 absolute one of 0.06 at 20. Powers of two scale exactly. Everything is a function of the shapes alone.
 
-Limits: float32 and bfloat16. Tokens are worked on in chunks whose exponentials take at most WORKSPACE bytes, never
-fewer than one tile of rows, and of at most MOST_ROWS without gradient: the tiles' k and sums are in memory too.
+Limits: float32 and bfloat16. Tokens are worked on in chunks of FEWEST_ROWS to MOST_ROWS, whose exponentials take at
+most a WORKSPACE-th of the device's memory: the table is read twice a chunk.
 """
 
 from __future__ import annotations
@@ -31,20 +31,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from ..vertex_oracle.triton import add_scores, split, terms
+from ..vertex_oracle.tiles import describable, describe, has_copy_engine, split, tile_scores
 
-WORKSPACE = 256 << 20
-MOST_ROWS = 2048
+WORKSPACE = 64  # the part of the device's memory that a chunk's exponentials may take
+MOST_ROWS, FEWEST_ROWS = 2048, 128
 LANES, MERGED, BLOCK = 128, 8, 1024  # of a merging program: tiles and rows at a time; columns of a finishing one
 
-# scores: (BM, BN, BK, warps, stages); mean rows: (BM, BN, warps, stages), their inner tile is the scores' BN
-SCORES = {"bfloat16": (128, 64, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
-MEANS = {"bfloat16": (128, 128, 8, 3), "float32": (64, 64, 8, 3)}
+# scores: (BM, BN, BK, warps, stages); plain ones have no bias, softcap or list, whose registers a wider tile needs, and
+# load tiles through tensor descriptors where there is Hopper's copy engine. Mean rows: (BM, BN, BK, warps, stages).
+SCORES = {"bfloat16 plain": (128, 128, 64, 8, 4), "bfloat16": (128, 64, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
+MEANS = {"bfloat16": (128, 128, 64, 8, 3), "float32": (64, 64, 32, 8, 3)}
 
 
-def config(dtype: torch.dtype, terms: int = 1) -> tuple[int, int, int, int, int]:
-    BM, BN, BK, warps, stages = SCORES[str(dtype).removeprefix("torch.")]
-    return (min(BM, 64) if terms > 1 else BM), BN, BK, warps, stages  # three query tiles at once: half the tokens
+def config(x: Tensor, W: Tensor, plain: bool = False) -> tuple[int, int, int, int, int, bool]:
+    """(BM, BN, BK, warps, stages, descriptors) of the scores of terms ``x [n, N, d]`` with ``W``."""
+    if x.shape[0] > 1:  # three tiles of tokens at once: half the tokens, and warps that each have whole rows of a dot
+        return 64, 64, 64, 4, 3, False
+    plain = plain and W.dtype == torch.bfloat16 and has_copy_engine(W.device) and W.shape[1] % 8 == 0 and describable(W)
+    return *SCORES[name(W.dtype) + " plain" * plain], plain
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -69,43 +77,50 @@ def transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HA
     return z, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "token_blocks"])
 def score_tiles(x, table, bias, targets, exps, exponents, sums, moments, target_logits, target_slopes, N, V, d,
-                x_stride, x_term, table_stride, exps_stride, tiles, token_blocks, scale, softcap, inverse_temperature,
-                HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, MOMENT: tl.constexpr,
-                TERMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                WIDEN: tl.constexpr):  # fmt: skip
+                x_stride, x_term, table_stride, exps_stride, part_rows, token_blocks, scale, softcap,
+                inverse_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr,
+                MOMENT: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
-    tile = program // token_blocks
-    tokens = (program % token_blocks) * BM + tl.arange(0, BM)
+    token = (program % token_blocks) * BM
+    tokens = token + tl.arange(0, BM)
     valid_tokens = tokens < N
-    rows = tile * BN + tl.arange(0, BN)
-    valid = rows < V
-    z = tl.zeros((BM, BN), tl.float32)
-    z = add_scores(z, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS, BK,
-                   WIDEN)  # fmt: skip
-    z, slope = transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP)
     y = tl.load(targets + tokens, mask=valid_tokens, other=-1)
-    target = (rows[None, :] == y[:, None]) & valid_tokens[:, None]
-    here = (y >= tile * BN) & (y < tile * BN + BN) & (y < V) & valid_tokens  # of nobody outside the table
-    tl.store(target_logits + tokens, tl.sum(tl.where(target, z, 0.0), axis=1), mask=here)
-    tl.store(target_slopes + tokens, tl.sum(tl.where(target, slope, 0.0), axis=1), mask=here)
-    z = tl.where(valid[None, :] & (rows[None, :] != y[:, None]), z, float("-inf"))
-    top = tl.max(z, axis=1) * LOG2E
-    k = tl.where(top == float("-inf"), 0.0, tl.ceil(top))
-    p = tl.exp2(z * LOG2E - k[:, None])
-    at = tile.to(tl.int64) * N + tokens
-    tl.store(exponents + at, tl.where(top == float("-inf"), float("-inf"), k), mask=valid_tokens)
-    tl.store(sums + at, tl.sum(p, axis=1), mask=valid_tokens)
-    if MOMENT:
-        shifted = tl.where(p > 0, p * (z - k[:, None] * LN2), p)
-        tl.store(moments + at, tl.sum(shifted, axis=1), mask=valid_tokens)
-    if STORE:
-        tl.store(
-            exps + tokens.to(tl.int64)[:, None] * exps_stride + rows[None, :],
-            (p * slope).to(exps.dtype.element_ty),
-            mask=valid_tokens[:, None] & valid[None, :],
-        )
+    first = (program // token_blocks) * part_rows
+    for start in range(first, min(first + part_rows, V), BN):
+        rows = start + tl.arange(0, BN)
+        valid = rows < V
+        z = tile_scores(x, table, rows, valid, tokens, valid_tokens, start, token, N, d, x_stride, x_term, table_stride,
+                        TERMS, BM, BN, BK, DESCRIPTORS, WIDEN)  # fmt: skip
+        z, slope = transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP)
+        here = (y >= start) & (y < start + BN) & (y < V) & valid_tokens  # of nobody outside the table
+        if tl.max(here.to(tl.int32), axis=0) > 0:  # in most tiles nobody's target is
+            target = rows[None, :] == y[:, None]
+            tl.store(target_logits + tokens, tl.sum(tl.where(target, z, 0.0), axis=1), mask=here)
+            if HAS_SOFTCAP:
+                tl.store(target_slopes + tokens, tl.sum(tl.where(target, slope, 0.0), axis=1), mask=here)
+            else:
+                tl.store(target_slopes + tokens, tl.full((BM,), 1.0, tl.float32), mask=here)
+            z = tl.where(target, float("-inf"), z)
+        if start + BN > V:
+            z = tl.where(valid[None, :], z, float("-inf"))
+        top = tl.max(z, axis=1) * LOG2E
+        k = tl.where(top == float("-inf"), 0.0, tl.ceil(top))
+        p = tl.exp2(z * LOG2E - k[:, None])
+        at = tl.cast(start // BN, tl.int64) * N + tokens
+        tl.store(exponents + at, tl.where(top == float("-inf"), float("-inf"), k), mask=valid_tokens)
+        tl.store(sums + at, tl.sum(p, axis=1), mask=valid_tokens)
+        if MOMENT:
+            shifted = tl.where(p > 0, p * (z - k[:, None] * LN2), p)
+            tl.store(moments + at, tl.sum(shifted, axis=1), mask=valid_tokens)
+        if STORE:  # whole tiles: the rows of exps end with zeros
+            tl.store(
+                exps + tokens.to(tl.int64)[:, None] * exps_stride + rows[None, :],
+                (p * slope).to(exps.dtype.element_ty),
+                mask=valid_tokens[:, None],
+            )
 
 
 @triton.jit
@@ -126,7 +141,7 @@ def softplus(x):
     return tl.where(x > 0, x, 0.0) + log1p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles"])
 def merge_tiles(exponents, sums, moments, target_logits, target_slopes, stats, logps, entropies, N, tiles, rate,
                 ENTROPY: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """``stats [4, N]``: the row's k, the factors of the others' mean and of the target's row, the others' logsumexp."""
@@ -169,10 +184,10 @@ def merge_tiles(exponents, sums, moments, target_logits, target_slopes, stats, l
     tl.store(stats + 3 * N + tokens, lse.to(tl.float32), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "token_blocks"])
 def weighted_rows(exps, exponents, row_exponents, table, out, N, V, d, exps_stride, table_stride, part_rows,
                   token_blocks, column_blocks, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  WIDEN: tl.constexpr):  # fmt: skip
+                  TILE: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     tokens = (program % token_blocks) * BM + tl.arange(0, BM)
     columns = (program // token_blocks % column_blocks) * BN + tl.arange(0, BN)
@@ -182,19 +197,18 @@ def weighted_rows(exps, exponents, row_exponents, table, out, N, V, d, exps_stri
     top = tl.load(row_exponents + tokens, mask=valid_tokens, other=0.0)
     acc = tl.zeros((BM, BN), tl.float32)
     first = part * part_rows
-    for start in range(first, min(first + part_rows, V), BK):
+    last = min(first + part_rows, V)
+    tl.assume(first < last)
+    for start in range(first, last, BK):
         rows = start + tl.arange(0, BK)
-        valid = rows < V
-        x = tl.load(
-            exps + tokens.to(tl.int64)[:, None] * exps_stride + rows[None, :],
-            mask=valid_tokens[:, None] & valid[None, :],
-            other=0.0,
+        x = tl.load(  # exps ends with zeros
+            exps + tokens.to(tl.int64)[:, None] * exps_stride + rows[None, :], mask=valid_tokens[:, None], other=0.0
         )
-        k = tl.load(exponents + tl.cast(start // BK, tl.int64) * N + tokens, mask=valid_tokens, other=float("-inf"))
+        k = tl.load(exponents + tl.cast(start // TILE, tl.int64) * N + tokens, mask=valid_tokens, other=float("-inf"))
         x = (x.to(tl.float32) * tl.exp2(k - top)[:, None]).to(x.dtype)
         w = tl.load(
             table + rows.to(tl.int64)[:, None] * table_stride + columns[None, :],
-            mask=valid[:, None] & inside[None, :],
+            mask=(rows < V)[:, None] & inside[None, :],
             other=0.0,
         )
         if WIDEN:
@@ -204,7 +218,7 @@ def weighted_rows(exps, exponents, row_exponents, table, out, N, V, d, exps_stri
     tl.store(out + at, acc, mask=valid_tokens[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "PARTS"])
 def gradient_rows(means, stats, table, targets, out, N, V, d, table_stride, slices, PARTS, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     n = (program // slices).to(tl.int64)
@@ -217,6 +231,24 @@ def gradient_rows(means, stats, table, targets, out, N, V, d, table_stride, slic
     row = tl.load(table + y * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
     mean_factor, target_factor = tl.load(stats + N + n), tl.load(stats + 2 * N + n)
     tl.store(out + n * d + j, target_factor * row - mean_factor * mean, mask=j < d)
+
+
+def chunk_rows(W: Tensor) -> int:
+    """Tokens whose exponentials take at most a WORKSPACE-th of the device's memory: the table is read twice a chunk."""
+    total = torch.cuda.get_device_properties(W.device).total_memory if W.device.type == "cuda" else 16 << 30
+    rows = total // WORKSPACE // (W.element_size() * W.shape[0])
+    return min(MOST_ROWS, max(FEWEST_ROWS, rows // FEWEST_ROWS * FEWEST_ROWS))
+
+
+def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[n, N, d]`` in ``dtype`` whose sum over n is ``x``: three bfloat16 hold a float32 exactly."""
+    if x.dtype == dtype or dtype == torch.float32:
+        return x.to(dtype).contiguous()[None]
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(dtype))
+        x = torch.where(x.isfinite(), x - parts[-1].to(x.dtype), 0.0)
+    return torch.stack(parts)
 
 
 def unsupported(call: Call) -> str | None:
@@ -234,13 +266,12 @@ def linear_logprob(
     entropy: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N, (V, d) = H.shape[0], W.shape
+    N, d = H.shape[0], W.shape[1]
     logp = torch.empty(N, device=H.device)
     entropies = torch.empty(N if entropy else 0, device=H.device)
     gradients = torch.empty(N if gradient else 0, d, device=H.device)
     bias = None if bias is None else bias.contiguous()
-    BM = config(W.dtype)[0]
-    chunk = max(BM, WORKSPACE // (W.element_size() * V) // BM * BM) if gradient else MOST_ROWS
+    chunk = chunk_rows(W) if gradient else MOST_ROWS
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
         _chunk(
@@ -261,24 +292,27 @@ def score(
     *,
     exps: Tensor | None = None,
     moment: bool = False,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exponents, sums and moments ``[tiles, N]`` without the targets, whose logits and slopes ``[2, N]`` come last.
 
     ``x [n, N, d]`` are the terms of the hidden states; a target outside the table leaves nothing out, its logit is NaN.
     ``exps`` receives the scaled exponentials.
     """
-    N, (V, d) = x.shape[1], W.shape
-    BM, BN, BK, warps, stages = config(W.dtype, x.shape[0])
+    (n, N, d), V = x.shape, W.shape[0]
+    BM, BN, BK, warps, stages, described = config(x, W, plain)
     tiles, blocks = triton.cdiv(V, BN), triton.cdiv(N, BM)
+    parts, part_rows = split(blocks, V, BN, W.device)
     exponents, sums = (torch.empty(tiles, N, device=W.device) for _ in range(2))
     moments = torch.empty(tiles, N, device=W.device) if moment else sums
     targets = torch.full((2, N), torch.nan, device=W.device)
-    score_tiles[(blocks * tiles,)](
-        x, W, W if bias is None else bias, y, W if exps is None else exps, exponents, sums, moments, targets[0],
-        targets[1], N, V, d, x.stride(1), x.stride(0), W.stride(0), 0 if exps is None else exps.stride(0), tiles,
-        blocks, float(scale), float(softcap or 1.0), 1.0 / temperature, HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None, STORE=exps is not None, MOMENT=moment, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK,
-        WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
+    queries, table = (describe(x.flatten(0, 1), BM, BK), describe(W, BN, BK)) if described else (x, W)
+    score_tiles[(blocks * parts,)](
+        queries, table, W if bias is None else bias, y, W if exps is None else exps, exponents, sums, moments,
+        targets[0], targets[1], N, V, d, x.stride(1), x.stride(0), W.stride(0), 0 if exps is None else exps.stride(0),
+        part_rows, blocks, float(scale), float(softcap or 1.0), 1.0 / temperature, HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None, STORE=exps is not None, MOMENT=moment, TERMS=n, BM=BM, BN=BN, BK=BK,
+        DESCRIPTORS=described, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return exponents, sums, moments, targets
 
@@ -318,19 +352,21 @@ def _chunk(
     gradient: Tensor | None,
 ) -> None:
     N, (V, d) = H.shape[0], W.shape
-    exps = None if gradient is None else torch.empty(N, V, dtype=W.dtype, device=W.device)
-    scores = score(terms(H, W.dtype), W, y, bias, scale, softcap, temperature, exps=exps, moment=entropy is not None)
+    x = terms(H, W.dtype)
+    plain = bias is None and softcap is None
+    TILE = config(x, W, plain)[1]
+    exps = None if gradient is None else torch.empty(N, triton.cdiv(V, TILE) * TILE, dtype=W.dtype, device=W.device)
+    scores = score(x, W, y, bias, scale, softcap, temperature, exps=exps, moment=entropy is not None, plain=plain)
     stats = merge(scores, scale / temperature, logp, entropy)
     if gradient is None or exps is None:
         return
-    CM, CN, warps, stages = MEANS[str(W.dtype).removeprefix("torch.")]
-    BK = config(W.dtype)[1]  # the tiles of the exponents
-    blocks, column_blocks = triton.cdiv(N, CM), triton.cdiv(d, CN)
+    BM, BN, BK, warps, stages = MEANS[name(W.dtype)]
+    blocks, column_blocks = triton.cdiv(N, BM), triton.cdiv(d, BN)
     parts, part_rows = split(blocks * column_blocks, V, BK, W.device)
     means = gradient if parts == 1 else torch.empty(parts, N, d, device=W.device)
     weighted_rows[(blocks * column_blocks * parts,)](
         exps, scores[0], stats, W, means, N, V, d, exps.stride(0), W.stride(0), part_rows, blocks, column_blocks,
-        BM=CM, BN=CN, BK=BK, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
+        BM=BM, BN=BN, BK=BK, TILE=TILE, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     slices = triton.cdiv(d, BLOCK)
     gradient_rows[(N * slices,)](

@@ -28,18 +28,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from ..linear_logprob.triton import LN2, config, normalisers, transform_tile
-from ..vertex_oracle.triton import NOTHING, add_scores, score_keys, terms
+from ..linear_logprob.triton import LN2, config, normalisers, terms, transform_tile
+from ..vertex_oracle.tiles import NOTHING, describe, score_keys, tile_scores
 
 WORKSPACE = 64 << 20
-MOST_ROWS = 4096  # of a chunk: its tiles' k and sums are in memory too
+MOST_ROWS, FEWEST_ROWS = 4096, 128  # of a chunk: its tiles' k and sums are in memory too
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "token_blocks", "capacity"])
 def list_tiles(x, table, bias, allowed, exponents, lse, keys, counts, N, V, d, x_stride, x_term, table_stride, capacity,
                token_blocks, scale, softcap, inverse_temperature, log_p_min, HAS_BIAS: tl.constexpr,
                HAS_SOFTCAP: tl.constexpr, HAS_ALLOWED: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+               BN: tl.constexpr, BK: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     tile = program // token_blocks
     tokens = (program % token_blocks) * BM + tl.arange(0, BM)
@@ -50,9 +50,8 @@ def list_tiles(x, table, bias, allowed, exponents, lse, keys, counts, N, V, d, x
     if tl.max(reach.to(tl.int32), axis=0) > 0:
         rows = tile * BN + tl.arange(0, BN)
         valid = rows < V
-        z = tl.zeros((BM, BN), tl.float32)
-        z = add_scores(z, x, table, rows, valid, tokens, valid_tokens, d, x_stride, x_term, table_stride, TERMS, BK,
-                       WIDEN)  # fmt: skip
+        z = tile_scores(x, table, rows, valid, tokens, valid_tokens, tile * BN, (program % token_blocks) * BM, N, d,
+                        x_stride, x_term, table_stride, TERMS, BM, BN, BK, DESCRIPTORS, WIDEN)  # fmt: skip
         z, _ = transform_tile(z, bias, rows, valid, scale, softcap, inverse_temperature, HAS_BIAS, HAS_SOFTCAP)
         if HAS_ALLOWED:
             valid = valid & (tl.load(allowed + rows, mask=valid, other=0) != 0)
@@ -88,26 +87,27 @@ def plausible_vertices(
     ids = torch.empty(T, max_candidates, dtype=torch.int64, device=H.device)
     logps = torch.empty(T, max_candidates, device=H.device)
     counts = torch.zeros(T, dtype=torch.int32, device=H.device)
-    BM = config(W.dtype)[0]
     # a thousandth more than can be: the sum of the probabilities is 1 up to rounding
     capacity = min(V, int(1.001 * math.exp(min(-log_p_min, 30.0))) + 1)
     kept = min(capacity, max_candidates)
-    chunk = max(BM, min(MOST_ROWS, WORKSPACE // (8 * capacity)) // BM * BM)
+    chunk = max(FEWEST_ROWS, min(MOST_ROWS, WORKSPACE // (8 * capacity)) // FEWEST_ROWS * FEWEST_ROWS)
     bias = None if bias is None else bias.contiguous()
     allowed = None if allowed is None else allowed.contiguous()
     for start in range(0, T, chunk):
         part = slice(start, start + chunk)
         x, N = terms(H[part], W.dtype), H[part].shape[0]
-        BM, BN, BK, warps, stages = config(W.dtype, x.shape[0])
+        BM, BN, BK, warps, stages, described = config(x, W)
         exponents, lse = normalisers(x, W, bias, scale, softcap, temperature)
         keys = torch.full((N, capacity), NOTHING.value, dtype=torch.int64, device=H.device)
         blocks = triton.cdiv(N, BM)
+        queries, table = (describe(x.flatten(0, 1), BM, BK), describe(W, BN, BK)) if described else (x, W)
         list_tiles[(blocks * triton.cdiv(V, BN),)](
-            x, W, W if bias is None else bias, W if allowed is None else allowed, exponents, lse, keys, counts[part], N,
-            V, d, x.stride(1), x.stride(0), W.stride(0), capacity, blocks, float(scale), float(softcap or 1.0),
+            queries, table, W if bias is None else bias, W if allowed is None else allowed, exponents, lse, keys,
+            counts[part], N, V, d, x.stride(1), x.stride(0), W.stride(0), capacity, blocks, float(scale),
+            float(softcap or 1.0),
             1.0 / temperature, log_p_min, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-            HAS_ALLOWED=allowed is not None, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK, WIDEN=interpreting_triton(),
-            num_warps=warps, num_stages=stages,
+            HAS_ALLOWED=allowed is not None, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK, DESCRIPTORS=described,
+            WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         best = keys.topk(kept, dim=1, largest=False, sorted=True).values
         ordered = (best >> 32).int()

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from .. import native
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from ..linear_logprob.triton import LOG2E, SCORES
-from ..vertex_oracle.triton import add_scores, split
+from ..linear_logprob.triton import LOG2E
+from ..vertex_oracle.tiles import split, tile_scores
 
 BLOCK = 4096
 
 # (BM, BN, BK, warps, stages): tokens, columns of the table, rows of the table at a time
 MIXTURES = {"bfloat16": (64, 128, 64, 8, 3), "float32": (64, 64, 32, 8, 3)}
+GRADIENTS = {"bfloat16": (128, 128, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}  # tokens, rows, columns at a time
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def row_normalisers(theta, lse, V, theta_stride, inverse_tau, BLOCK: tl.constexp
     tl.store(lse + t, (base + tl.log2(total)) / LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "token_blocks"])
 def mixture_tiles(theta, lse, table, out, sums, T, V, d, theta_stride, table_stride, part_rows, token_blocks,
                   column_blocks, inverse_tau, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                   WIDEN: tl.constexpr):  # fmt: skip
@@ -67,7 +68,9 @@ def mixture_tiles(theta, lse, table, out, sums, T, V, d, theta_stride, table_str
     acc = tl.zeros((BM, BN), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     first = part * part_rows
-    for start in range(first, min(first + part_rows, V), BK):
+    last = min(first + part_rows, V)
+    tl.assume(first < last)
+    for start in range(first, last, BK):
         rows = start + tl.arange(0, BK)
         valid = rows < V
         x = tl.load(
@@ -90,7 +93,7 @@ def mixture_tiles(theta, lse, table, out, sums, T, V, d, theta_stride, table_str
     tl.store(sums + at, total, mask=valid_tokens)  # the same from each block of columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "token_blocks"])
 def gradient_tiles(grad_z, table, theta, lse, dots, out, T, V, d, grad_stride, table_stride, theta_stride, token_blocks,
                    inverse_tau, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
@@ -98,9 +101,8 @@ def gradient_tiles(grad_z, table, theta, lse, dots, out, T, V, d, grad_stride, t
     rows = (program // token_blocks) * BN + tl.arange(0, BN)
     valid_tokens = tokens < T
     valid = rows < V
-    acc = tl.zeros((BM, BN), tl.float32)
-    acc = add_scores(acc, grad_z, table, rows, valid, tokens, valid_tokens, d, grad_stride, 0, table_stride, 1, BK,
-                     WIDEN)  # fmt: skip
+    acc = tile_scores(grad_z, table, rows, valid, tokens, valid_tokens, 0, 0, T, d, grad_stride, 0, table_stride, 1, BM,
+                      BN, BK, False, WIDEN)  # fmt: skip
     there = valid_tokens[:, None] & valid[None, :]
     x = tl.load(theta + tokens.to(tl.int64)[:, None] * theta_stride + rows[None, :], mask=there, other=0.0)
     log_sum = tl.load(lse + tokens, mask=valid_tokens, other=0.0) * LOG2E
@@ -134,7 +136,7 @@ def softmax_mixture(theta: Tensor, E: Tensor, tau: float) -> tuple[Tensor, Tenso
 def softmax_mixture_backward(theta: Tensor, E: Tensor, tau: float, lse: Tensor, grad_z: Tensor, dots: Tensor) -> Tensor:
     theta, T, (V, d) = native.rows(theta), theta.shape[0], E.shape
     grad_theta, grad_z = torch.empty(T, V, dtype=theta.dtype, device=E.device), grad_z.to(E.dtype).contiguous()
-    BM, BN, BK, warps, stages = SCORES[str(E.dtype).removeprefix("torch.")]
+    BM, BN, BK, warps, stages = GRADIENTS[str(E.dtype).removeprefix("torch.")]
     blocks = triton.cdiv(T, BM)
     if T:
         gradient_tiles[(blocks * triton.cdiv(V, BN),)](
