@@ -8,7 +8,8 @@ states; the table is read once a chunk of tokens for each half; N*V exponentials
 a block of columns.
 
 1. ``score_tiles``: a program walks the [BM, BN] tiles of its part of the vocabulary: logits, transformed; the target's
-   column is taken out (its exact logit and slope are stored). Per row and tile an integer k with ``2**k >= max exp(z)``, the sum of ``x = 2**(z log2(e) - k)``,
+   column is taken out (its exact logit and slope are stored).
+   Per row and tile an integer k with ``2**k >= max exp(z)``, the sum of ``x = 2**(z log2(e) - k)``,
    for the entropy the sum of ``x * (z - k ln 2)``; ``x * s`` goes to the workspace in the table's dtype.
 2. ``merge_tiles``: a row's tiles, in lanes that are added in fixed order, in float64; log p, entropy, factors.
 3. ``weighted_rows``: ``R = sum over tiles of 2**(k_tile - k_row) X_tile W_tile``, in parts of the vocabulary where
