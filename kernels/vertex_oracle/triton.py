@@ -424,6 +424,6 @@ def vertex_oracle(
     oracle_finish[(T,)](
         keys, ids, values, G, E, y, Y, E if allowed is None else allowed, T, E.shape[0], E.shape[1], Y.shape[1],
         G.stride(0), E.stride(0), y.stride(0), Y.stride(0), parts, HAS_ALLOWED=allowed is not None, HAS_SECOND=second,
-        FINAL=final, BN=BN, BP=triton.next_power_of_2(parts), ROWS=CANDIDATES, BLOCK=BLOCK, num_warps=1,
+        FINAL=final, BN=BN, BP=triton.next_power_of_2(parts), ROWS=CANDIDATES, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return ids, values
