@@ -313,7 +313,7 @@ def guard_figure(study: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from latentrevise.report.figures import RC, styles_for
+    from latentrevise.report.drawing import RC, styles_for
 
     styles = styles_for(list(study))
     with mpl.rc_context(RC):
@@ -343,7 +343,7 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    from latentrevise.report.figures import RC, styles_for
+    from latentrevise.report.drawing import RC, styles_for
 
     styles = styles_for([name for pooled in study.values() for name in pooled["strategies"]])
     with mpl.rc_context(RC):
