@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import harness
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine
-from latentrevise.engines.vllm import unavailable
+from latentrevise.engines.vllm_setup import unavailable
 from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.loading import input_embedding
 from latentrevise.model.policy import Policy

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.recovery_tables import figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
 from latentrevise.demo import Family, get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
@@ -245,139 +246,6 @@ def _judged(run_directory: Path) -> list[tuple[dict[str, float], bool]]:
     arms = [path.name for path in sorted((run_directory / "verdicts").iterdir()) if "@" not in path.name]
     verdicts = [v for arm in arms for part in directory.parts("verdicts", arm) for v in read_records(part, Verdict)]
     return [(v.signals or {}, bool(v.valid)) for v in verdicts if v.verdict == "correct"]
-
-
-def table(family: str, pooled: dict[str, Any]) -> str:
-    """A Markdown table, best valid rate first."""
-
-    def rate(r: Sequence[float]) -> str:
-        return f"{100 * r[0]:.1f} [{100 * r[1]:.0f}, {100 * r[2]:.0f}]"
-
-    def number(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    lines = [
-        f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} mined prompts, {len(pooled['units'])} runs)",
-        "",
-        "| strategy | valid derivation % | by model | equal compute: valid % | ratio | right answer % | wrong target % "
-        "| selectivity | token passes | admitted rows (valid) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in sorted(pooled["strategies"].items(), key=lambda item: -item[1]["valid"][0]):
-        models = " / ".join(f"{100 * v:.0f}" for v in row["valid_by_model"].values())
-        wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.1f}"
-        lines.append(
-            f"| `{name}` | {rate(row['valid'])} | {models} | {rate(row['equal_compute']['valid'])} |"
-            f" {number(row['ratio'])} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'], 2)} |"
-            f" {row['passes']:.0f} | {row['admitted']} ({row['admitted_valid']}) |"
-        )
-    return "\n".join(lines)
-
-
-def tables(document: dict[str, Any]) -> str:
-    """What a study's document says, as it stands in docs/: a table a family, and from which code the runs come."""
-    commits = document.get("commits", {harness.NOT_RECORDED: len(document["units"])})
-    found = [table(family, pooled) for family, pooled in document["families"].items()]
-    return "\n\n".join([*found, harness.provenance("runs", commits)])
-
-
-def summary(study: dict[str, dict[str, Any]]) -> str:
-    """A short Markdown table: of each family the best three that read no reference solution, the method, resampling.
-
-    Strategies that came out alike (with one decision to change, those that change several) are listed once.
-    """
-    lines = [
-        "| family (zero-hit) | strategy | valid derivation | valid, equal compute | right answer | wrong target "
-        "| admitted rows / valid |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for family, pooled in study.items():
-        rows = pooled["strategies"]
-        ranked = sorted((name for name in rows if name != "hint"), key=lambda name: -rows[name]["valid"][0])
-        outcomes = {(*rows[n]["valid"], *rows[n]["answer"], *(rows[n]["wrong_target"] or ())): n for n in ranked[::-1]}
-        best = [name for name in ranked if name in outcomes.values()][:3]
-        for name in dict.fromkeys([*best, *(n for n in ("latent", "resample") if n in rows)]):
-            row = rows[name]
-            low, high = (f"{100 * v:.0f}" for v in row["valid"][1:])
-            wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.0f}"
-            lines.append(
-                f"| {family} ({pooled['zero_hit']}) | `{name}` | {100 * row['valid'][0]:.0f} [{low}, {high}] |"
-                f" {100 * row['equal_compute']['valid'][0]:.0f} | {100 * row['answer'][0]:.0f} | {wrong} |"
-                f" {row['admitted']} / {row['admitted_valid']} |"
-            )
-    return "\n".join(lines)
-
-
-def guard_figure(study: dict[str, dict[str, Any]], path: Path) -> None:
-    """What the guards let through against what they keep, a line a family."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    from latentrevise.report.drawing import RC, styles_for
-
-    styles = styles_for(list(study))
-    with mpl.rc_context(RC):
-        drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = drawing.subplots()
-        axes.axhline(2, color="0.7", linewidth=1, linestyle=":")
-        axes.axvline(80, color="0.7", linewidth=1, linestyle=":")
-        for family, pooled in study.items():
-            points = sorted((100 * p["kept"][0], 100 * p["contamination"][0]) for p in pooled["guards"])
-            style = styles[family]
-            axes.plot(*zip(*points, strict=True), color=style.colour, marker=style.marker, markersize=4, label=family)
-        axes.set(
-            xlim=(0, 102),
-            ylim=(0, None),
-            xlabel="valid samples kept, %",
-            ylabel="invalid among the admitted, %",
-            title="Guards: chosen on one set of prompts, measured on the others",
-        )
-        axes.legend(frameon=False)
-        with atomic_write(path) as temporary:
-            drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-
-
-def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
-    """Valid recovery against compute, a panel a family: strategies with intervals, plain resampling as a line."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    from latentrevise.report.drawing import RC, styles_for
-
-    styles = styles_for([name for pooled in study.values() for name in pooled["strategies"]])
-    with mpl.rc_context(RC):
-        drawing = Figure(figsize=(5.2 * len(study), 5.0), layout="constrained")
-        for axes, (family, pooled) in zip(
-            drawing.subplots(1, len(study), squeeze=False)[0], study.items(), strict=True
-        ):
-            curve = pooled["resampling"]
-            grey = styles["resample"].colour
-            axes.plot([p["passes"] for p in curve], [100 * p["valid"] for p in curve], color=grey, label="resampling")
-            for name, row in pooled["strategies"].items():
-                p, low, high = (100 * v for v in row["valid"])
-                style = styles[name]
-                axes.errorbar(
-                    row["passes"],
-                    p,
-                    [[p - low], [high - p]],
-                    fmt=style.marker,
-                    color=style.colour,
-                    markersize=5,
-                    linewidth=1,
-                )
-                if p >= 10:  # the others lie on one another; the table has them
-                    axes.annotate(name, (row["passes"], p), xytext=(5, 3), textcoords="offset points", fontsize=8)
-            axes.set(
-                xscale="log",
-                ylim=(-2, 102),
-                title=f"{family}: {pooled['zero_hit']} zero-hit prompts",
-                xlabel="token passes a prompt",
-                ylabel="prompts with a valid derivation, %",
-            )
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda passes, _: f"{passes:,.0f}"))
-        with atomic_write(path) as temporary:
-            drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
 def refuse_part(options: argparse.Namespace) -> None:

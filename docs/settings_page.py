@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from latentrevise.cli.settings import GROUPS, settings_of
+
 PAGE = "reference/settings.md"
-# What each command reads. Nested settings follow behind the first that has them.
-COMMANDS = {
-    "recover, mine, audit": "latentrevise.recovery.settings:RecoverConfig",
-    "train sft": "latentrevise.train.sft:SFTSettings",
-    "train rlvr": "latentrevise.train.rlvr:RLVRSettings",
-    "train groups": "latentrevise.train.offline:GroupSettings",
-    "train distill": "latentrevise.train.distill:DistillSettings",
-    "eval": "latentrevise.recovery.evaluate:EvalRunConfig",
-}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -35,10 +27,9 @@ def page() -> str:
         "`latentrevise config` prints them with their defaults. What they mean stands above each table.",
     ]
     told: set[type] = set()
-    for command, place in COMMANDS.items():
-        module, name = place.split(":")
+    for command in GROUPS:
         lines += ["", f"## {command}"]
-        _tell(getattr(importlib.import_module(module), name), "", told, lines)
+        _tell(settings_of(command), "", told, lines)
     return "\n".join(lines) + "\n"
 
 

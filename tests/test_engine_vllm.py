@@ -13,7 +13,7 @@ from latentrevise.data.records import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine
-from latentrevise.engines.vllm import named_weights, unavailable
+from latentrevise.engines.vllm_setup import named_weights, unavailable
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import load_model
 from tests.test_pipeline import content

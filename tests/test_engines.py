@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentrevise.engines import HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine, engine_factory
-from latentrevise.engines.vllm import unavailable
+from latentrevise.engines.vllm_setup import unavailable
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.loading import load_model
 from tests.tiny import EOS, tiny_model, tiny_tokenizer

@@ -46,7 +46,7 @@ def test_bench_hands_its_words_on(tmp_path):
 
 
 def test_bench_says_where_the_benchmarks_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "latentrevise" / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "latentrevise" / "cli" / "__init__.py"))
     with pytest.raises(ConfigError, match=r"not part of the installed package.*pip install -e"):
         cli.app(["bench", "recovery"], standalone_mode=False)
 

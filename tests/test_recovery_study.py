@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, recovery, training
+from benchmarks import harness, recovery, recovery_tables, training
 from benchmarks.__main__ import folder, main
 from latentrevise.data.records import Verdict, write_json, write_records
 from latentrevise.demo import get_family
@@ -51,7 +51,7 @@ def test_runs_are_pooled_by_their_zero_hit_prompts():
     assert row["ratio"] == pytest.approx(0.4 / 0.15)
     assert row["selectivity"] == pytest.approx(0.6 / ((30 * 0.2 + 10 * 0.4) / 40))
     assert [point["passes"] for point in pooled["resampling"]] == [10.0, 20.0]
-    assert "| `pivot` | 40.0 [26, 55] | 50 / 10 |" in recovery.table("rule", pooled)
+    assert "| `pivot` | 40.0 [26, 55] | 50 / 10 |" in recovery_tables.table("rule", pooled)
 
 
 def test_guards_are_chosen_on_one_set_of_prompts_and_measured_on_the_others(tmp_path):
@@ -84,11 +84,11 @@ def test_the_short_table_has_the_best_and_the_baselines():
     }
     unit = (recovery.Unit("rule", 0, 0, 40), metrics(10, recovered=0, valid=0, wrong=None, passes=1.0, control=0.1))
     unit[1]["arms"] = arms
-    lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
+    lines = recovery_tables.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "gcg", "resample"]
     assert lines[0] == "| rule (10) | `pivot` | 80 [49, 94] | 10 | 80 | 20 | 3 / 2 |"
     arms["gcg"] = arms["pivot"]
-    lines = recovery.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
+    lines = recovery_tables.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == ["pivot", "latent", "dart", "resample"]
 
 
@@ -120,9 +120,9 @@ def test_the_documents_say_what_the_results_say(study):
     if study == "training":
         assert published("docs/training.md", study) == training.tables(document)
     else:
-        assert published("docs/recovery.md", study) == recovery.tables(document)
+        assert published("docs/recovery.md", study) == recovery_tables.tables(document)
     if study == "recovery":
-        assert published("README.md", study) == recovery.summary(document["families"])
+        assert published("README.md", study) == recovery_tables.summary(document["families"])
 
 
 def test_a_small_study_has_its_own_folder():

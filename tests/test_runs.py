@@ -114,7 +114,8 @@ def test_a_model_in_pefts_wrapper_is_recovered(tmp_path):
 
 def test_vllm_starts_from_the_base_of_merged_adapters(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    from latentrevise.engines.vllm import VLLMEngine, unavailable
+    from latentrevise.engines import VLLMEngine
+    from latentrevise.engines.vllm_setup import unavailable
     from latentrevise.model.loading import load_model
 
     if (why := unavailable()) is not None:
@@ -194,7 +195,7 @@ def rlvr(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from latentrevise.cli import app
-    from latentrevise.train import commands
+    from latentrevise.cli import training as commands
 
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -29,7 +29,7 @@ from latentrevise.demo.family import Family, Trace
 from latentrevise.demo.knowledge import Model, evaluate_model
 from latentrevise.demo.tokenizer import build_tokenizer
 from latentrevise.errors import ConfigError, ModelError
-from latentrevise.processes import safe_path
+from latentrevise.verify.processes import safe_path
 
 IGNORED = -100
 EVALUATION_PROMPTS = 128

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from latentrevise.engines.base import Completion, Engine, Progress, Request, SamplingParams
 from latentrevise.engines.hf import HFEngine
-from latentrevise.engines.vllm import VLLMConfig, VLLMEngine, unavailable
+from latentrevise.engines.vllm import VLLMEngine
+from latentrevise.engines.vllm_setup import VLLMConfig, unavailable
 from latentrevise.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -8,15 +8,12 @@ whenever it is given new weights: see ``VLLMEngine.compare``. Measured facts and
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import os
-import random
 import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +21,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from latentrevise.data.records import row_seed
 from latentrevise.engines.base import (
@@ -38,8 +34,23 @@ from latentrevise.engines.base import (
     not_finite,
     stop_ids,
 )
+from latentrevise.engines.vllm_setup import (
+    CPU_BLOCK,
+    CPU_KV_GIB,
+    EngineDied,
+    VLLMConfig,
+    alive,
+    caller_undisturbed,
+    named_weights,
+    on_cpu,
+    own_random_numbers,
+    prompt_input,
+    sampled,
+    unavailable,
+    vllm_params,
+)
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.model.loading import base_of, check_model, input_embedding, is_adapter, position_limit, unwrapped
+from latentrevise.model.loading import base_of, check_model, input_embedding, is_adapter, position_limit
 
 if TYPE_CHECKING:
     import vllm
@@ -51,59 +62,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WORKER = "latentrevise.engines.vllm_worker"
-_CPU_KV_GIB = 2.0
-# On a CPU blocks are multiples of 32 tokens. Only whole blocks are shared, so short prompts want short blocks.
-_CPU_BLOCK = 32
 _PROBED = 8  # tokens that the comparison with the policy decodes
-
-
-@dataclass(frozen=True)
-class VLLMConfig:
-    """How vLLM is started; all are our own decision, and none belongs to the method.
-
-    memory: share of the GPU that the engine may take for weights and KV cache together; the rest is the policy's and
-    the reviser's. kv_cache_gib: size of the KV cache instead; on a CPU, where ``memory`` does not count, 2 if left out.
-    sleep: free that memory while prefixes are revised (GPU only).
-    max_length: positions of prompt and completion; None: all that the model has. max_sequences: decoded at once; None:
-    vLLM's choice. tensor_parallel, pipeline_parallel, data_parallel: GPUs, as vLLM understands them; for the last start
-    one process a rank with torchrun. eager: neither compile nor capture graphs; None: on a CPU only.
-    """
-
-    memory: float = 0.45
-    kv_cache_gib: float | None = None
-    sleep: bool = True
-    max_length: int | None = None
-    max_sequences: int | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    data_parallel: int = 1
-    eager: bool | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.memory < 1:
-            raise ConfigError(f"vllm.memory = {self.memory!r}: it is a share of the GPU, between 0 and 1")
-        for name in (
-            "kv_cache_gib",
-            "max_length",
-            "max_sequences",
-            "tensor_parallel",
-            "pipeline_parallel",
-            "data_parallel",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"vllm.{name} = {value!r}: it must be positive")
-
-
-class EngineDied(RunError):
-    """vLLM raised in the middle of its work and cannot be used any more."""
-
-
-def unavailable() -> str | None:
-    """Why vLLM cannot be used here, or None."""
-    if importlib.util.find_spec("vllm") is None:
-        return "vllm is not installed (on a GPU: pip install '.[vllm]' in a clone; on a CPU: see docs/engines.md)"
-    return None
 
 
 class VLLMEngine:
@@ -201,7 +160,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """See Engine. On a CPU, and with ``sleep=False``, everything stays where it is."""
-        if self._llm is None or self._asleep or not self.config.sleep or _on_cpu():
+        if self._llm is None or self._asleep or not self.config.sleep or on_cpu():
             return
         self._llm.reset_prefix_cache()
         self._llm.sleep(level=1)
@@ -213,7 +172,7 @@ class VLLMEngine:
             return self._wake()
         if VLLMEngine._running is not None:
             VLLMEngine._running.close()
-        with _caller_undisturbed():
+        with caller_undisturbed():
             self._llm = self._load()
         VLLMEngine._running = self
         self._accept(push=self._changed, folder=None)
@@ -243,11 +202,11 @@ class VLLMEngine:
         """
         llm = self._started()
         ids, prompts = self._probes(2 * llm.llm_engine.vllm_config.cache_config.block_size + 5)
-        inputs = [_input(Request(ids), self.model.dtype)]
-        inputs += [_input(Request(embeddings=prompt), self.model.dtype) for prompt in prompts]
-        params = self._params(SamplingParams(temperature=0, max_new_tokens=_PROBED), seed=0, stops=[])
+        inputs = [prompt_input(Request(ids), self.model.dtype)]
+        inputs += [prompt_input(Request(embeddings=prompt), self.model.dtype) for prompt in prompts]
+        params = vllm_params(SamplingParams(temperature=0, max_new_tokens=_PROBED), seed=0, stops=[])
         found = dict(self._complete((i, prompt, params) for i, prompt in enumerate(inputs)))
-        samples = [_sampled(found[i][0]) for i in range(len(inputs))]
+        samples = [sampled(found[i][0]) for i in range(len(inputs))]
         known = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
         exact = self.model.dtype in (torch.float32, torch.float64)
         tolerance = 5e-3 if exact else 0.1
@@ -330,7 +289,7 @@ class VLLMEngine:
 
     def arguments(self) -> dict[str, Any]:
         """What vLLM's ``LLM`` is made with."""
-        config, cpu = self.config, _on_cpu()
+        config, cpu = self.config, on_cpu()
         given: dict[str, Any] = {
             "model": self.path,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -354,13 +313,13 @@ class VLLMEngine:
             }
         optional = {"max_model_len": config.max_length, "max_num_seqs": config.max_sequences}
         given |= {name: value for name, value in optional.items() if value is not None}
-        gib = config.kv_cache_gib or (_CPU_KV_GIB if cpu else None)
+        gib = config.kv_cache_gib or (CPU_KV_GIB if cpu else None)
         if gib is not None:
             given["kv_cache_memory_bytes"] = int(gib * 2**30)
         if cpu:
             # A chunked prefill rewinds the request's random generator by a call that only CUDA has.
             given |= {
-                "block_size": _CPU_BLOCK,
+                "block_size": CPU_BLOCK,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(8192, self.limit or 0),
             }
@@ -427,8 +386,8 @@ class VLLMEngine:
             for index, (request, p) in enumerate(zip(requests, params, strict=True)):
                 if index not in done:
                     seed = request.seed if request.seed is not None else row_seed(p.seed, index)
-                    own = self._params(p, seed, stop_ids(self.model, self.tokenizer, p))
-                    yield index, _input(request, self.model.dtype), own
+                    own = vllm_params(p, seed, stop_ids(self.model, self.tokenizer, p))
+                    yield index, prompt_input(request, self.model.dtype), own
 
         with closing(self._complete(jobs())) as finished:
             for index, outputs in finished:
@@ -449,24 +408,24 @@ class VLLMEngine:
         waiting, held = iter(jobs), 0
         flying: dict[str, tuple[int, int]] = {}  # the job and how many samples, by request id
         try:
-            with _own_random_numbers():
+            with own_random_numbers():
                 while True:
                     while held < room and (job := next(waiting, None)) is not None:
                         index, prompt, params = job
-                        with _alive():
+                        with alive():
                             engine.add_request(str(index), prompt, params)
                         flying[str(index)] = index, params.n
                         held += params.n
                         del job, prompt
                     if not flying:
                         break
-                    with _alive():
+                    with alive():
                         outputs = engine.step()
                     for output in outputs:
                         index, n = flying.pop(output.request_id)
                         held -= n
                         yield index, output.outputs
-                with _alive():
+                with alive():
                     engine.step()  # workers let go of finished requests at the next step only
         except EngineDied:
             raise
@@ -474,29 +433,8 @@ class VLLMEngine:
             engine.abort_request(list(flying))
             raise
 
-    def _params(self, params: SamplingParams, seed: int, stops: list[int]) -> vllm.SamplingParams:
-        from vllm import SamplingParams as Theirs
-        from vllm.sampling_params import RequestOutputKind
-
-        greedy = params.temperature == 0
-        return Theirs(
-            n=1 if greedy else params.n,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k or 0,
-            max_tokens=params.max_new_tokens,
-            seed=None if greedy else seed % 2**62,  # sample i adds i to it
-            stop=list(params.stop),
-            stop_token_ids=stops,
-            ignore_eos=True,  # it is among the stop tokens
-            logprobs=0,  # of the sampled token; always, for they tell logits that are not numbers
-            detokenize=bool(params.stop),
-            skip_special_tokens=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
     def _completion(self, index: int, output: CompletionOutput, params: SamplingParams) -> Completion:
-        ids, logprobs = _sampled(output)
+        ids, logprobs = sampled(output)
         broken = next((i for i, value in enumerate(logprobs) if not np.isfinite(value)), None)
         if broken is not None:
             self.close()  # NaN is in its KV cache now, and would reach later requests
@@ -507,88 +445,3 @@ class VLLMEngine:
         if reason == "stop" and not isinstance(output.stop_reason, str):
             del ids[-1], logprobs[-1]
         return Completion(tuple(ids), tuple(logprobs) if params.logprobs else None, reason)
-
-
-def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's parameters under the names they have in a checkpoint, with LoRA merged and shards gathered.
-
-    Nothing is copied but what has to be computed. Raises ModelError for an adapter that is not plain LoRA.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    inner: Any = unwrapped(model)
-    modules = dict(inner.named_modules())
-    found: dict[str, Tensor] = {}
-    for name, parameter in inner.named_parameters():
-        if ".lora_" in name:
-            continue
-        if "modules_to_save" in name or "original_module" in name:
-            raise ModelError(f"parameter {name}: only plain LoRA can be merged on the way; merge the adapter first")
-        value = parameter.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        place, wrapped, kind = name.rpartition(".base_layer.")
-        if wrapped and kind == "weight":
-            layer = modules[place]
-            with torch.no_grad():
-                for adapter in layer.active_adapters:
-                    if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-                        value = value + layer.get_delta_weight(adapter).to(value)
-        found[f"{place}.{kind}" if wrapped else name] = value
-    return revert_weight_conversion(inner, found)
-
-
-def _on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
-def _input(request: Request, dtype: torch.dtype) -> Any:
-    from vllm.inputs import embeds_input, tokens_input
-
-    if request.embeddings is not None:
-        return embeds_input(request.embeddings.detach().to("cpu", dtype).contiguous())
-    return tokens_input(list(request.ids or ()))
-
-
-def _sampled(output: CompletionOutput) -> tuple[list[int], list[float]]:
-    ids = list(output.token_ids)
-    assert output.logprobs is not None
-    return ids, [entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
-
-
-@contextmanager
-def _alive() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise EngineDied(f"{type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _caller_undisturbed() -> Iterator[None]:
-    """vLLM seeds the global generators, draws from them, replaces torch.set_num_threads on a CPU, and leaves
-    LD_PRELOAD and LOCAL_WORLD_SIZE to child processes that are none of its own. Here all that is undone."""
-    environment, threads = dict(os.environ), torch.set_num_threads
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over by reference
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        with _own_random_numbers():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_num_threads = threads
-        for name in os.environ.keys() | environment.keys():
-            if name in environment:
-                os.environ[name] = environment[name]
-            elif not name.startswith("VLLM_"):
-                del os.environ[name]
-
-
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        yield

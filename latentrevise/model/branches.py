@@ -16,9 +16,10 @@ from torch import Tensor
 
 from latentrevise.errors import InputError
 from latentrevise.model import memory
+from latentrevise.model.cache import PromptCache
 from latentrevise.model.compute import Compute
 from latentrevise.model.packing import bucket, pack_branches
-from latentrevise.model.policy import Policy, PromptCache
+from latentrevise.model.policy import Policy
 
 # A row's branches attend to the whole row, mask or not, so a row is closed at about this many tokens.
 _ROW = 256

@@ -53,7 +53,7 @@ class EvalConfig(PromptSettings, VerifySettings):
 
     samples: drawn for each prompt. k: of pass@k, none larger than ``samples``. temperature, top_p, max_new_tokens,
     stop: of sampling. resamples: bootstrap resamples of the prompts. checker: ``module:attribute`` of a derivation
-    checker (see RecoverConfig); adds valid@1.
+    checker (see RecoverConfig); adds valid@1. seed: of the samples and of the bootstrap.
     """
 
     samples: int = 1

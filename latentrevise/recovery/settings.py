@@ -65,16 +65,16 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
 
     strategies: by name, in the order of the table. rollouts: mined for each prompt.
     temperature, top_p, max_new_tokens: of sampling. stop: strings that end a rollout.
-    rendering: the text that stands for a revised prefix in training rows: ``argmax`` (heaviest atoms, in the loss),
-    ``original`` (the failed tokens), ``continuation`` (heaviest atoms, masked from the loss).
+    rendering: the text that stands for a revised prefix in training rows: ``argmax`` (as the strategy writes it, in the
+    loss), ``original`` (the failed tokens), ``continuation`` (as the strategy writes it, masked from the loss).
     checker: ``module:attribute`` of a derivation checker, called as (prompt, prefix, continuation, answer); code of
-    yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control, at most
-    ``equal_compute_cap`` rollouts a prompt.
+    yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control;
+    equal_compute_cap: at most so many rollouts a prompt.
     stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
     brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
     trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
-    label: what the report calls this run. chunk: prompts in one part. gate: see ``GateConfig``. vllm: of that engine,
-    see ``VLLMConfig``.
+    label: what the report calls this run. chunk: prompts in one part. seed: of everything random. gate: see
+    ``GateConfig``. vllm: of that engine, see ``VLLMConfig``.
     """
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")

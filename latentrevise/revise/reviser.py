@@ -21,9 +21,10 @@ from torch import Tensor
 from latentrevise import kernels
 from latentrevise.errors import InputError, ModelError
 from latentrevise.model import memory
+from latentrevise.model.cache import PromptCache
 from latentrevise.model.compute import Compute
 from latentrevise.model.packing import Packing, pack
-from latentrevise.model.policy import Policy, PromptCache, Ready
+from latentrevise.model.policy import Policy, Ready
 from latentrevise.revise import objective, solver
 from latentrevise.revise.hull import Mixture, VocabularyHull
 from latentrevise.revise.objective import Terms

@@ -34,7 +34,8 @@ class DistillSettings(PromptSettings):
     """Settings of ``latentrevise train distill``; how prompts are read: see PromptSettings.
 
     method: see the module. privileged: what the teacher is told, ``{answer}`` being the gold one. trainer: arguments of
-    TRL's SDFTConfig or SDPOConfig. verify_timeout: seconds for one answer (sdpo). Others as in RLVRSettings.
+    TRL's SDFTConfig or SDPOConfig. verify_timeout: seconds for one answer (sdpo). lora: see LoraSettings. seed: of the
+    trainer. Others as in RLVRSettings.
     """
 
     method: Literal["opsd", "sdpo"] = "opsd"

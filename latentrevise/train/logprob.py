@@ -26,8 +26,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from latentrevise import kernels
 from latentrevise.engines.base import evaluating
 from latentrevise.errors import ConfigError
+from latentrevise.model.head import fitting_transform, strange_logits
 from latentrevise.model.loading import sharded
-from latentrevise.model.policy import fitting_transform, strange_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

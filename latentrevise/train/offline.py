@@ -8,7 +8,6 @@ row, so this is for one or two passes over rollouts of the model that starts, no
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from latentrevise.data.records import Prompt
+from latentrevise.data.records import Prompt, read_jsonl
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.train.logprob import add_linear_logprob
@@ -40,7 +39,11 @@ COLUMNS = ("prompt_id", "prompt_ids", "completions", "masks", "outcomes")
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSettings:
-    """Settings of ``latentrevise train groups``; all as in RLVRSettings."""
+    """Settings of ``latentrevise train groups``.
+
+    lora: see LoraSettings. eval_prompts, evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. seed: of
+    the trainer.
+    """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     eval_prompts: str | None = None
@@ -57,7 +60,7 @@ def read_groups(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         rows = pq.read_table(path).to_pylist()
     else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = read_jsonl(path)
     missing = [c for c in COLUMNS if any(c not in row for row in rows)]
     sizes = {len(row["completions"]) for row in rows} if not missing else set()
     if missing or len(sizes) != 1 or len({row["prompt_id"] for row in rows}) != len(rows):

@@ -420,17 +420,9 @@ def train_rlvr(
     """
 
     def rows(of: Sequence[Prompt]) -> Dataset:
+        names = {"prompt": "text", "answer": "answer", "prompt_id": "id", "conversation": "messages"}
         return Dataset.from_list(
-            [
-                {
-                    "prompt": p.text,
-                    "prompt_ids": list(p.ids),
-                    "answer": p.answer,
-                    "prompt_id": p.id,
-                    "conversation": p.messages,
-                }
-                for p in of
-            ]
+            [{key: getattr(p, name) for key, name in names.items()} | {"prompt_ids": list(p.ids)} for p in of]
         )
 
     arguments = trl_arguments(GRPOConfig, out, settings.trainer, seed=settings.seed)

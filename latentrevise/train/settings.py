@@ -79,9 +79,8 @@ class RLVRSettings(PromptSettings, VerifySettings):
     without a correct row are masked from the loss and from its denominator. dynamic_sampling: that of DAPO (arXiv
     2503.14476): so many times over, other prompts take the place of those whose rows are all correct, or, where nothing
     is repaired, all wrong (0: none, as in TRL); in one process only. loss: ``trl``, what ``trainer.loss_type`` says, or
-    one of ``latentrevise.train.losses`` with its loss_options. lora: see LoraSettings. eval_prompts, evaluation: as in
-    SFTSettings. trainer: arguments of TRL's GRPOConfig. seed: of the trainer
-    and of the repairs.
+    one of ``latentrevise.train.losses`` with loss_options: its numbers, by name. lora: see LoraSettings. eval_prompts,
+    evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. seed: of the trainer and of the repairs.
     """
 
     repair: RepairSettings = field(default_factory=RepairSettings)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from latentrevise.processes import safe_path
+from latentrevise.verify.processes import safe_path
 from latentrevise.verify.verifier import Verifier, worker_command
 
 NAMES = (

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentrevise.cli import settings, training
+from latentrevise.cli.options import Begun, Dtype, Jsonl, Out, Prompts, Quiet, Resumed, expanded, grouped, place
 from latentrevise.errors import ConfigError, LatentReviseError
-from latentrevise.options import Begun, Dtype, Jsonl, Out, Prompts, Quiet, Resumed, expanded, grouped, place
-from latentrevise.train import commands as training
 
 if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Recover zero-hit prompts: revise failed reasoning in embedding space, continue, verify (arXiv 2606.29938).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -219,12 +218,27 @@ def doctor(
     typer.echo(diagnosis())
 
 
+@command()
+def config(
+    of: Annotated[str, typer.Argument(help=f"Whose: {', '.join(settings.GROUPS)}.")] = "recover",
+    schema: Annotated[bool, typer.Option("--schema", help="As a JSON schema, for editors.")] = False,
+) -> None:
+    """Print a command's settings with their defaults, as YAML that --config reads."""
+    import json
+
+    cls = settings.settings_of(of)
+    if schema:
+        typer.echo(json.dumps(settings.json_schema(cls, of), indent=2))
+    else:
+        typer.echo(settings.commented_yaml(cls), nl=False)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Run a benchmark by name (none: list them); all words go to `python -m benchmarks`. Needs the source tree."""
     import subprocess
 
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     if not (root / "benchmarks" / "__main__.py").is_file():
         raise ConfigError(
             "the benchmarks are not part of the installed package; clone the repository, `pip install -e .` in it, and"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentrevise.cli.options import Model, Prompts, Settings, grouped, place
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.options import Model, Prompts, Settings, grouped, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
