@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentrevise.errors import InputError, RunError
+from latentrevise.verify.verifier import VerdictName
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-VerdictName = Literal["correct", "wrong", "unknown"]
 FinishReason = Literal["stop", "length"]
 PrefixRendering = Literal["original", "argmax", "continuation"]
 

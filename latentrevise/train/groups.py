@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentrevise.data.records import VerdictName, decoded
+from latentrevise.data.records import decoded
 from latentrevise.recovery.verdicts import before_answer
 from latentrevise.train.repair import zero_hit
 from latentrevise.verify.patterns import BOXED, AnswerPattern
-from latentrevise.verify.verifier import Judgement, Verifier
+from latentrevise.verify.verifier import Judgement, VerdictName, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -41,8 +41,8 @@ COLUMNS = ("prompt_id", "prompt_ids", "completions", "masks", "outcomes")
 class GroupSettings:
     """Settings of ``latentrevise train groups``.
 
-    lora: see LoraSettings. eval_prompts, evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. seed: of
-    the trainer.
+    lora: see LoraSettings. eval_prompts, evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig.
+    seed: of the trainer.
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -57,10 +57,7 @@ def read_groups(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; write it by `latentrevise export --to trl-groups`")
-    if path.suffix == ".parquet":
-        rows = pq.read_table(path).to_pylist()
-    else:
-        rows = read_jsonl(path)
+    rows = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else read_jsonl(path)
     missing = [c for c in COLUMNS if any(c not in row for row in rows)]
     sizes = {len(row["completions"]) for row in rows} if not missing else set()
     if missing or len(sizes) != 1 or len({row["prompt_id"] for row in rows}) != len(rows):

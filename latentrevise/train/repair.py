@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
-from latentrevise.data.records import Prompt, Rollout, VerdictName, decoded, original_prefix, row_seed
+from latentrevise.data.records import Prompt, Rollout, decoded, original_prefix, row_seed
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.branches import completion_logprobs
@@ -25,7 +25,7 @@ from latentrevise.recovery.guards import Candidate, guard, signals
 from latentrevise.recovery.settings import CutSettings, at_least_one
 from latentrevise.recovery.verdicts import before_answer
 from latentrevise.strategies import Proposal, Tools, Work, build
-from latentrevise.verify.verifier import Judgement, Verifier
+from latentrevise.verify.verifier import Judgement, VerdictName, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from latentrevise.data.records import Prompt, Rollout, VerdictName, row_seed
+from latentrevise.data.records import Prompt, Rollout, row_seed
 from latentrevise.engines import Engine, HFEngine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import sharded
@@ -55,7 +55,7 @@ from latentrevise.train.settings import (
     run_training,
     trl_arguments,
 )
-from latentrevise.verify.verifier import Judgement, Verifier
+from latentrevise.verify.verifier import Judgement, VerdictName, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from latentrevise.data.records import VerdictName
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.verify.compare import equal, same_numbers
 from latentrevise.verify.forms import expressions
@@ -33,7 +32,9 @@ from latentrevise.verify.plainforms import Number
 from latentrevise.verify.reading import read
 from latentrevise.verify.text import plain
 
-__all__ = ["Judgement", "Verifier", "last_boxed", "worker_command"]
+__all__ = ["Judgement", "VerdictName", "Verifier", "last_boxed", "worker_command"]
+
+VerdictName = Literal["correct", "wrong", "unknown"]
 
 _CHANNEL = "LATENTREVISE_JUDGE_CHANNEL"
 _TIMEOUT = {"error": "timeout"}
