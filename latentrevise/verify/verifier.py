@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.verify.compare import equal, same_numbers
