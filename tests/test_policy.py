@@ -30,9 +30,14 @@ def no_half_products(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_half_precision_products_in_float32(no_half_products, dtype, bias):
     g = torch.Generator().manual_seed(0)
+
+    def whole(*shape):  # sums of such products are exact in float32, in any order, and too long for the dtype
+        return torch.randint(-31, 32, shape, generator=g).to(dtype)
+
     layer = nn.Linear(48, 20, bias=bias, dtype=dtype).requires_grad_(False)
-    x = torch.randn(3, 7, 48, generator=g).to(dtype).requires_grad_(True)
-    upstream = torch.randn(3, 7, 20, generator=g).to(dtype)
+    for parameter in layer.parameters():
+        parameter.copy_(whole(*parameter.shape))
+    x, upstream = whole(3, 7, 48).requires_grad_(True), whole(3, 7, 20)
     with lean.Widened():
         out = layer(x)
         (grad,) = torch.autograd.grad(out, x, upstream)
@@ -171,13 +176,15 @@ def test_half_precision_attention_in_float32(no_half_products, masked):
     wide = [x.detach().float().requires_grad_(True) for x in low]
     exact = attention(*wide, attn_mask=None if mask is None else mask.float(), scale=0.3)
     wanted = torch.autograd.grad(exact, [wide[0], wide[2]], upstream.float())
-    assert torch.equal(out, exact.bfloat16())
-    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, wanted, strict=True))
+    for low_one, wide_one in zip((out, *found), (exact, *wanted), strict=True):
+        off = (low_one.float() - wide_one).abs()
+        assert (off <= 2**-8 * 1.001 * wide_one.abs() + 1e-6).all(), "rounded once, whatever the order of the sums"
 
 
 @pytest.mark.parametrize("function", [nn.functional.silu, nn.functional.gelu, nn.GELU(approximate="tanh"), torch.tanh])
 def test_activations_made_again_give_the_same_bits(function):
-    gate, up = (torch.randn(6, 50, requires_grad=True) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(6, 50, generator=g, requires_grad=True) for _ in range(2))
     sizes = []
 
     def gradients():

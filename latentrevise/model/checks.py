@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from latentrevise.errors import ModelError
 from latentrevise.model.cache import PromptCache
 from latentrevise.model.head import Head, fitting_transform, strange_logits
+from latentrevise.model.loading import spread
 from latentrevise.model.packing import PAD, PREFIX
 
 _ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that take a mask of our own
@@ -101,7 +102,7 @@ def measured_head(policy: Subject) -> Head:
     weight, bias = policy.output()
     exact = policy.dtype in (torch.float32, torch.float64)
     known = policy.allowed.nonzero().flatten()
-    ids = known[torch.linspace(0, len(known) - 1, 12, device=policy.device).long()].tolist()
+    ids = known[torch.tensor(spread(len(known), 12, repeat=True), device=policy.device)].tolist()
     # A prompt, a prefix and two branches; the second row is shorter everywhere.
     work = [(ids[:4], ids[4:7], [ids[7:10], ids[10:12]]), (ids[2:4], ids[5:7], [ids[8:10], ids[11:]])]
     with policy.frozen(), torch.no_grad(), _narrow_window(policy):

@@ -131,6 +131,13 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def spread(length: int, count: int, repeat: bool = False) -> list[int]:
+    """``count`` places spread over ``range(length)``, the first and the last among them; where there are fewer, all of
+    them, or with ``repeat`` some of them again. In integers: float32 counts no further than 2^24."""
+    count = count if repeat else min(count, length)
+    return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
+
+
 def unwrapped(model: Any) -> PreTrainedModel:
     """The model inside peft's wrapper, whose adapters act on it in place; any other as it is."""
     return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)

@@ -238,10 +238,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Tells one model from another: names, shapes and 64 values spread over each parameter."""
     import torch
 
+    from latentrevise.model.loading import spread
+
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        spread = torch.linspace(0, len(flat) - 1, min(64, len(flat))).long().to(flat.device)
+        places = torch.tensor(spread(len(flat), 64), device=flat.device)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(flat[spread].float().cpu().numpy().tobytes())
+        digest.update(flat[places].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

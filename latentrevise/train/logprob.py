@@ -27,7 +27,7 @@ from latentrevise import kernels
 from latentrevise.engines.base import evaluating
 from latentrevise.errors import ConfigError
 from latentrevise.model.head import fitting_transform, strange_logits
-from latentrevise.model.loading import sharded
+from latentrevise.model.loading import sharded, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -298,7 +298,7 @@ def _transform(model: PreTrainedModel) -> tuple[float, float | None]:
 def _measured(model: PreTrainedModel) -> tuple[float, float | None] | None:
     head = model.get_output_embeddings()
     text = model.config.get_text_config(decoder=True)
-    ids = torch.linspace(0, text.vocab_size - 1, 8, device=head.weight.device).long()[None]
+    ids = torch.tensor([spread(text.vocab_size, 8)], device=head.weight.device)
     with evaluating(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         own = model(input_ids=ids, use_cache=False).logits
