@@ -30,7 +30,7 @@ from latentrevise.engines.base import (
     stop_ids,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded, unwrapped
+from latentrevise.model.loading import cache_argument, check_model, input_embedding, position_limit, sharded, unwrapped
 from latentrevise.model.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class HFEngine:
                 f"{type(inner).__name__}.forward takes no position_ids, so ragged batches cannot be sampled from it;"
                 " use a model with rotary or learned positions"
             )
+        self._cache_argument = cache_argument(inner)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     @property
@@ -252,8 +253,8 @@ class HFEngine:
             **inputs,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
             **self._last_only,
         )
         return output.logits[:, -1].to(self._embedding.weight.device, torch.float32)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from latentrevise.errors import ModelError
 from latentrevise.model.cache import PromptCache
 from latentrevise.model.head import Head, fitting_transform, strange_logits
-from latentrevise.model.loading import spread
+from latentrevise.model.loading import cache_argument, spread
 from latentrevise.model.packing import PAD, PREFIX
 
 _ATTENTION = ("sdpa", "eager", "flex_attention")  # implementations that take a mask of our own
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_NEEDED = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+_NEEDED = ("inputs_embeds", "attention_mask", "position_ids")
 
 
 class Subject(Protocol):
@@ -75,7 +75,8 @@ def check_forward(policy: Subject) -> None:
     """Raise ModelError for a body that takes no embeddings, masks and positions, or whose weights are elsewhere."""
     parameters = inspect.signature(policy.body.forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    missing = [] if anything else [name for name in _NEEDED if name not in parameters]
+    needed = (*_NEEDED, cache_argument(policy.body))
+    missing = [] if anything else [name for name in needed if name not in parameters]
     if missing:
         raise ModelError(
             f"{type(policy.body).__name__}.forward takes no {', '.join(missing)}; the packed pass places tokens and"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -136,6 +137,12 @@ def spread(length: int, count: int, repeat: bool = False) -> list[int]:
     them, or with ``repeat`` some of them again. In integers: float32 counts no further than 2^24."""
     count = count if repeat else min(count, length)
     return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a forward pass calls its cache: transformers renames ``past_key_values`` to ``cache``, and warns of the old
+    name where it takes the new one."""
+    return "cache" if "cache" in inspect.signature(unwrapped(module).forward).parameters else "past_key_values"
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

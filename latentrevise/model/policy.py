@@ -28,7 +28,7 @@ from latentrevise.model.alone import alone
 from latentrevise.model.cache import Behind, PromptCache, cached_layers
 from latentrevise.model.checks import check_attention, check_forward, measured_head
 from latentrevise.model.lean import Widened, activations_made_again, release, slow
-from latentrevise.model.loading import check_model, input_embedding, position_limit, sharded
+from latentrevise.model.loading import cache_argument, check_model, input_embedding, position_limit, sharded
 from latentrevise.model.packing import PAD, PREFIX, bucket, visible
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class Policy:
             "inputs_embeds": embeddings,
             "attention_mask": masks,
             "position_ids": position,
-            "past_key_values": cache,
+            cache_argument(self.model if self.sharded else self.body): cache,
             "use_cache": True,
         }
         with self._arithmetic():
