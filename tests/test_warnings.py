@@ -30,7 +30,7 @@ def test_deprecations_of_ours_are_errors(kind, module, message, ours):
         warnings.warn_explicit(message, kind, f"{module}.py", 1, module=module)
 
     if ours:
-        with pytest.raises(kind, match="gone soon|past_key_values"):
+        with pytest.raises(kind, match=r"gone soon|past_key_values"):
             warn()
     else:
         with pytest.warns(kind):
