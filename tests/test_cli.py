@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from latentrevise import __version__, cli
 from latentrevise.cli import app
-from latentrevise.data.records import Prompt, Trajectory, read_records, write_jsonl
+from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records, write_jsonl
 from latentrevise.errors import ModelError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.rundir import RunDirectory
@@ -200,3 +200,30 @@ def test_pickled_adapters_are_not_read(place):
     (place / "lora" / "adapter_model.safetensors").rename(place / "lora" / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
         load_model("lora", device="cpu")
+
+
+@pytest.mark.parametrize("positions", [40, 512])
+def test_the_defaults_run_on_a_model_of_few_positions(place, positions):
+    """No max_new_tokens is set: completions end where the model's positions do."""
+    import torch
+
+    model = tiny_model(max_position_embeddings=positions)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] = 0.0  # the end of a sequence is improbable
+    model.save_pretrained("mm")
+    own = [word for setting in FAST if "max_new" not in setting for word in ("--set", setting)]
+    given = ("--model", "mm", "--prompts", "p.jsonl", "--quiet")
+    result = call("recover", *given, "--out", "run", *own)
+    assert result.exit_code == 0, result.exception
+    rollouts = read_records(place / "run" / "rollouts", Rollout)
+    assert {len(r.completion_ids) for r in rollouts if r.finish_reason == "length"} <= {positions - 3}
+    assert positions == 512 or any(r.finish_reason == "length" for r in rollouts)
+    result = call("eval", "--model", "mm", "--data", "p.jsonl", "--out", "e", "--quiet")
+    assert result.exit_code == 0, result.exception
+    for words in (
+        ("recover", *given, "--out", "run2", *own),
+        ("eval", "--model", "mm", "--data", "p.jsonl", "--out", "e2"),
+    ):
+        told = str(call(*words, "--set", "max_new_tokens=1024").exception)
+        assert f"1024 leaves no room for any prompt in the model's {positions} positions; set it to at most" in told
+        assert "-" not in told.split("leaves no room")[1]

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentrevise.data.prompts import PromptSettings, load_prompts
-from latentrevise.errors import InputError
+from latentrevise.errors import ConfigError, InputError
 from latentrevise.verify.verifier import Verifier
 from tests.tiny import BOS, tiny_tokenizer
 
@@ -117,8 +117,22 @@ def test_an_instruction_stands_behind_the_last_message():
 def test_a_setting_does_not_make_room_that_the_model_lacks():
     rows = [{"prompt": "1" * n, "answer": "2"} for n in (4, 8, 12)]
     for most, room, left in ((None, 10, 2), (100, 10, 2), (6, 10, 1), (100, None, 3)):
-        prompts, errors = PromptSettings(max_prompt_tokens=most).load(rows, TOKENIZER, room)
+        positions, new = (None, 7) if room is None else (room + 7, 7)
+        prompts, errors = PromptSettings(max_prompt_tokens=most).load(iter(rows), TOKENIZER, positions, new)
         assert (len(prompts), {e.reason for e in errors} <= {"over-long-prompt"}) == (left, True)
+    assert len(PromptSettings().load(rows, TOKENIZER, 12)[0]) == 2, "one position is left for a completion"
+
+
+@pytest.mark.parametrize("new", [14, 16, 17, 1024])
+def test_too_many_new_tokens_are_refused_with_the_number_that_fits(new):
+    rows = [{"prompt": "1" * n, "answer": "2"} for n in (3, 4)]
+    assert len(PromptSettings().load(rows, TOKENIZER, 16, 12)[0]) == 2
+    with pytest.raises(
+        ConfigError, match=rf"max_new_tokens = {new} leaves no room .* 16 positions; set it to at most 12, or"
+    ):
+        PromptSettings().load(iter(rows), TOKENIZER, 16, new)
+    with pytest.raises(ConfigError, match=r"trainer\.max_completion_length = 99 leaves .* at most 12$"):
+        PromptSettings().load(rows, TOKENIZER, 16, 99, setting="trainer.max_completion_length")
 
 
 def test_the_chat_template_is_applied_once():

@@ -134,7 +134,7 @@ def _judging(settings: Any, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     if settings.eval_prompts is None:
         return []
     how = settings.evaluation
-    return _prompts(settings.eval_prompts, how, model, tokenizer, how.max_new_tokens)[0]
+    return _prompts(settings.eval_prompts, how, model, tokenizer, how.max_new_tokens, "evaluation.max_new_tokens")[0]
 
 
 def _prompts(
@@ -142,14 +142,14 @@ def _prompts(
     settings: PromptSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    new: int,
+    new: int | None,
+    setting: str = "trainer.max_completion_length",
 ) -> tuple[list[Prompt], list[RowError]]:
-    """The usable prompts of a file, with room for ``new`` tokens behind each, and the errors of the others, which are
-    told."""
+    """The usable prompts of a file, with room for the ``new`` tokens of ``setting`` behind each, and the errors of the
+    others, which are told."""
     from latentrevise.model.loading import position_limit
 
-    limit = position_limit(model)
-    found, errors = settings.load(path, tokenizer, None if limit is None else limit - new)
+    found, errors = settings.load(path, tokenizer, position_limit(model), new, setting=setting)
     for error in errors[:3]:
         typer.echo(f"{path}, row {error.row} left out ({error.reason}): {error.message}", err=True)
     if len(errors) > 3:

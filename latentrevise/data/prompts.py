@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from latentrevise.data.chat import Chat, Templater, content_of, text_of
 from latentrevise.data.golds import gold, is_solution
 from latentrevise.data.records import Prompt, RowError, stable_hash
 from latentrevise.data.tables import BadRow, plain, read_rows
-from latentrevise.errors import InputError
+from latentrevise.errors import ConfigError, InputError
 from latentrevise.verify.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -58,22 +58,45 @@ class PromptSettings:
         self,
         source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
-        room: int | None,
+        positions: int | None,
+        new: int | None = None,
         verifier: Verifier | None = None,
+        *,
+        setting: str = "max_new_tokens",
     ) -> tuple[list[Prompt], list[RowError]]:
-        """``load_prompts`` by these settings. room: tokens that a prompt may have beside its completion, if known."""
-        limits = [limit for limit in (self.max_prompt_tokens, room) if limit is not None]
-        return load_prompts(
-            source,
-            tokenizer=tokenizer,
-            prompt_column=self.prompt_column,
-            answer_column=self.answer_column,
-            chat=self.chat,
-            max_prompt_tokens=min(limits, default=None),
-            instruction=self.instruction,
-            chat_template_kwargs=self.chat_template_kwargs,
-            verifier=verifier,
-        )
+        """``load_prompts`` by these settings.
+
+        positions: that the model has for a prompt and its completion, if known. new: those that a completion gets, as
+        ``setting`` says; None where the user did not set it, so that each gets what its prompt leaves. Raises
+        ConfigError where that many leave no room for any of the prompts.
+        """
+
+        def loaded(room: int | None) -> tuple[list[Prompt], list[RowError]]:
+            limits = [limit for limit in (self.max_prompt_tokens, room) if limit is not None]
+            return load_prompts(
+                source,
+                tokenizer=tokenizer,
+                prompt_column=self.prompt_column,
+                answer_column=self.answer_column,
+                chat=self.chat,
+                max_prompt_tokens=min(limits, default=None),
+                instruction=self.instruction,
+                chat_template_kwargs=self.chat_template_kwargs,
+                verifier=verifier,
+            )
+
+        source = list(source) if isinstance(source, Iterator) else source  # it may be read twice
+        if positions is None:
+            return loaded(None)
+        prompts, errors = loaded(max(0, positions - (new or 1)))
+        if new and not prompts and (fitting := loaded(positions - 1)[0]):
+            fits = positions - max(len(prompt.ids) for prompt in fitting)
+            own = ", or leave it out" if setting.endswith("max_new_tokens") else ""
+            raise ConfigError(
+                f"{setting} = {new} leaves no room for any prompt in the model's {positions} positions; set it to at"
+                f" most {fits}{own}"
+            )
+        return prompts, errors
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,10 @@ def load_prompts(
             if not ids:
                 raise BadRow("empty-prompt", "the prompt has no token under this tokenizer")
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-                told = f"{len(ids)} tokens are more than the {max_prompt_tokens} that fit; shorten the prompt"
+                told = (
+                    f"{len(ids)} tokens are more than the {max_prompt_tokens} that fit beside max_new_tokens (or that"
+                )
+                told += " max_prompt_tokens allows); shorten the prompt, or change the setting"
                 raise BadRow("over-long-prompt", told)
         except BadRow as error:
             errors.append(RowError(number, known_id, error.reason, str(error)))

@@ -34,6 +34,7 @@ from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.loading import sharded, unwrapped
 from latentrevise.recovery.guards import bootstrap_mean, pass_at_k
 from latentrevise.recovery.rundir import RunDirectory, run_header
+from latentrevise.recovery.settings import new_tokens
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
 from latentrevise.verify.patterns import AnswerPattern
 from latentrevise.verify.settings import VerifySettings
@@ -52,15 +53,15 @@ class EvalConfig(PromptSettings, VerifySettings):
     """How to evaluate; how prompts are read: see PromptSettings; how answers are: VerifySettings.
 
     samples: drawn for each prompt. k: of pass@k, none larger than ``samples``. temperature, top_p, max_new_tokens,
-    stop: of sampling. resamples: bootstrap resamples of the prompts. checker: ``module:attribute`` of a derivation
-    checker (see RecoverConfig); adds valid@1. seed: of the samples and of the bootstrap.
+    stop: of sampling (see RecoverConfig). resamples: bootstrap resamples of the prompts. checker: ``module:attribute``
+    of a derivation checker (see RecoverConfig); adds valid@1. seed: of the samples and of the bootstrap.
     """
 
     samples: int = 1
     k: tuple[int, ...] = (1,)
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     resamples: int = 2000
     checker: str | None = None
@@ -116,15 +117,21 @@ def evaluate(
         with config.verifier() as started:
             return evaluate(model, tokenizer, prompts, config, engine=engine, verifier=started)
     checker = load_checker(config.checker)
-    params = SamplingParams(
-        n=config.samples,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.max_new_tokens,
-        stop=config.stop,
-    )
+    engine = engine or HFEngine(model, tokenizer)
+    params = [
+        SamplingParams(
+            n=config.samples,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=new_tokens(
+                config.max_new_tokens, None if engine.limit is None else engine.limit - len(prompt.ids)
+            ),
+            stop=config.stop,
+        )
+        for prompt in prompts
+    ]
     requests = [Request(p.ids, seed=row_seed(config.seed, "eval", p.id)) for p in prompts]
-    found = (engine or HFEngine(model, tokenizer)).generate(requests, params)
+    found = engine.generate(requests, params)
     texts = [[decoded(tokenizer, c.ids) for c in own] for own in found]
     judged = iter(verifier.verify([(p.answer, t) for p, own in zip(prompts, texts, strict=True) for t in own]))
     scores, rollouts = [], []
@@ -269,8 +276,7 @@ def evaluate_run(
     run.check(header)
     with run.locked(), config.verifier() as verifier:
         if not run.prompts.exists():
-            room = None if engine.limit is None else engine.limit - config.max_new_tokens
-            usable, errors = config.load(rows, tokenizer, room, verifier)
+            usable, errors = config.load(rows, tokenizer, engine.limit, config.max_new_tokens, verifier)
             run.begin(header, usable, errors)
         prompts, scores = read_records(run.prompts, Prompt), []
         with tqdm(total=len(prompts), desc="eval", unit="prompt", disable=not progress) as bar:

@@ -78,8 +78,8 @@ class Job:
         if source is None:
             _ = self.prompts  # raises where there are none
             return
-        room = self.tools().left(self.config.max_new_tokens)
-        prompts, errors = self.config.load(source, self.tokenizer, room, self.verifier)
+        positions, new = self.tools().left(0), self.config.max_new_tokens
+        prompts, errors = self.config.load(source, self.tokenizer, positions, new, self.verifier)
         if self.run.prompts.exists():
             if other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(

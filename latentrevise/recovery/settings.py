@@ -58,13 +58,20 @@ def at_least_one(settings: Any, *names: str) -> None:
             raise ConfigError(f"{type(settings).__name__}.{name} = {value!r}: it must be at least 1")
 
 
+def new_tokens(setting: int | None, left: int | None) -> int:
+    """Tokens that a completion may get: the setting, or 1024 (our own decision), and no more than there is room for."""
+    wanted = 1024 if setting is None else setting
+    return wanted if left is None else min(wanted, left)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings``, ``PromptSettings`` and
     ``VerifySettings``.
 
     strategies: by name, in the order of the table. rollouts: mined for each prompt.
-    temperature, top_p, max_new_tokens: of sampling. stop: strings that end a rollout.
+    temperature, top_p: of sampling. stop: strings that end a rollout. max_new_tokens: of a rollout (None: 1024, or what
+    its prompt leaves of the model's positions, if that is less).
     rendering: the text that stands for a revised prefix in training rows: ``argmax`` (as the strategy writes it, in the
     loss), ``original`` (the failed tokens), ``continuation`` (as the strategy writes it, masked from the loss).
     checker: ``module:attribute`` of a derivation checker, called as (prompt, prefix, continuation, answer); code of
@@ -81,7 +88,7 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     rollouts: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     rendering: Literal["argmax", "original", "continuation"] = "argmax"
     checker: str | None = None
@@ -101,7 +108,9 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
         super().__post_init__()
         self.check_verification()
         self.pattern().template(self.answer_template)
-        at_least_one(self, "rollouts", "max_new_tokens", "chunk", "equal_compute_cap")
+        at_least_one(self, "rollouts", "chunk", "equal_compute_cap")
+        if self.max_new_tokens is not None:
+            at_least_one(self, "max_new_tokens")
         for name in self.strategies:
             build(name, self)
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
@@ -115,7 +124,7 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
             n=n,
             temperature=0.0 if greedy else self.temperature,
             top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens if left is None else min(self.max_new_tokens, left),
+            max_new_tokens=new_tokens(self.max_new_tokens, left),
             stop=self.stop,
             logprobs=True,
         )

@@ -112,7 +112,8 @@ class Mine:
     def run(self, job: Job, part: Part, bar: tqdm) -> None:
         config = job.config
         requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in part.prompts]
-        found = job.generate(requests, [config.sampling(config.rollouts)] * len(requests), bar)
+        left = [job.tools().left(len(p.ids)) for p in part.prompts]
+        found = job.generate(requests, [config.sampling(config.rollouts, left=room) for room in left], bar)
         flat = [
             (prompt, j, completion, decoded(job.tokenizer, completion.ids))
             for prompt, own in zip(part.prompts, found, strict=True)
