@@ -258,7 +258,7 @@ def test_not_a_number_in_another_column_is_null():
         ("p.json", b"{", r"not JSON .*line 1.*\.jsonl"),
         ("p.json", b'{"a": 1}', "no list of rows"),
         ("p.txt", b"x", r"ends in '\.txt'; give a \.jsonl"),
-        ("p.parquet", b"x", "not readable parquet"),
+        ("p.parquet", b"x", "not a readable parquet"),
         ("p.jsonl", b'{"prompt": "\xff", "answer": "2"}', "not UTF-8"),
         ("p.csv", b"prompt,answer\n\xff,2\n", "not UTF-8"),
         ("p.csv", b"prompt,answer\n" + b"1" * 200_000 + b",2\n", "not readable CSV"),

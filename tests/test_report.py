@@ -577,7 +577,7 @@ def test_runs_stand_beside_each_other(tmp_path: Path) -> None:
         (lambda run: (run / "metrics.json").unlink(), "unfinished run"),
         (lambda run: (run / "metrics.json").write_text("{"), "can't be read"),
         (lambda run: (run / "metrics.json").write_text("{}"), "has no arms"),
-        (lambda run: (run / "prompts.parquet").write_bytes(b"no parquet"), "can't be read"),
+        (lambda run: (run / "prompts.parquet").write_bytes(b"no parquet"), "not a readable parquet file"),
         (lambda run: (run / "samples/latent/part-00000.parquet").unlink(), "has no parts"),
     ],
 )
@@ -586,7 +586,7 @@ def test_damaged_runs_are_named(tmp_path: Path, damage: Any, message: str) -> No
     builder.add_arm("latent", hit_rate=2.0)
     run = builder.finish()
     damage(run)
-    with pytest.raises(RunError, match=message):
+    with pytest.raises((RunError, InputError), match=message):
         write_report([run], tmp_path / "out")
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latentrevise.data.records import (
     Prompt,
@@ -33,11 +32,11 @@ from latentrevise.data.records import (
     Start,
     Trajectory,
     Verdict,
-    atomic_write,
     decoded,
     read_records,
     shared_head,
     write_jsonl,
+    write_table,
 )
 from latentrevise.errors import ConfigError, InputError, ModelError
 
@@ -327,8 +326,7 @@ def export_run(
     if out.suffix == ".jsonl":
         write_jsonl(out, rows)
     else:
-        with atomic_write(out) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+        write_table(out, pa.Table.from_pylist(rows))
     return len(rows)
 
 

@@ -282,8 +282,36 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """What ``write_jsonl`` wrote; nothing where there is no file. Its lines end at ``\\n`` alone: texts may hold other
     characters at which ``str.splitlines`` parts them (U+2028, U+2029, U+0085)."""
     path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n") if line]
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON lines ({error}); restore it, or start a new run") from error
+
+
+def write_table(path: str | os.PathLike[str], table: pa.Table) -> None:
+    """A table to a parquet file, atomically, each page with a checksum."""
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    filters: list[tuple] | None = None,  # type: ignore[type-arg]
+    *,
+    remedy: str = "delete it and run again",
+) -> pa.Table:
+    """A parquet file; the pages that have checksums are held against them. Raises InputError with the remedy."""
+    try:
+        table = pq.read_table(
+            path, columns=columns, filters=filters, partitioning=None, page_checksum_verification=True
+        )
+        _ = table.column_names  # decoded only when they are asked for
+        return table
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        told = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a readable parquet file ({told}); {remedy}") from error
 
 
 def write_records(path: str | os.PathLike[str], rows: Sequence[Record], cls: type[Record] | None = None) -> None:
@@ -295,8 +323,7 @@ def write_records(path: str | os.PathLike[str], rows: Sequence[Record], cls: typ
     columns = _columns(cls)
     arrays = [pa.array([_store(getattr(row, c.attribute), c.json) for row in rows], type=c.arrow) for c in columns]
     table = pa.Table.from_arrays(arrays, schema=schema(cls))
-    with atomic_write(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    write_table(path, table)
 
 
 def read_records(path: str | os.PathLike[str], cls: type[Record]) -> list[Record]:
@@ -311,10 +338,7 @@ def read_records(path: str | os.PathLike[str], cls: type[Record]) -> list[Record
         return [row for part in parts for row in read_records(part, cls)]
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a parquet file of {cls.__name__} rows or a folder of them")
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({error}); delete it and run again") from error
+    table = read_table(path)
     columns = _columns(cls)
     missing = [c.name for c in columns if c.name not in table.column_names]
     if missing:
@@ -324,7 +348,7 @@ def read_records(path: str | os.PathLike[str], cls: type[Record]) -> list[Record
         )
     try:
         values = [[_load(v, c) for v in table.column(c.name).cast(c.arrow).to_pylist()] for c in columns]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, json.JSONDecodeError) as error:
+    except (pa.ArrowException, ValueError) as error:
         raise InputError(f"{path}: a column does not hold what {cls.__name__} rows need ({error})") from error
     names = [c.attribute for c in columns]
     return [cls(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)]
@@ -411,7 +435,7 @@ def write_atoms(
     for name, offset in (offsets or {}).items():
         tensors[f"{name}.offset"] = offset.detach().to("cpu", torch.float32).contiguous()
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, {"sha256": _digest(tensors)})
 
 
 def read_atoms(path: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -431,10 +455,23 @@ def read_offsets(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
+            told = (stored.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+    if told is not None and told != _digest(tensors):
+        raise InputError(f"{path}: its content is not what was written (its digest differs); delete it and run again")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

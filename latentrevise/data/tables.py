@@ -189,14 +189,9 @@ def _read_tsv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from latentrevise.data.records import read_table
 
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"prompt file {path} is not readable parquet ({error})") from error
-    yield from enumerate(table.to_pylist())
+    yield from enumerate(read_table(path, remedy="fetch it anew").to_pylist())
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import config_hash, to_dict
-from latentrevise.data.records import Prompt, RowError, write_json, write_jsonl, write_records
+from latentrevise.data.records import Prompt, RowError, stable_hash, write_json, write_jsonl, write_records
 from latentrevise.errors import InputError, ModelError, RunError
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ class RunDirectory:
             raise RunError(
                 f"{self.header} is of format {header.get('format')!r}, this version reads {FORMAT}; use the version"
                 " that wrote it"
+            )
+        if "config_hash" in header and stable_hash(header.get("config")) != header["config_hash"]:
+            raise RunError(
+                f"{self.header}: its settings are not those that were written (their hash differs); restore it or start"
+                " a new run elsewhere"
             )
         return header
 

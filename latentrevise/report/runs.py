@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from latentrevise.data.records import read_atoms, read_jsonl
+from latentrevise.data.records import read_atoms, read_jsonl, read_table
 from latentrevise.errors import RunError
 from latentrevise.recovery.rundir import RunDirectory
 
@@ -178,7 +177,4 @@ def _list_lengths(column: pa.ChunkedArray) -> list[int]:
 
 
 def _read_table(path: Path, columns: Sequence[str] | None, filters: list[tuple] | None = None) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=list(columns) if columns else None, filters=filters, partitioning=None)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise RunError(f"{path} can't be read ({error}); recover into a new directory") from error
+    return read_table(path, columns, filters, remedy="recover into a new directory")

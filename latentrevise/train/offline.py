@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from latentrevise.data.records import Prompt, read_jsonl
+from latentrevise.data.records import Prompt, read_jsonl, read_table
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.train.logprob import add_linear_logprob
@@ -57,7 +56,7 @@ def read_groups(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; write it by `latentrevise export --to trl-groups`")
-    rows = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else read_jsonl(path)
+    rows = read_table(path, remedy="export it again").to_pylist() if path.suffix == ".parquet" else read_jsonl(path)
     missing = [c for c in COLUMNS if any(c not in row for row in rows)]
     sizes = {len(row["completions"]) for row in rows} if not missing else set()
     if missing or len(sizes) != 1 or len({row["prompt_id"] for row in rows}) != len(rows):
