@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentrevise import FailedRollout, ReviseConfig
-from latentrevise.data.records import read_atoms, read_offsets, write_atoms
+from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
 from latentrevise.errors import ConfigError
 from latentrevise.model.policy import Policy
 from latentrevise.revise.hull import Mixture

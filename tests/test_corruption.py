@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from latentrevise import RecoverConfig, recover
+from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -16,12 +17,9 @@ from latentrevise.data.records import (
     Start,
     Trajectory,
     Verdict,
-    read_atoms,
     read_jsonl,
-    read_offsets,
     read_records,
     read_table,
-    write_atoms,
 )
 from latentrevise.errors import InputError, LatentReviseError
 from latentrevise.recovery.rundir import RunDirectory

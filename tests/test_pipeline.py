@@ -13,17 +13,8 @@ from tqdm import tqdm
 
 from latentrevise import RecoverConfig, recover
 from latentrevise.config import to_dict
-from latentrevise.data.records import (
-    Prompt,
-    Rollout,
-    Sample,
-    Start,
-    Trajectory,
-    Verdict,
-    read_atoms,
-    read_records,
-    write_jsonl,
-)
+from latentrevise.data.atoms import read_atoms
+from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records, write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, InputError, RunError

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from latentrevise.data.atoms import read_atoms, write_atoms
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -22,12 +23,10 @@ from latentrevise.data.records import (
     Trajectory,
     Verdict,
     atomic_write,
-    read_atoms,
     read_records,
     row_seed,
     schema,
     stable_hash,
-    write_atoms,
     write_json,
     write_jsonl,
     write_records,

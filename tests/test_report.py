@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from latentrevise.data.atoms import write_atoms
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -27,7 +28,7 @@ from latentrevise.data.records import (
     Sample,
     Start,
     Verdict,
-    write_atoms,
+    stable_hash,
     write_json,
     write_jsonl,
     write_records,
@@ -198,10 +199,11 @@ class RunBuilder:
             checked=self.checkable,
         )
         write_json(self.files.metrics, metrics)
+        config = {"seed": 4711, "samples": 8}
         header = {
             "format": 1,
-            "config": {"seed": 4711, "samples": 8},
-            "config_hash": "0123abcd",
+            "config": config,
+            "config_hash": stable_hash(config),
             "engine": "HFEngine",
             "model": {"path": str(model), "class": "Qwen3ForCausalLM", "parameters": 876_544},
             "versions": {"latentrevise": "0.1.0", "torch": "2.13.0"},
@@ -343,7 +345,14 @@ def test_every_number_of_the_table_is_the_metrics_number(run_dir: Path, page: Pa
 
 
 def test_header_says_what_was_run(run_dir: Path, page: Page) -> None:
-    for text in ("4711", "0123abcd", "torch 2.13.0", "2026-01-02T03:04:05Z", str(run_dir), "empty-prompt"):
+    for text in (
+        "4711",
+        stable_hash({"seed": 4711, "samples": 8}),
+        "torch 2.13.0",
+        "2026-01-02T03:04:05Z",
+        str(run_dir),
+        "empty-prompt",
+    ):
         assert text in page.text
 
 

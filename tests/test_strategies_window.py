@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from latentrevise import FailedRollout, RecoverConfig, ReviseConfig
+from latentrevise.data.atoms import read_atoms
 from latentrevise.data.exports import preference_rows, sft_rows
-from latentrevise.data.records import Start, read_atoms, read_records
+from latentrevise.data.records import Start, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.model.loading import load_model

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
     from latentrevise.recovery.pipeline import Recovery
 
+_RESUMED = ("recover", "mine", "revise", "continue", "verify", "audit", "eval", "train", "demo")
+
 app = typer.Typer(
     help="Recover zero-hit prompts: revise failed reasoning in embedding space, continue, verify (arXiv 2606.29938).",
     no_args_is_help=True,
@@ -299,13 +301,26 @@ def _finish(recovered: Any, jsonl: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line on stderr and exit code 1; anything else is a traceback."""
+    """Entry point: an error of ours is one line on stderr and exit code 1, Ctrl-C one line and 130; anything else is a
+    traceback, with what to do about it."""
     try:
         logging.basicConfig(level=_log_level(), format="%(levelname)s %(message)s")
         app()
     except LatentReviseError as error:
         typer.echo(f"latentrevise: {error}", err=True)
         sys.exit(1)
+    except SystemExit as ended:  # Typer makes one of Ctrl-C
+        if ended.code == 130:
+            begun = sys.argv[1] if len(sys.argv) > 1 else ""
+            told = "the same command goes on from here" if begun in _RESUMED else "nothing was begun that could be lost"
+            typer.echo(f"latentrevise: interrupted; {told}", err=True)
+        raise
+    except Exception as error:
+        error.add_note(
+            "This error was not foreseen: please report it, with this traceback, the command and what `latentrevise"
+            " doctor` prints."
+        )
+        raise
 
 
 def _log_level() -> str:

@@ -1,4 +1,4 @@
-"""What a run reads and writes, and how: dataclasses to parquet and JSONL, mixtures to safetensors, all atomically.
+"""What a run reads and writes, and how: dataclasses to parquet and JSONL, atomically.
 
 A dataclass is the only description of its file: the parquet schema is derived from the field types, so a column cannot
 drift away from the code. Nothing here is ever pickled.
@@ -7,13 +7,15 @@ drift away from the code. Nothing here is ever pickled.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -25,13 +27,14 @@ from latentrevise.errors import InputError, RunError
 from latentrevise.verify.verifier import VerdictName
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length"]
 PrefixRendering = Literal["original", "argmax", "continuation"]
 
 Record = TypeVar("Record")
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def _column(name: str) -> Any:
@@ -242,9 +245,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
         try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
+            with temporary.open("rb") as held:
+                with suppress(OSError):  # not every file system has locks
+                    fcntl.flock(held, fcntl.LOCK_EX)  # as long as this process lives, see ``sweep``
+                yield temporary
+                _sync(temporary)
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -253,6 +259,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; choose an output directory that is writable and has space"
         ) from error
+
+
+def sweep(folder: str | os.PathLike[str], *, below: bool = False) -> None:
+    """Remove the temporary files of ``atomic_write`` in ``folder``, and ``below`` it, that no living process owns.
+
+    A process on another machine is known by its lock, one that has not come to lock its file by its number.
+    """
+    for path in Path(folder).glob("**/.*.tmp" if below else ".*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or _alive(int(found[1])):
+            continue
+        with suppress(OSError), path.open("rb") as file:  # gone meanwhile, or locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -305,7 +335,11 @@ def read_table(
     """A parquet file; the pages that have checksums are held against them. Raises InputError with the remedy."""
     try:
         table = pq.read_table(
-            path, columns=columns, filters=filters, partitioning=None, page_checksum_verification=True
+            path,
+            columns=list(columns) if columns else None,
+            filters=filters,
+            partitioning=None,
+            page_checksum_verification=True,
         )
         _ = table.column_names  # decoded only when they are asked for
         return table
@@ -412,66 +446,3 @@ def _load(value: Any, column: _Column) -> Any:
     if column.json:
         return json.loads(value)
     return tuple(value) if column.as_tuple else value
-
-
-def write_atoms(
-    path: str | os.PathLike[str],
-    mixtures: Mapping[str, tuple[Tensor, Tensor]],
-    offsets: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Mixtures by id to one safetensors file: ``ids [T, A]`` (as int32) and ``weights [T, A]`` (as float32); and, of
-    those that left the hull, the offset ``[T, d]`` (as float32)."""
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, (ids, weights) in mixtures.items():
-        if ids.ndim != 2 or ids.shape != weights.shape:
-            raise ValueError(
-                f"mixture {name}: ids {tuple(ids.shape)}, weights {tuple(weights.shape)}, wanted one [T, A]"
-            )
-        tensors[f"{name}.ids"] = ids.detach().to("cpu", torch.int32).contiguous()
-        tensors[f"{name}.weights"] = weights.detach().to("cpu", torch.float32).contiguous()
-    for name, offset in (offsets or {}).items():
-        tensors[f"{name}.offset"] = offset.detach().to("cpu", torch.float32).contiguous()
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, {"sha256": _digest(tensors)})
-
-
-def read_atoms(path: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What ``write_atoms`` wrote: id -> (ids int32 ``[T, A]``, weights float32 ``[T, A]``). Raises InputError."""
-    tensors = _read_tensors(path)
-    names = [key.removesuffix(".ids") for key in tensors if key.endswith(".ids")]
-    unpaired = [n for n in names if f"{n}.weights" not in tensors]
-    if unpaired:
-        raise InputError(f"{path}: mixture {unpaired[0]} has ids but no weights; delete the file and run again")
-    return {name: (tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in names}
-
-
-def read_offsets(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The offsets that ``write_atoms`` wrote, by id: float32 ``[T, d]``. Raises InputError."""
-    tensors = _read_tensors(path)
-    return {key.removesuffix(".offset"): tensors[key] for key in tensors if key.endswith(".offset")}
-
-
-def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
-            told = (stored.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
-    if told is not None and told != _digest(tensors):
-        raise InputError(f"{path}: its content is not what was written (its digest differs); delete it and run again")
-    return tensors
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()

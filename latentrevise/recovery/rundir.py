@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import config_hash, to_dict
-from latentrevise.data.records import Prompt, RowError, stable_hash, write_json, write_jsonl, write_records
-from latentrevise.errors import InputError, ModelError, RunError
+from latentrevise.data.records import Prompt, RowError, stable_hash, sweep, write_json, write_jsonl, write_records
+from latentrevise.errors import InputError, LatentReviseError, ModelError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,13 +148,30 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; the lock goes with the process, however it ends."""
+        """Hold the run for this process; the lock goes with the process, however it ends.
+
+        What a killed process left half written is swept; an error that nobody foresaw gets a note of what is kept.
+        """
         with (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RunError(f"another process works on {self.path}; wait for it, or choose another --out") from error
-            yield
+            sweep(self.path, below=True)
+            try:
+                yield
+            except LatentReviseError:
+                raise
+            except Exception as error:
+                error.add_note(f"{self.path} keeps {self.kept()}; the same command goes on from there.")
+                raise
+
+    def kept(self) -> str:
+        """What was computed, in words."""
+        stages = ("rollouts", "starts", "samples", "verdicts", "scores")
+        counts = {stage: len(list((self.path / stage).rglob("part-?????.parquet"))) for stage in stages}
+        parts = [f"{n} parts of {stage}" for stage, n in counts.items() if n]
+        return ", ".join(["its prompts" if self.prompts.exists() else "nothing yet", *parts])
 
 
 def _complete(header: dict[str, Any]) -> dict[str, Any]:

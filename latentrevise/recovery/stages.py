@@ -22,6 +22,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
+from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -29,11 +30,8 @@ from latentrevise.data.records import (
     Start,
     Verdict,
     decoded,
-    read_atoms,
-    read_offsets,
     read_records,
     row_seed,
-    write_atoms,
     write_records,
 )
 from latentrevise.engines import Completion, Request

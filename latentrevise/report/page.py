@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from latentrevise.data.records import atomic_write
+from latentrevise.data.records import atomic_write, sweep
 from latentrevise.errors import InputError
 from latentrevise.report.audits import TradeOff, gate_text, trade_offs
 from latentrevise.report.browser import Browser, browsers
@@ -86,9 +86,11 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         raise InputError(
             "nothing to report: no run directory was given; give one or more that `latentrevise recover` wrote"
         )
-    runs = [FinishedRun.open(Path(path)) for path in run_dirs]
     page = Path(out) if Path(out).suffix == ".html" else Path(out) / "report.html"
     figures = page.parent / "figures"
+    for folder in (page.parent, figures):
+        sweep(folder)
+    runs = [FinishedRun.open(Path(path)) for path in run_dirs]
 
     styles = styles_for([row.strategy for run in runs for row in rows_of(run.metrics)])
     tokens = [TokenTexts.load(run.info["model"]["path"]) for run in runs]

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentrevise.data.records import read_atoms, read_jsonl, read_table
+from latentrevise.data.atoms import read_atoms
+from latentrevise.data.records import read_jsonl, read_table
 from latentrevise.errors import RunError
 from latentrevise.recovery.rundir import RunDirectory
 

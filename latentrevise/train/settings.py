@@ -23,6 +23,7 @@ from latentrevise.data.records import (
     read_jsonl,
     read_records,
     stable_hash,
+    sweep,
     write_json,
     write_jsonl,
     write_records,
@@ -191,6 +192,7 @@ def begin(out: str | os.PathLike[str], kind: str, settings: Any, data: Any) -> N
     header = json.loads(json.dumps({"kind": kind, "settings": to_dict(settings), "data": stable_hash(data)}))
     path = Path(out).expanduser() / _HEADER
     with PartialState().main_process_first():
+        sweep(path.parent)
         if not path.exists() or (_untouched(path.parent) and json.loads(path.read_text(encoding="utf-8")) != header):
             write_json(path, header)
         elif json.loads(path.read_text(encoding="utf-8")) != header:
