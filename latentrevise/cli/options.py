@@ -28,7 +28,7 @@ Prompts = Annotated[
     Path,
     place("JSONL, JSON, CSV, TSV or parquet (or a folder of such files) with a prompt and an answer in each row."),
 ]
-Model = Annotated[str, typer.Option(help="Directory or hub id of a causal LM of transformers, or of a LoRA adapter.")]
+Model = Annotated[str, typer.Option(help="Directory or hub id of a causal LM or a LoRA adapter, or a GGUF file.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 ConfigFile = Annotated[Path | None, place("YAML file of settings, or the name of a preset.", "--config")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +29,8 @@ def load_model(
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in eval mode and its tokenizer, from a directory or a hub id; of a LoRA adapter's directory the base
-    model with the adapter merged.
+    model with the adapter merged; of a ``.gguf`` file (or ``DIR:FILE.gguf``) its weights dequantised, float32 under
+    ``auto``.
 
     Only safetensors weights are read and no code that comes with a model is run. dtype: ``auto`` is what the weights
     are stored in. device: None is the first GPU, or else the CPU. Raises ModelError.
@@ -77,13 +80,16 @@ def _load(
         if not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise ModelError(f"dtype {dtype!r} is not a floating type; choose auto, float32, bfloat16 or float16")
         dtype = found
+    folder, gguf = _gguf(name)
+    if gguf and dtype == "auto":
+        dtype = torch.float32
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision, trust_remote_code=False, use_safetensors=True
+            folder, dtype=dtype, revision=revision, trust_remote_code=False, use_safetensors=True, **gguf
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:  # a torn GGUF file's
         raise ModelError(
             f"{name}: no causal language model can be loaded from it ({_first_line(error)}); give a directory with"
             " config.json and safetensors weights of an architecture that transformers knows by itself, or a hub id"
@@ -91,7 +97,30 @@ def _load(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    if gguf:
+        _make_plain(model, name)
     return model, load_tokenizer(name, revision)
+
+
+def _gguf(name: str) -> tuple[str, dict[str, str]]:
+    """Of a place as ``model_place`` gives it: what transformers loads from, and the argument that names a GGUF file."""
+    if not name.endswith(".gguf"):
+        return name, {}
+    if find_spec("gguf") is None:
+        raise ModelError(
+            f"{name}: reading it takes the package gguf; pip install 'gguf>=0.17' (the extra `real` has it)"
+        )
+    folder, _, file = name.rpartition("/" if Path(name).is_file() else ":")
+    return folder, {"gguf_file": file}
+
+
+def _make_plain(model: PreTrainedModel, name: str) -> None:
+    """A model that transformers dequantised, without the marks of the quantised one, which it would refuse to save."""
+    for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.is_quantized = False  # type: ignore[attr-defined]
+    model.config._name_or_path = name
 
 
 def load_tokenizer(name: str | os.PathLike[str], revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -102,7 +131,8 @@ def load_tokenizer(name: str | os.PathLike[str], revision: str | None = None) ->
     if is_adapter(name) and not _has_tokenizer(name):
         name = base_of(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        folder, gguf = _gguf(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False, **gguf)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             # What transformers makes up for some architectures when there are no files.
             raise ValueError("its vocabulary is empty")
@@ -205,6 +235,14 @@ def model_place(name: str | os.PathLike[str]) -> str:
     Raises ModelError for a path that is no model's, before the hub is asked for a model of that name.
     """
     path = Path(name).expanduser()
+    folder, _, file = str(name).rpartition(":")
+    if file.endswith(".gguf") and folder:
+        inside = Path(folder).expanduser() / file
+        if not inside.is_file() and Path(folder).expanduser().is_dir():
+            raise ModelError(f"{name}: there is no {file} in {folder}; check its name")
+        return str(inside.resolve()) if inside.is_file() else str(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.resolve())
     if path.is_dir():
         if not (path / "config.json").is_file() and not is_adapter(path):
             raise ModelError(

@@ -228,6 +228,7 @@ def run_header(model: PreTrainedModel, config: Any, engine: Engine) -> dict[str,
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in model.parameters()),
             "fingerprint": fingerprint(model),
+            **({"weights": "dequantised from GGUF"} if known_place(model).endswith(".gguf") else {}),
         },
         "versions": {
             "python": platform.python_version(),
