@@ -103,6 +103,7 @@ FEW = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_at_real_size(place, dtype):
     pytest.importorskip("trl", reason="trl is not installed")

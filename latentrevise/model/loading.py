@@ -119,7 +119,7 @@ def _make_plain(model: PreTrainedModel, name: str) -> None:
     for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, mark):
             delattr(owner, mark)
-    model.is_quantized = False  # type: ignore[attr-defined]
+    model.is_quantized = False  # type: ignore[assignment]
     model.config._name_or_path = name
 
 
