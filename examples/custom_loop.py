@@ -83,7 +83,7 @@ def main(steps: int, prompts: int, seed: int) -> list[dict[str, float]]:
                                 failed[cut:],
                                 encode(row["answer"]),
                                 template_ids=encode(template.answer_template),
-                            )  # fmt: skip
+                            )
                         ]
                     )
                     prefix = revision.text_ids(reviser.hull, "heaviest").tolist()
