@@ -3,15 +3,17 @@
 #   PYTHON     the Python that makes the environment   make test PYTHON=python3.12
 #   ARGS       further arguments of the command        make test ARGS="tests/test_report.py -x"
 #   BENCH      which benchmark to run                  make bench BENCH=vertex_oracle     (none: list them)
+#   TRITON     another version of it                   make cubins TRITON=3.6.0           (none: the pinned one)
 
 PYTHON ?= python3
 ARGS ?=
 BENCH ?=
+TRITON ?=
 BIN := .venv/bin
 SETUP := .venv/.ready
 VLLM := .venv/.vllm
 
-.PHONY: help setup demo test test-install test-latest lint format bench docs clean
+.PHONY: help setup demo test test-install test-latest lint format bench cubins wheels-gpu docs clean
 
 help:
 	@echo "make demo     recover zero-hit prompts of the two demo tasks, print the tables, write the report"
@@ -22,6 +24,8 @@ help:
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make docs     build the documentation site into site/"
 	@echo "make bench    list the benchmarks; BENCH=name runs one"
+	@echo "make cubins   compile every GPU kernel without a GPU, fail on spills and serialised products"
+	@echo "make wheels-gpu    peers for benchmarks/run_gpu.sh into wheels/, for a machine without a network"
 	@echo "make clean    remove the environment and everything that was built"
 
 setup: $(SETUP)
@@ -74,6 +78,21 @@ format: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks $(BENCH) $(ARGS)
+
+# Another Triton comes beside the pinned environment, whose torch it sees.
+cubins: $(SETUP)
+ifeq ($(TRITON),)
+	$(BIN)/python -m benchmarks cubins $(ARGS)
+else
+	$(PYTHON) -m venv --clear .venv/triton
+	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d .venv/triton/lib/python*/site-packages)/pinned.pth
+	.venv/triton/bin/python -m pip install --disable-pip-version-check --no-deps triton==$(TRITON)
+	.venv/triton/bin/python -m benchmarks cubins $(ARGS)
+endif
+
+# Pure Python, a megabyte; what they need is on any machine with torch and triton.
+wheels-gpu:
+	$(PYTHON) -m pip download --disable-pip-version-check --no-deps -d wheels liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 
 docs: $(SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of rounds a task (at least 3 rounds)")
     parser.add_argument("--rounds", type=int, default=5, help="revise, engines, rlvr_cost: of each measurement")
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
-    parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these")
+    parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these; cubins: ops")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     study = parser.add_argument_group("recovery, training")
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study or NAME-quick")
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     status, documents = 0, []
     for name in options.names:
         if name == "cubins":
-            document, bad = cubins.main()
+            document, bad = cubins.main(options.only or ())
             status |= bad
         elif name in models:
             document = models[name].main(options)

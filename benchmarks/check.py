@@ -186,7 +186,7 @@ def cases(op: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
     for backend in IMPLEMENTATIONS[op]:
         if backend == "reference" or backend not in kernels.available():
             continue
-        device = torch.device("cpu" if backend == "cpu" else "cuda")
+        device = torch.device("cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda")
         for dtype in (torch.float32, torch.bfloat16):
             for shape in shapes:
                 yield Case(backend, device, dtype, *shape)

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -178,8 +178,8 @@ def read_cubin(tool: str, path: str) -> Iterator[tuple[str, int, int, int]]:
         yield name, int(registers), int(stack), int(shared)
 
 
-def compile_cuda(nvcc: str) -> Iterator[Resources]:
-    """nvcc with -Xptxas -v, each file and architecture by itself."""
+def compile_cuda(nvcc: str, only: Sequence[str] = ()) -> Iterator[Resources]:
+    """nvcc with -Xptxas -v, each file (whose name starts with one of ``only``) and architecture by itself."""
 
     def log(work: tuple[Path, str]) -> str:
         source, arch = work
@@ -192,7 +192,8 @@ def compile_cuda(nvcc: str) -> Iterator[Resources]:
             raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
         return done.stderr
 
-    work = [(source, arch) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for arch in ("80", "90a")]
+    sources = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name.startswith(tuple(only or [""]))]
+    work = [(source, arch) for source in sources for arch in ("80", "90a")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (source, arch), text in zip(work, pool.map(log, work), strict=True):
             yield from read_ptxas(source.stem, text, f"sm_{arch}")
@@ -223,26 +224,26 @@ def find_nvcc() -> str | None:
     return next((found for path in (os.environ.get("CUDACXX"), *paths) if path and (found := shutil.which(path))), None)
 
 
-def measure(absent: dict[str, str]) -> Iterator[Resources]:
-    """All kernels; the reasons why some are left out go to ``absent``."""
+def measure(absent: dict[str, str], only: Sequence[str] = ()) -> Iterator[Resources]:
+    """All kernels, or those of the ops ``only``; the reasons why some are left out go to ``absent``."""
     if find_spec("triton") is None:
         absent["triton"] = "triton is not installed"
     else:
         for arch in ARCHITECTURES:
-            yield from compile_triton(arch)
+            yield from compile_triton(arch, lambda op, what: not only or op in only)
     nvcc = find_nvcc()
     if nvcc is None:
         absent["cuda"] = "nvcc was not found"
     else:
-        yield from compile_cuda(nvcc)
+        yield from compile_cuda(nvcc, only)
 
 
-def main() -> tuple[dict, int]:
+def main(only: Sequence[str] = ()) -> tuple[dict, int]:
     absent: dict[str, str] = {}
     found = []
     heads = f"{'regs':>5} {'stack':>6} {'spills':>7} {'shared':>7} {'loop':>6} {'mma':>5} {'around':>7}"
     print(f"{'kernel':34} {'variant':60} {'arch':7} {heads}")
-    for r in measure(absent):
+    for r in measure(absent, only):
         found.append(r)
         numbers = f"{r.registers:5} {r.stack:6} {r.spills:7} {r.shared:7} {r.loop:6} {r.multiplications:5} {r.around:7}"
         faults = " ".join((*r.warnings, *[f"{r.converted} accumulators change layout in the loop"] * bool(r.converted)))

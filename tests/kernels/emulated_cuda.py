@@ -2,6 +2,8 @@
 
 ``build`` makes the module; ``install`` puts it where the kernels look for ``_cuda``, so that backend "cuda" takes CPU
 tensors. conftest.py installs the one that LATENTREVISE_EMULATED_CUDA names; test_cuda.py runs the tests that way.
+
+    python tests/kernels/emulated_cuda.py FOLDER MODULE [ARGUMENT...]    (python -m MODULE, on a library in FOLDER)
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -85,3 +88,21 @@ def installed() -> bool:
 
 def environment(module: Path, copies: str) -> dict[str, str]:
     return os.environ | {VARIABLE: str(module), "LATENTREVISE_EMULATED_COPIES": copies, "OMP_NUM_THREADS": "1"}
+
+
+def main() -> None:
+    """Run a module of Python on the emulation, which is built into the folder when it is not there yet."""
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        build(folder)
+    os.environ.setdefault("LATENTREVISE_EMULATED_COPIES", "late")
+    sys.path.insert(0, str(ROOT))
+    install(str(library))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

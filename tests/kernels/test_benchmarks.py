@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -79,62 +80,100 @@ def test_an_implementation_that_breaks_leaves_the_others_measured(tmp_path, monk
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
 
 
-def run_piece(piece: str, results: Path, **environment: str) -> tuple[int, tarfile.TarFile]:
-    """Its exit status, and the one file it leaves."""
+def run_pieces(*pieces: str, results: Path, **environment: str) -> tuple[int, list[tarfile.TarFile]]:
+    """Its exit status, and the one file a piece leaves."""
+    names = [word for word in pieces if word in PIECES]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"OUT": str(results), "PATH": path} | environment
-    done = subprocess.run([SCRIPT, piece], env=env, capture_output=True, text=True, check=False)
-    assert [file.name for file in results.iterdir()] == [f"{piece}.tar.gz"], done.stderr
-    return done.returncode, tarfile.open(results / f"{piece}.tar.gz")
+    env = os.environ | {"OUT": str(results), "PATH": path, "WHEELS": str(results / "none")} | environment
+    done = subprocess.run([SCRIPT, *pieces], env=env, capture_output=True, text=True, check=False)
+    assert sorted(file.name for file in results.iterdir()) == sorted(f"{name}.tar.gz" for name in names), done.stderr
+    return done.returncode, [tarfile.open(results / f"{name}.tar.gz") for name in names]
 
 
 def steps(results: tarfile.TarFile) -> dict[str, int]:
+    if "./summary.jsonl" not in results.getnames():
+        return {}
     lines = map(json.loads, results.extractfile("./summary.jsonl").read().splitlines())
     return {line["step"]: line["status"] for line in lines}
 
 
-def test_the_gpu_script_says_what_failed(tmp_path):
-    """Its steps on this machine, tiny: build-check passes; with no time left each step is recorded as failed."""
-    failed, results = run_piece("build-check", tmp_path / "a", TINY="1")
-    checks = ["check-vertex_oracle-cpu", "check-hull_step-cpu"]
-    assert (failed, steps(results)) == (0, dict.fromkeys([*checks, "tests"], 0))
-    for check in checks:
-        assert all(row["fine"] for row in json.load(results.extractfile(f"./{check}.json"))["rows"])
-    assert {f"./{name}" for name in ("machine.json", f"{checks[0]}.log", "tests.xml")} <= set(results.getnames())
-    failed, results = run_piece("revise", tmp_path / "b", TINY="1", LIMIT="0")
+PIECES = ["build-check", "kernels", "sizes", "revise", "attention", "sanitize", "engines", "tune", "cubins"]
+
+
+def test_a_rehearsal_of_two_pieces_in_one_call(tmp_path):
+    """The steps on this machine as a GPU would run them, in the interpreter: a cut of what ``--rehearse all`` runs."""
+    only = "^check-mixture_embed-triton$|^mixture_embed"
+    failed, (check, kernels) = run_pieces("--rehearse", "build-check", "kernels", "--only", only, results=tmp_path)
+    assert (failed, steps(check)) == (0, {"check-mixture_embed-triton": 0})
+    rows = json.load(check.extractfile("./check-mixture_embed-triton.json"))["rows"]
+    assert {row["backend"] for row in rows} == {"triton"}
+    assert all(row["fine"] for row in rows)
+    assert {"./machine.json", "./check-mixture_embed-triton.log"} <= set(check.getnames())
+    assert steps(kernels) == {"mixture_embed": 0, "mixture_embed_cuda": 0}
+    measured = json.load(kernels.extractfile("./mixture_embed.json"))
+    assert {"latentrevise triton"} < {row["implementation"] for row in measured["rows"]}
+    assert measured["failed"] == []
+    assert "latentrevise cuda" in json.load(kernels.extractfile("./mixture_embed_cuda.json"))["absent"]
+
+
+def test_the_gpu_script_says_what_had_no_time(tmp_path):
+    failed, (results,) = run_pieces("--rehearse", "revise", results=tmp_path, LIMIT="0")
     assert (failed, steps(results)) == (3, {"revise-0.5B": -1, "revise-1.5B": -1, "revise-7B": -1})
     assert subprocess.run([SCRIPT, "nonsense"], capture_output=True, check=False).returncode == 2
 
 
-def test_a_failed_build_and_a_hang_cost_nothing_else(tmp_path):
-    """Where the build fails and a kernel faults, every other op and backend is still checked, Hopper after all."""
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found in PATH")
+def test_a_rehearsal_checks_the_cuda_kernels_in_the_emulation(tmp_path):
+    only = "check-vertex_oracle-(cuda|hopper)"
+    failed, (results,) = run_pieces("--rehearse", "build-check", "--only", only, results=tmp_path)
+    assert (failed, steps(results)) == (0, {"check-vertex_oracle-cuda": 0, "check-vertex_oracle-hopper": 0})
+    rows = json.load(results.extractfile("./check-vertex_oracle-hopper.json"))["rows"]
+    assert rows
+    assert all(row["backend"] == "hopper" and row["fine"] for row in rows)
+
+
+def fake_machine(tmp_path: Path, **scripts: str) -> str:
+    """PATH of a machine where Python's answers are no, and commands (names without a dash) do what is given."""
     fakes = tmp_path / "bin"
     fakes.mkdir()
+    for name, script in ({"python3": '[ "$1" != -c ]'} | scripts).items():
+        (fakes / name.replace("_", "-")).write_text(f"#!/bin/sh\n{script}\n")
+        (fakes / name.replace("_", "-")).chmod(0o755)
+    return f"{fakes}:{os.environ['PATH']}"
+
+
+def test_a_failed_build_and_a_hang_cost_nothing_else(tmp_path):
+    """No build with CUDA, nor one without it, tried once for both pieces; every op and backend is still checked."""
     fault = 'case "$*" in *"pip install"*|*hopper*) exit 1;; *"--op linear_logprob --backend cuda"*) exit 124;; esac'
-    for name, script in (("python3", '[ "$1" != -c ]'), ("timeout", fault)):
-        (fakes / name).write_text(f"#!/bin/sh\n{script}\n")
-        (fakes / name).chmod(0o755)
-    failed, results = run_piece("build-check", tmp_path / "out", PATH=f"{fakes}:{os.environ['PATH']}")
-    status = steps(results)
-    assert failed == 3
+    path = fake_machine(tmp_path, timeout=fault)
+    failed, (check, kernels) = run_pieces("build-check", "kernels", results=tmp_path / "out", PATH=path)
+    status = steps(check)
+    assert failed == 5
     assert {name for name, code in status.items() if code} == {
-        "build", "check-linear_logprob-cuda", "check-vertex_oracle-hopper",
+        "build", "build-cpu", "check-linear_logprob-cuda", "check-vertex_oracle-hopper",
     }  # fmt: skip
     assert len([name for name in status if name.startswith("check-")]) == 11
     assert list(status)[-1] == "check-vertex_oracle-hopper"
+    assert {name for name, code in steps(kernels).items() if code} == {"vertex_oracle_hopper"}
 
 
-@pytest.mark.parametrize("piece", ["build-check", "kernels", "sizes", "revise", "attention", "tune", "cubins"])
+def test_a_build_without_cuda_stands_in(tmp_path):
+    path = fake_machine(tmp_path, timeout='[ "$LATENTREVISE_CUDA" != 1 ] || exit 1')
+    failed, (results,) = run_pieces("tune", results=tmp_path / "out", PATH=path)
+    assert (failed, steps(results)) == (1, {"build": 1, "build-cpu": 0, "tune": 0})
+
+
+@pytest.mark.parametrize("piece", PIECES)
 def test_the_steps_of_a_piece_and_the_build_fit_its_time(tmp_path, piece):
     """Every limit, as ``timeout`` is told it on a machine where nothing takes time and nothing is built yet."""
-    fakes, limits = tmp_path / "bin", tmp_path / "limits"
-    fakes.mkdir()
-    for name, script in (("python3", '[ "$1" != -c ]'), ("timeout", f"echo $3 >> {limits}")):
-        (fakes / name).write_text(f"#!/bin/sh\n{script}\n")
-        (fakes / name).chmod(0o755)
-    failed, results = run_piece(piece, tmp_path / "out", PATH=f"{fakes}:{os.environ['PATH']}")
+    limits = tmp_path / "limits"
+    path = fake_machine(tmp_path, timeout=f"echo $3 >> {limits}", compute_sanitizer="")
+    failed, (results,) = run_pieces(piece, results=tmp_path / "out", PATH=path)
     assert failed == 0
     assert "build" in steps(results)
+    if piece == "engines":  # no vLLM in Python that says no
+        assert "vLLM cannot be imported" in results.extractfile("./left_out.log").read().decode()
     seconds = [int(line) for line in limits.read_text().splitlines()]
     assert len(seconds) == len(steps(results))
     assert sum(seconds) <= 550  # of 560: torch is imported a few times beside
