@@ -118,10 +118,7 @@ def measure(name: str, options: argparse.Namespace) -> dict:
         only=tuple(options.only or ()),
     )
     report = harness.Report.start(name, device)
-    for dtype in sizes.dtypes:
-        report.floor[ops.name_of(dtype)] = harness.matmul_rate(device, dtype) / 1e12
-    report.floor["read_GB_s"] = harness.read_rate(device) / 1e9
-    print(f"{name} on {report.device}, {report.threads} threads, load {report.load_average}; floor {report.floor}")
+    print(f"{name} on {report.device}, {report.threads} threads, load {report.load_average}")
 
     def show(line: str) -> None:
         print(line, flush=True)

@@ -2,14 +2,15 @@
 
 Every round calls each implementation once, in turn, so that a change of clock or load meets all of them; reported are
 the median and the 20th and 80th percentiles over the rounds. Extra memory is the peak over what the inputs hold. The
-floor is what the task's fewest operations take at the matmul rate measured on this machine beforehand, or its fewest
-bytes at the measured read rate, whichever is longer.
+floor is measured in the same rounds: torch's matmul of the task's shape, for as many of its operations as the task
+needs at least, or a read of its fewest bytes, whichever takes longer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import shlex
@@ -147,20 +148,64 @@ def describe(device: torch.device) -> str:
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of torch's matmul on a large product, best of several runs; on a CPU the faster of dtype and float32."""
-    m, n, k = (8192, 8192, 4096) if device.type == "cuda" else (512, 8192, 1024)
-    rates = []
-    for kind in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
-        a, b = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind)
-        times = [clock(lambda a=a, b=b: a @ b.T, device) for _ in range(8)]
-        rates.append(2.0 * m * n * k / min(times))
-    return max(rates)
+    kinds = {dtype, torch.float32} if device.type == "cpu" else {dtype}
+    return max(product_rate(device, kind) for kind in kinds)
 
 
 @cache
-def read_rate(device: torch.device) -> float:
-    """Bytes a second that a sum over a large array reads."""
-    x = torch.ones(2**30 // 4 if device.type == "cuda" else 2**28 // 4, device=device)
-    return x.numel() * 4 / min(clock(lambda: x.sum(), device) for _ in range(8))
+def product_rate(device: torch.device, kind: torch.dtype) -> float:
+    m, n, k = (8192, 8192, 4096) if device.type == "cuda" else (512, 8192, 1024)
+    a, b = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind)
+    return 2.0 * m * n * k / min(clock(lambda: a @ b.T, device) for _ in range(8))
+
+
+MATMUL, READ = "matmul of the shape", "read of the bytes"
+
+
+def floors(task: Task, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Thunk, float]]:
+    """What a task is held against: calls, and by what their seconds are to be multiplied, as they are cut to what
+    memory bears."""
+    most = 2**31 if device.type == "cuda" else 2**28
+    x = torch.ones(max(1, min(int(task.bytes), most) // 4), device=device)
+    found: dict[str, tuple[Thunk, float]] = {READ: (x.sum, task.bytes / x.nbytes)}
+    if {"T", "V", "d"} <= task.shape.keys():
+        T, V, d = (task.shape[name] for name in ("T", "V", "d"))
+        kinds = (dtype, torch.float32) if device.type == "cpu" and dtype != torch.float32 else (dtype,)
+        kind = kinds[0] if len(kinds) == 1 else max(kinds, key=lambda kind: product_rate(device, kind))
+        rows = max(1, min(T, most // (V * kind.itemsize)))
+        a, b = torch.randn(rows, d, device=device).to(kind), torch.randn(V, d, device=device).to(kind)
+        product = torch.empty(rows, V, dtype=kind, device=device)
+        found[MATMUL] = (lambda: torch.mm(a, b.T, out=product), task.flops / (2.0 * rows * V * d))
+    return found
+
+
+LAUNCHES_MATTER = 1e-3  # seconds
+
+
+def replay(thunk: Thunk, device: torch.device) -> Thunk:
+    """The call as a CUDA graph: its kernels without Python and launches between them."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what is made at a first call is not made while the graph is captured
+            thunk()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        thunk()
+    return graph.replay
+
+
+def add_replays(ready: dict[str, Thunk], device: torch.device, absent: dict[str, str]) -> None:
+    """Beside each call that is short on a GPU its replay from a graph; why there is none goes to ``absent``."""
+    if device.type != "cuda":
+        return
+    for label, thunk in list(ready.items()):
+        if min(clock(thunk, device) for _ in range(3)) < LAUNCHES_MATTER:
+            try:
+                ready[f"{label}, replayed"] = replay(thunk, device)
+            except Exception as why:  # a peer that waits for the device cannot be captured
+                absent[f"{label}, replayed"] = f"{type(why).__name__}: {why}"
 
 
 def clock(thunk: Thunk, device: torch.device) -> float:
@@ -210,19 +255,24 @@ def compare(
     most_rounds: int = 50,
 ) -> list[Measurement]:
     """Measure each implementation on ``task``: memory in a call each, then rounds until the budget is used up: at
-    least three, unless one takes half a minute. They have run once before."""
-    memory, times = {}, {name: [] for name in implementations}
+    least three, unless one takes half a minute. They have run once before. The floors are the last rows."""
+    memory: dict[str, float] = {}
     flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for name, thunk in implementations.items():
         memory[name] = extra_memory(thunk, device)
+    beside = floors(task, device, dtype) if implementations else {}
+    calls = implementations | {name: thunk for name, (thunk, _) in beside.items()}
+    for thunk, _ in beside.values():
+        thunk()
+    times: dict[str, list[float]] = {name: [] for name in calls}
     begin, rounds, spent = time.perf_counter(), 0, 0.0
     while rounds < most_rounds and spent < 30 * max(1, rounds) and (rounds < 3 or spent < budget_s):
-        for name, thunk in implementations.items():
+        for name, thunk in calls.items():
             if flush is not None:
                 flush.zero_()  # nothing of the table stays in L2
-            times[name].append(clock(thunk, device))
+            times[name].append(clock(thunk, device) * (beside[name][1] if name in beside else 1))
         rounds, spent = rounds + 1, time.perf_counter() - begin
-    floor = max(task.flops / matmul_rate(device, dtype), task.bytes / read_rate(device))
+    floor = max((statistics.median(times[name]) for name in beside), default=math.nan)
     rows = []
     for name, seconds in times.items():
         p20, median, p80 = quantiles(seconds)
@@ -239,7 +289,7 @@ def compare(
                 rounds,
                 task.flops / median / 1e12,
                 100 * floor / median,
-                memory[name],
+                memory.get(name, 0.0),
             )
         )
     return rows

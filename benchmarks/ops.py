@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.harness import Absent, Report, Task, Thunk, compare
+from benchmarks.harness import Absent, Report, Task, Thunk, add_replays, compare
 from latentrevise import kernels
 from latentrevise.kernels import native
 
@@ -58,6 +58,7 @@ def run(name: str, sizes: Sizes, report: Report, show: Callable[[str], None] = p
             except Exception as error:  # out of memory, a peer that breaks: the others are still worth measuring
                 report.failed.append(f"{label}, {task.shape} {task.dtype} {task.data}: {type(error).__name__}: {error}")
                 show(f"FAILED {report.failed[-1][:500]}")
+        add_replays(ready, sizes.device, report.absent)
         rows = compare(task, ready, sizes.device, dtype, budget_s=sizes.budget_s)
         if rows and name in ("vertex_oracle", "hull_step") and rows[0].implementation == "latentrevise cpu":
             left = native.load("cpu").rescored()

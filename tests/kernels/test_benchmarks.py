@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as cli
-from benchmarks import harness, peers
+from benchmarks import harness, peers, tune
 from benchmarks.ops import BENCHMARKS
 
 
@@ -40,9 +41,7 @@ def test_the_blocked_peer_is_blocked_in_tokens_too():
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_runs_and_reports(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(harness, "read_rate", lambda device: 1e10)
+def test_runs_and_reports(name, tmp_path):
     out = tmp_path / "results" / "one.json"
     sizes = ["--device", "cpu", "--T", "20", "--d", "24", "--vocab", "300", "--dtype", "float32", "--budget", "0"]
     assert cli.main([name, *sizes, "--no-compile", "--json", str(out)]) == 0
@@ -54,17 +53,53 @@ def test_runs_and_reports(name, tmp_path, monkeypatch):
     for row in report["rows"]:
         assert row["rounds"] >= 3
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    floors = {row["implementation"] for row in report["rows"]} & {harness.MATMUL, harness.READ}
+    assert floors == ({harness.READ} if name in ("mixture_embed", "entropic_step") else {harness.MATMUL, harness.READ})
     if name == "linear_logprob":
         assert {row["data"] for row in report["rows"]} == {"flat", "peaked"}
         assert "not installed" in report["absent"].get("liger", "not installed")
+
+
+def test_the_floor_is_measured_in_the_same_rounds(monkeypatch):
+    """Its calls stand beside the others in each round, and count for as much as the task needs."""
+    seconds = {"ours": 0.4, harness.MATMUL: 0.1, harness.READ: 0.05}
+    order = []
+
+    def clock(thunk, device):
+        order.append(thunk())
+        return seconds[order[-1]]
+
+    task = harness.Task("op", {"T": 4, "V": 50, "d": 8}, "float32", "random", 2 * 2.0 * 4 * 50 * 8, 1600.0)
+    real = harness.floors(task, torch.device("cpu"), torch.float32)
+    assert {name: factor for name, (_, factor) in real.items()} == {harness.MATMUL: 2, harness.READ: 1}
+    fake = {name: (lambda name=name: name, factor) for name, (_, factor) in real.items()}
+    monkeypatch.setattr(harness, "floors", lambda *_: fake)
+    monkeypatch.setattr(harness, "clock", clock)
+    rows = harness.compare(task, {"ours": lambda: "ours"}, torch.device("cpu"), torch.float32, budget_s=0)
+    assert order == ["ours", harness.READ, harness.MATMUL] * 3
+    found = {row.implementation: (row.median_ms, row.percent_of_floor) for row in rows}
+    assert found == {"ours": (400, 50), harness.MATMUL: (200, 100), harness.READ: (50, 400)}
+
+
+def test_short_calls_are_replayed_beside(monkeypatch):
+    def replay(thunk, device):
+        if thunk() == "waits":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return thunk
+
+    monkeypatch.setattr(harness, "clock", lambda thunk, device: 1.0 if thunk() == "long" else 1e-5)
+    monkeypatch.setattr(harness, "replay", replay)
+    ready, absent = {name: lambda name=name: name for name in ("short", "long", "waits")}, {}
+    harness.add_replays(ready, torch.device("cuda"), absent)
+    assert list(ready) == ["short", "long", "waits", "short, replayed"]
+    assert list(absent) == ["waits, replayed"]
+    assert "not permitted" in absent["waits, replayed"]
 
 
 def test_an_implementation_that_breaks_leaves_the_others_measured(tmp_path, monkeypatch, capsys):
     def broken(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(harness, "matmul_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(harness, "read_rate", lambda device: 1e10)
     monkeypatch.setattr("benchmarks.peers.blocked_oracle", broken)
     out = tmp_path / "one.json"
     sizes = ["--device", "cpu", "--T", "5", "--d", "8", "--vocab", "40", "--dtype", "float32", "--budget", "0"]
@@ -75,6 +110,17 @@ def test_an_implementation_that_breaks_leaves_the_others_measured(tmp_path, monk
     monkeypatch.setattr("latentrevise.kernels.vertex_oracle", broken)
     assert cli.main(["vertex_oracle", *sizes, "--no-compile"]) == 1
     assert "FAILED latentrevise" in capsys.readouterr().out
+
+
+def test_tuning_starts_with_what_ships_then_with_the_likeliest():
+    shipped, grid = (128, 256, 64, 8, 4), ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
+    target = tune.Target("oracle", {"described": shipped}, "described", grid, lambda: None, 1.0)
+    configs = tune.order(target)
+    assert configs[:4] == [config for config in tune.FIRST if config != shipped]
+    assert sorted([*configs, shipped]) == sorted(itertools.product(*grid))
+    measured = [row["config"] for row in tune.measure(target, 0, torch.device("cpu"))]
+    assert measured == [shipped]  # no time for others
+    assert target.table["described"] == shipped
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run_gpu.sh"
