@@ -23,7 +23,6 @@ import torch
 from benchmarks.harness import clock, describe
 from latentrevise import kernels
 
-
 # (BM, BN, BK, warps, stages) of large bfloat16 tiles: most operations a byte from L2, with and without a stage that
 # leaves room for a second block's shared memory.
 FIRST = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (64, 256, 64, 4, 4))
