@@ -89,15 +89,24 @@ def linear_logprob(case: Case) -> Errors:
     H, W = case.rand(case.T, case.d), case.rand(case.V, case.d, scale=case.d**-0.5)
     y, c = torch.randint(case.V, (case.T,), device=case.device), torch.randn(case.T, device=case.device)
     found = []
-    for x, table, backend in ((H.clone(), W, case.backend), (H.double(), W.double(), "reference")):
-        x.requires_grad_()
-        logp, entropy = kernels.linear_logprob(x, table, y, entropy=True, backend=backend, **TRANSFORM)
-        (c * logp).sum().backward()
-        found.append((logp.detach().double(), entropy.detach().double(), x.grad.double()))
-    (logp, entropy, grad), (exact_logp, exact_entropy, exact_grad) = found
-    yield "logp", float((logp - exact_logp).abs().max()), 1e-4
-    yield "entropy", float((entropy - exact_entropy).abs().max()), 1e-4
-    yield "gradient", relative(grad, exact_grad), 1e-4 if case.exact else 8e-3
+    for x, table, backend in ((H, W, case.backend), (H.double(), W.double(), "reference")):
+        for trained in (False, True):  # a table that needs a gradient too has its own backward pass
+            x, table = x.detach().clone().requires_grad_(), table.detach().clone().requires_grad_(trained)
+            logp, entropy = kernels.linear_logprob(x, table, y, entropy=True, backend=backend, **TRANSFORM)
+            (c * logp + trained * c * entropy).sum().backward()
+            found.append((logp.detach(), entropy.detach(), x.grad, table.grad))
+    limit = 1e-4 if case.exact else 8e-3
+    (
+        (logp, entropy, grad, _),
+        (*_, grad_trained, table),
+        (exact_logp, exact_entropy, exact, _),
+        (*_, both, exact_table),
+    ) = found
+    yield "logp", float((logp.double() - exact_logp).abs().max()), 1e-4
+    yield "entropy", float((entropy.double() - exact_entropy).abs().max()), 1e-4
+    yield "gradient", relative(grad, exact), limit
+    yield "gradient beside the table's", relative(grad_trained, both), limit
+    yield "gradient of the table", relative(table, exact_table), limit
 
 
 def plausible_vertices(case: Case) -> Errors:

@@ -2,6 +2,10 @@
 
 ``d/dz_v`` of ``c . logp + e . entropy`` is ``c (1[v = y] - p_v) - e p_v (log p_v + entropy)``; with it ``dH``, ``dW``
 and ``dbias`` are two matrix products. Plain torch on a block of the table at a time, on any device.
+
+Numerics: float32 products, but on a GPU bfloat16 hidden states and weights go to the tensor cores as they are, with
+float32 sums; for the other two products dL/dz is rounded to bfloat16, as the forward pass rounds the probabilities it
+makes ``dlogp/dH`` from: an error of 2^-9 of each of its entries, whatever their size.
 """
 
 from __future__ import annotations
@@ -33,16 +37,20 @@ def backward(
     """``(dH [N, d] float32, dW [V, d], dbias [V])``, the latter two in the dtypes of W and bias; no rows where not
     needed."""
     (N, _), (V, d) = H.shape, W.shape
-    queries, grad_H = H.float(), torch.zeros(N if need_H else 0, d, dtype=torch.float32, device=H.device)
+    narrow = on_tensor_cores(H, W)
+    queries, grad_H = (
+        H if narrow else H.float(),
+        torch.zeros(N if need_H else 0, d, dtype=torch.float32, device=H.device),
+    )
     grad_W = torch.empty(V if need_W else 0, d, dtype=W.dtype, device=W.device)
     grad_bias = torch.empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype, device=W.device)
-    target = _logits(queries, W, bias, scale, softcap, temperature, y)
+    target = _logits(H.float(), W, bias, scale, softcap, temperature, y)
     lse = target - logp
     block = min(max(SCORES // max(len(H), 1), FEWEST), MOST)
     for start in range(0, V, block):
         stop = min(start + block, V)
-        rows = W[start:stop].float()
-        raw = queries @ rows.T
+        rows = W[start:stop] if narrow else W[start:stop].float()
+        raw = product(queries, rows.T)
         if bias is not None:
             raw += bias[start:stop].float()
         z, slope = transform(raw, scale, softcap, temperature)
@@ -63,12 +71,22 @@ def backward(
         grad_z.scatter_(1, column, torch.where(inside[:, None], exact[:, None], grad_z.gather(1, column)))
         grad_z *= slope
         if need_H:
-            grad_H += grad_z @ rows
+            grad_H += product(grad_z, rows)
         if need_W:
-            grad_W[start:stop] = grad_z.T @ queries
+            grad_W[start:stop] = product(grad_z.T, queries)
         if need_bias:
             grad_bias[start:stop] = grad_z.sum(0)
     return grad_H, grad_W, grad_bias
+
+
+def on_tensor_cores(H: Tensor, W: Tensor) -> bool:
+    """Whether products of these are made of bfloat16 operands; a CPU has none with float32 results."""
+    return H.is_cuda and H.dtype == W.dtype == torch.bfloat16 and len(H) > 0
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """float32 ``a @ b``; ``a`` is rounded where ``b`` is bfloat16."""
+    return a @ b if b.dtype == torch.float32 else torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
 
 
 def transform(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor | float]:

@@ -171,12 +171,20 @@ def test_the_gpu_script_says_what_had_no_time(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found in PATH")
 def test_a_rehearsal_checks_the_cuda_kernels_in_the_emulation(tmp_path):
-    only = "check-vertex_oracle-(cuda|hopper)"
-    failed, (results,) = run_pieces("--rehearse", "build-check", "--only", only, results=tmp_path)
-    assert (failed, steps(results)) == (0, {"check-vertex_oracle-cuda": 0, "check-vertex_oracle-hopper": 0})
-    rows = json.load(results.extractfile("./check-vertex_oracle-hopper.json"))["rows"]
+    """And under a sanitizer that finds nothing."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/compute-sanitizer").write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+    (tmp_path / "bin/compute-sanitizer").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    only = "^check-vertex_oracle-(cuda|hopper)|^memcheck-mixture_embed"
+    pieces = ("--rehearse", "build-check", "sanitize", "--only", only)
+    failed, (check, sanitize) = run_pieces(*pieces, results=tmp_path / "out", PATH=path)
+    assert (failed, steps(check)) == (0, {"check-vertex_oracle-cuda": 0, "check-vertex_oracle-hopper": 0})
+    rows = json.load(check.extractfile("./check-vertex_oracle-hopper.json"))["rows"]
     assert rows
     assert all(row["backend"] == "hopper" and row["fine"] for row in rows)
+    assert steps(sanitize) == {"memcheck-mixture_embed-cuda": 0}
+    assert {row["T"] for row in json.load(sanitize.extractfile("./memcheck-mixture_embed-cuda.json"))["rows"]} == {1}
 
 
 def fake_machine(tmp_path: Path, **scripts: str) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from latentrevise.kernels import linear_logprob, mixture_embed, softmax_mixture, table_gradient
+from latentrevise.kernels.linear_logprob import blocked
 
 OP = "linear_logprob"
 
@@ -97,6 +98,41 @@ def test_the_tables_gradient_made_later(backend, device, rng, transform):
         torch.testing.assert_close(later, W.grad, rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(later, W.grad)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradients_from_bfloat16_products(monkeypatch, transform):
+    """What a GPU does for a trained head, with torch's product of bfloat16 operands and a float32 result emulated; one
+    target is nearly certain, and its small derivatives keep their digits."""
+
+    def mm(a, b, *, out_dtype):
+        assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(blocked, "on_tensor_cores", lambda H, W: True)
+    monkeypatch.setattr(blocked.torch, "mm", mm)
+    monkeypatch.setattr(blocked, "FEWEST", 64)  # several blocks
+    monkeypatch.setattr(blocked, "SCORES", 0)
+    rng = torch.Generator().manual_seed(3)
+    H, W = (rand(rng, "cpu", n, 64, dtype=torch.bfloat16) for n in (40, 211))
+    y, bias = torch.randint(211, (40,), generator=rng), rand(rng, "cpu", 211)
+    H[0] = W[y[0]] * 0.3
+    for only in (slice(None), slice(0, 1)):
+        queries, targets = H[only], y[only]
+        c, e = rand(rng, "cpu", len(targets)), rand(rng, "cpu", len(targets))
+        exact = [x.double().requires_grad_() for x in (queries, W, bias)]
+        logp, entropy = truth(exact[0], exact[1], targets, exact[2], **transform)
+        (c * logp + e * entropy).sum().backward()
+        settings = {"scale": 1.0, "softcap": None, "temperature": 1.0} | transform
+        found = blocked.backward(
+            queries, W, targets, bias, *settings.values(), logp.detach().float(), entropy.detach().float(), c, e,
+            True, True, True,
+        )  # fmt: skip
+        for mine, right, bound in zip(found, exact, (2**-8, 2**-8, 1e-4), strict=True):
+            assert (mine.double() - right.grad).norm() <= bound * right.grad.norm()
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        monkeypatch.undo()
+        assert not blocked.on_tensor_cores(*(torch.empty(2, 8, dtype=dtype) for dtype in dtypes))  # of a CPU
 
 
 def test_only_what_needs_a_gradient_gets_one(backend, device, rng):
