@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, harness, ops
+from benchmarks import cubins, harness, ops, screening
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -21,6 +21,7 @@ DESCRIPTIONS = {
     "mixture_embed": "sparse mixtures of table rows",
     "hull_step": "one Frank-Wolfe step, two normalised gradients",
     "entropic_step": "one mirror-descent step on candidate sets",
+    "screening": "rows a token that the Triton oracle's bfloat16 pass leaves to be scored exactly",
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
     "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name in models:
             document = models[name].main(options)
+        elif name == "screening":
+            document = screening.main(options)
         elif name in ("recovery", "training"):
             # And with it all of the pipeline, which kernels are measured without.
             chosen = vars(options) | {"out": options.out or folder(name, options)}

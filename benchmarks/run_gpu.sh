@@ -170,6 +170,7 @@ sizes() {
   measure linear_logprob_sizes 110 linear_logprob "${other[@]}" --backend triton
   measure vertex_oracle_float32 60 vertex_oracle "${exact[@]}"
   measure linear_logprob_float32 80 linear_logprob "${exact[@]}"
+  measure screening 25 screening --dtype bfloat16 float32 --T 2048 --d 896 2048
   measure linear_logprob_sizes_cuda 40 linear_logprob "${other[@]}" --backend cuda "${own[@]}"
   measure vertex_oracle_sizes_cuda 30 vertex_oracle "${other[@]}" --backend cuda "${own[@]}"
   measure vertex_oracle_sizes_hopper 30 vertex_oracle "${other[@]}" --backend hopper "${own[@]}"

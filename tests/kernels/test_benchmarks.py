@@ -96,6 +96,20 @@ def test_short_calls_are_replayed_beside(monkeypatch):
     assert "not permitted" in absent["waits, replayed"]
 
 
+def test_rows_that_screening_leaves(tmp_path):
+    """Few of a random table, and never none: the least itself is made again."""
+    out = tmp_path / "left.json"
+    command = [sys.executable, "-m", "benchmarks", "screening", "--device", "cpu", "--json", str(out)]
+    command += ["--T", "5", "--d", "32", "--vocab", "400"]
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(command, cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    rows = json.loads(out.read_text())["left"]
+    assert {(row["data"], row["table"]) for row in rows} == {
+        (data, dtype) for data in ("random", "trained-like") for dtype in ("bfloat16", "float32")
+    }
+    assert all(1 <= row["mean"] <= row["most"] < 400 for row in rows)
+
+
 def test_an_implementation_that_breaks_leaves_the_others_measured(tmp_path, monkeypatch, capsys):
     def broken(*_: object) -> None:
         raise RuntimeError("no memory")
