@@ -2,8 +2,8 @@
 
 The Triton oracle's pass over the table is bfloat16 whatever the operands; what it costs beside is these rows. Gradients
 are float32 (``hull_step`` combines them so), tables bfloat16 or float32, random or trained-like (:func:`ops.trained`).
-The numbers are those of any machine but for how a float32 sum is ordered. Without a GPU (TRITON_INTERPRET=1) rounding and
-the pass are torch's: the interpreter takes hours for it and cuts where hardware rounds. The finaliser's kernel counts.
+The numbers are those of any machine but for how a float32 sum is ordered. Without a GPU (TRITON_INTERPRET=1) rounding
+and pass are torch's: the interpreter takes hours for it and cuts where hardware rounds. The finaliser's kernel counts.
 """
 
 from __future__ import annotations
