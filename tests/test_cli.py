@@ -227,3 +227,17 @@ def test_the_defaults_run_on_a_model_of_few_positions(place, positions):
         told = str(call(*words, "--set", "max_new_tokens=1024").exception)
         assert f"1024 leaves no room for any prompt in the model's {positions} positions; set it to at most" in told
         assert "-" not in told.split("leaves no room")[1]
+
+
+@pytest.mark.parametrize(
+    ("positions", "given", "expected"), [(40, {}, 20), (4096, {}, 256), (40, {"max_completion_length": 39}, 39)]
+)
+def test_a_trainers_completions_fit_where_their_length_was_not_set(positions, given, expected):
+    pytest.importorskip("trl", reason="trl is not installed (extra `train`)")
+    from latentrevise.cli.training import _with_completions
+    from latentrevise.train.settings import RLVRSettings
+
+    settings, new = _with_completions(
+        RLVRSettings(trainer=given), tiny_model(max_position_embeddings=positions), usual=256
+    )
+    assert new == settings.trainer["max_completion_length"] == expected

@@ -63,6 +63,20 @@ def test_only_what_no_living_process_owns_is_swept(tmp_path):
     assert not elsewhere.exists()
 
 
+def test_a_leftover_under_the_number_of_a_living_process_is_swept_when_it_is_old(tmp_path):
+    """In a container the main process has the same number every time."""
+    old, young = (tmp_path / f".w.png.{os.getpid()}-{name}.tmp" for name in ("12345678", "87654321"))
+    for path in (old, young):
+        path.write_text("")
+    os.utime(old, (time.time() - 3600,) * 2)
+    with atomic_write(tmp_path / "own.png") as own:
+        os.utime(own, (time.time() - 3600,) * 2)
+        sweep(tmp_path)
+        assert own.exists(), "it is locked"
+    assert not old.exists()
+    assert young.exists(), "its maker may be about to lock it"
+
+
 def test_a_report_sweeps_its_figures(tmp_path, monkeypatch):
     swept = []
     monkeypatch.setattr(page, "sweep", lambda folder: swept.append(folder))

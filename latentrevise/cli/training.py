@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +68,7 @@ def rlvr(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dtype
 
     chosen = given.load(RLVRSettings)
     policy, tokenizer = _loaded(model, dtype)
-    new = chosen.trainer.get("max_completion_length", GRPOConfig.max_completion_length) or 0  # null: no limit
+    chosen, new = _with_completions(chosen, policy, GRPOConfig.max_completion_length)
     problems, errors = _prompts(prompts, chosen, policy, tokenizer, new)
     _begin(out, "rlvr", chosen, policy, [])
     train_rlvr(policy, tokenizer, kept_prompts(out, problems, errors), out, chosen, _judging(chosen, policy, tokenizer))
@@ -102,11 +103,23 @@ def distill(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dt
 
     chosen = given.load(DistillSettings)
     policy, tokenizer = _loaded(model, dtype)
-    new = chosen.trainer.get("max_completion_length", 256) or 0
+    chosen, new = _with_completions(chosen, policy, 256)
     problems, errors = _prompts(prompts, chosen, policy, tokenizer, new)
     _begin(out, "distill", chosen, policy, [])
     train_distill(policy, tokenizer, kept_prompts(out, problems, errors), out, chosen)
     typer.echo(f"trained model in {out / 'model'}")
+
+
+def _with_completions(settings: Any, model: PreTrainedModel, usual: int) -> tuple[Any, int]:
+    """The settings, and the tokens of a completion: the user's own (null: no limit), or the usual number, or half of
+    the model's positions where those are few."""
+    from latentrevise.model.loading import position_limit
+
+    if "max_completion_length" in settings.trainer:
+        return settings, settings.trainer["max_completion_length"] or 0
+    positions = position_limit(model)
+    new = usual if positions is None else min(usual, max(1, positions // 2))
+    return replace(settings, trainer=settings.trainer | {"max_completion_length": new}), new
 
 
 def _begin(out: Path, kind: str, settings: Any, model: PreTrainedModel, data: Any) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -261,16 +262,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
 
 
+_UNLOCKED_SECONDS = 60.0  # far more than it takes from making a file to locking it
+
+
 def sweep(folder: str | os.PathLike[str], *, below: bool = False) -> None:
     """Remove the temporary files of ``atomic_write`` in ``folder``, and ``below`` it, that no living process owns.
 
-    A process on another machine is known by its lock, one that has not come to lock its file by its number.
+    Its lock says whether a file is owned, also by a process of another machine. A young file of a living process may
+    not be locked yet; an old one is a leftover of another process that had its number.
     """
     for path in Path(folder).glob("**/.*.tmp" if below else ".*.tmp"):
         found = _TEMPORARY.fullmatch(path.name)
-        if found is None or _alive(int(found[1])):
+        if found is None:
             continue
         with suppress(OSError), path.open("rb") as file:  # gone meanwhile, or locked
+            if _alive(int(found[1])) and time.time() - os.fstat(file.fileno()).st_mtime < _UNLOCKED_SECONDS:
+                continue
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
