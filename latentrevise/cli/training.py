@@ -68,7 +68,7 @@ def rlvr(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dtype
 
     chosen = given.load(RLVRSettings)
     policy, tokenizer = _loaded(model, dtype)
-    chosen, new = _with_completions(chosen, policy, GRPOConfig.max_completion_length)
+    chosen, new = _with_completions(chosen, policy, GRPOConfig.max_completion_length or 0)
     problems, errors = _prompts(prompts, chosen, policy, tokenizer, new)
     _begin(out, "rlvr", chosen, policy, [])
     train_rlvr(policy, tokenizer, kept_prompts(out, problems, errors), out, chosen, _judging(chosen, policy, tokenizer))
