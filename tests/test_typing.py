@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import latentrevise
+from tests.install.test_install import PURE, build, copy_as_cloned
 
 PROGRAMS = Path(__file__).parent / "typing"
-ROOT = Path(latentrevise.__file__).resolve().parents[1]
+COMMANDS = {"mypy": ["--python-executable"], "pyright": ["--pythonpath"]}
 
 
-def check(tool: str, folder: Path, *files: str) -> tuple[str, set[int]]:
-    """What the checker says of a user's files outside the repository, and the lines in which it finds errors."""
-    command = {
-        "mypy": [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(folder / "c")],
-        "pyright": [sys.executable, "-m", "pyright", "--pythonpath", sys.executable],
-    }[tool]
-    for file in files:
-        shutil.copy(PROGRAMS / file, folder)
-    (folder / "pyrightconfig.json").write_text(f'{{"typeCheckingMode": "standard", "extraPaths": ["{ROOT}"]}}')
-    env = os.environ | {"MYPYPATH": str(ROOT)}
-    done = subprocess.run([*command, *files], cwd=folder, env=env, capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
-    return said, {int(line) for line in re.findall(r"\.py:(\d+)(?::\d+)*:? (?:- )?error", said)}
+@pytest.fixture(scope="module", params=["build_wheel", "build_editable"])
+def python(request, tmp_path_factory) -> str:
+    """An interpreter that has the package installed in this way, beside the packages of the one that runs the tests."""
+    tmp = tmp_path_factory.mktemp(request.param)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp / "env"], check=True)
+    (site,) = (tmp / "env" / "lib").glob("python*/site-packages")
+    (site / "pinned.pth").write_text(sysconfig.get_path("purelib"))
+    wheel, _ = build(request.param, copy_as_cloned(tmp / "clone"), tmp / "out", **PURE)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return str(tmp / "env" / "bin" / "python")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["mypy", "pyright"])
-def test_users_programs_are_typed_and_mistakes_found(tool, tmp_path):
-    pytest.importorskip(tool)
-    said, lines = check(tool, tmp_path, "loss.py", "revise.py")
-    assert not lines, said
-    said, lines = check(tool, tmp_path, "wrong.py")
-    text = (PROGRAMS / "wrong.py").read_text().splitlines()
-    assert lines == {i for i, line in enumerate(text, 1) if line.endswith("# wrong")}, said
+@pytest.mark.parametrize("tool", COMMANDS)
+def test_users_programs_are_typed_and_mistakes_found(tool, python, tmp_path):
+    pytest.importorskip(tool, reason=f"{tool} is not installed; it comes with the extra `dev`")
+    folder = Path(shutil.copytree(PROGRAMS, tmp_path / "user"))
+    files = sorted(path.name for path in folder.glob("*.py"))
+    command = [sys.executable, "-m", tool, *COMMANDS[tool], python, *files]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    found = {(file, int(line)) for file, line in re.findall(r"(\w+\.py):(\d+)(?::\d+)*:? (?:- )?error", said)}
+    lines = [(file, i, line) for file in files for i, line in enumerate((folder / file).read_text().splitlines(), 1)]
+    assert found == {(file, i) for file, i, line in lines if line.endswith("# wrong")}, said
 
 
 def test_the_names_are_offered_before_they_are_used():

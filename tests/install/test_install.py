@@ -22,10 +22,14 @@ NEITHER = ("LATENTREVISE_CPU", "LATENTREVISE_CUDA", "LATENTREVISE_BUILD_DIR", "P
 IGNORED = ("*.so", ".git", "build", "dist", "*.egg-info", ".venv", "__pycache__", "*-study", "*-quick")
 
 
+def copy_as_cloned(to: Path) -> Path:
+    """The working tree as a clone has it: nothing built."""
+    return Path(shutil.copytree(ROOT, to, symlinks=True, ignore=shutil.ignore_patterns(*IGNORED)))
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The working tree as a clone has it: nothing built."""
-    return Path(shutil.copytree(ROOT, tmp_path / "clone", symlinks=True, ignore=shutil.ignore_patterns(*IGNORED)))
+    return copy_as_cloned(tmp_path / "clone")
 
 
 def run(command: list[str], where: Path, fails: bool = False, **environment: str) -> str:
