@@ -28,14 +28,17 @@ def load(backend: str) -> ModuleType:
     """The module of backend ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ImportError: it was not built or does not load.
+        ImportError: it was not built, does not load, or was built from earlier sources.
         BackendError: LATENTREVISE_ISA names an instruction set that is unknown or that this CPU does not have.
         RuntimeError: there is no CUDA device.
     """
     module = import_module(f"{__package__}._{backend}")
     if backend == "cuda":
         module.device_count()  # raises with the CUDA runtime's own words when there is no device or no driver
-    elif (wanted := os.environ.get("LATENTREVISE_ISA")) and module.isa() != wanted:
+        return module
+    if not hasattr(module, "isas"):  # the newest of its functions
+        raise ImportError(f"{module.__file__} is of an earlier version of these sources")
+    if (wanted := os.environ.get("LATENTREVISE_ISA")) and module.isa() != wanted:
         known = module.isas().split()
         why = "not supported by this CPU" if wanted in known else f"unknown; choose one of {', '.join(known)}"
         raise BackendError(f"LATENTREVISE_ISA={wanted} is {why}, or leave it unset for the best ({module.isa()})")
@@ -48,7 +51,10 @@ def unavailable(backend: str) -> str | None:
     try:
         load(backend)
     except ImportError as error:
-        return _missing(backend, error)
+        why = _missing(backend, error)
+        if backend == "cpu" and (wanted := os.environ.get("LATENTREVISE_ISA")):
+            raise BackendError(f"LATENTREVISE_ISA={wanted} asks for the cpu library, and {why}") from error
+        return why
     except BackendError:
         raise
     except RuntimeError as error:

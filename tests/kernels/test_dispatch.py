@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -174,8 +175,9 @@ def test_an_instruction_set_that_does_not_exist_is_an_error():
     )
 
 
-@pytest.mark.parametrize("kind", ["missing", "of another Python", "does not load"])
+@pytest.mark.parametrize("kind", ["missing", "of another Python", "does not load", "of earlier sources"])
 def test_a_missing_library_is_said_once_with_reason_and_remedy(tmp_path, kind):
+    """And where LATENTREVISE_ISA asks for it, it is an error."""
     package = Path(dispatch.__file__).parent
     shutil.copytree(package, tmp_path / "latentrevise" / "kernels", ignore=shutil.ignore_patterns("*.so"))
     (tmp_path / "latentrevise" / "__init__.py").touch()
@@ -183,11 +185,25 @@ def test_a_missing_library_is_said_once_with_reason_and_remedy(tmp_path, kind):
     name = {"of another Python": "_cpu.cpython-399-x86_64-linux-gnu.so", "does not load": f"_cpu{suffix}"}.get(kind)
     if name:
         (tmp_path / "latentrevise" / "kernels" / name).write_bytes(b"no library")
+    if kind == "of earlier sources":
+        (tmp_path / "latentrevise" / "kernels" / "_cpu.py").write_text("def isa(): return 'avx2'")
     done = subprocess.run([sys.executable, "-c", CALL * 2], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stderr.count("RuntimeWarning") == 1
-    why = {"missing": "no file of it", "of another Python": "cpython-399", "does not load": "does not load here"}[kind]
+    why = {
+        "missing": "no file of it",
+        "of another Python": "cpython-399",
+        "does not load": "does not load here",
+        "of earlier sources": "of an earlier version",
+    }[kind]
     assert why in done.stderr
     assert "pip install ." in done.stderr
+    env = os.environ | {"LATENTREVISE_ISA": "avx2"}
+    failed = subprocess.run(
+        [sys.executable, "-c", CALL], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    said = failed.stderr.splitlines()[-1]
+    assert said.startswith("latentrevise.kernels.native.BackendError: LATENTREVISE_ISA=avx2 asks for"), said
+    assert why in said
     asked = CALL.replace("torch.eye(3))", "torch.eye(3), backend='reference')")
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stderr == ""
