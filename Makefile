@@ -56,7 +56,7 @@ test: $(VLLM)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-install: $(SETUP)
-	$(BIN)/python -m pytest tests/install tests/test_typing.py $(ARGS)
+	$(BIN)/python -m pytest -m 'install or not install' tests/install tests/test_typing.py $(ARGS)
 
 # Beside the pinned environment, whose torch it sees: only transformers and what it demands are newer.
 test-latest: $(SETUP)

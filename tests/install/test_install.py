@@ -1,6 +1,6 @@
 """Installed as strangers do it: in trees and environments of their own; torch is never installed again.
 
-The whole takes minutes and is run by ``make test-install``; what is not marked ``slow`` is part of ``make test``.
+The whole takes minutes and is run by ``make test-install``; what is not marked ``install`` is part of ``make test``.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_switches_that_are_not_understood(tmp_path):
     assert "MAX_JOBS='all'" in run([sys.executable, "-c", code], ROOT, True, MAX_JOBS="all")
 
 
-@pytest.mark.slow
+@pytest.mark.install
 @pytest.mark.timeout(900)
 def test_a_failed_compiler_is_explained_and_forgotten(clone, tmp_path):
     cpu = {"LATENTREVISE_CUDA": "0", "MAX_JOBS": "2"}
@@ -132,7 +132,7 @@ def test_a_failed_compiler_is_explained_and_forgotten(clone, tmp_path):
         assert libraries(build("build_wheel", clone, tmp_path / "out", **cpu, **tree)[1]) == {"_cpu"}
 
 
-@pytest.mark.slow
+@pytest.mark.install
 @pytest.mark.timeout(900)
 def test_wheels_of_other_pythons_from_an_sdist_outside_git(clone, tmp_path):
     """Compiled and loaded; the op itself needs a torch of that Python, which is not at hand."""
