@@ -121,6 +121,22 @@ def test_switches_that_are_not_understood(tmp_path):
     assert "MAX_JOBS='all'" in run([sys.executable, "-c", code], ROOT, True, MAX_JOBS="all")
 
 
+def test_without_a_compiler_the_error_names_the_way_without_one(clone, tmp_path):
+    """A PATH that holds CMake and Ninja alone: the build fails and says what to set, and with that it succeeds."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        if (found := shutil.which(name)) is None:
+            pytest.skip(f"{name} is not on PATH")
+        (tools / name).symlink_to(found)
+    bare = {"PATH": str(tools), "CC": "", "CXX": "", "CUDACXX": ""}
+    command = [sys.executable, "-c", HOOK, "build_wheel", str(tmp_path / "out")]
+    said = run(command, clone, True, LATENTREVISE_CUDA="0", **bare)
+    assert "compiler" in said.lower()
+    assert "LATENTREVISE_CPU=0 LATENTREVISE_CUDA=0" in said
+    assert not libraries(build("build_wheel", clone, tmp_path / "pure", **PURE, **bare)[1])
+
+
 @pytest.mark.install
 @pytest.mark.timeout(900)
 def test_a_failed_compiler_is_explained_and_forgotten(clone, tmp_path):
