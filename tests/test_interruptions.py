@@ -100,8 +100,10 @@ FAST = ("rollouts=1", "samples=1", "max_new_tokens=4", "strategies=resample", "e
 def command(place, *, before="", name="recover"):
     words = [name, "--model", place / "mm", "--prompts", place / "p.jsonl", "--out", place / "run", "--quiet"]
     words += [word for setting in FAST for word in ("--set", setting)]
+    # A shell's background job ignores Ctrl-C, and so would a process that it starts.
     code = f"""
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv[0] = "latentrevise"
         from latentrevise import cli
         {before}
