@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):
@@ -43,14 +43,23 @@ def _enlarged(buffer: Tensor, used: int, room: int) -> Tensor:
     return larger
 
 
-def gathered(cached: Tensor | None, lines: Tensor, slots: Tensor) -> Tensor:
+def gathered(cached: Tensor, lines: Tensor, slots: Tensor) -> Tensor:
     """``[B, heads, S, width]``: of ``cached [U, heads, L, width]`` the line and the slots ``[B, S]`` of each row."""
-    assert cached is not None
     lines, slots = lines.to(cached.device), slots.to(cached.device)
     return cached.transpose(1, 2)[lines[:, None], slots].transpose(1, 2)
 
 
-def roomy(like: Tensor | None, lines: int, width: int) -> Tensor:
+def roomy(like: Tensor, lines: int, width: int) -> Tensor:
     """Zeros ``[lines, heads, width, ...]`` as ``like [B, heads, L, ...]``."""
-    assert like is not None
     return like.new_zeros(lines, like.shape[1], width, like.shape[3])
+
+
+def stored(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer of a cache whose layers keep every position."""
+    found = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        found.append((layer.keys, layer.values))
+    return found

@@ -29,7 +29,7 @@ from latentrevise.engines.base import (
     not_finite,
     stop_ids,
 )
-from latentrevise.engines.cache import GrowingLayer, gathered, roomy
+from latentrevise.engines.cache import GrowingLayer, gathered, roomy, stored
 from latentrevise.engines.prefixes import Shared, row_keys, shared_prefixes
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import cache_argument, check_model, input_embedding, position_limit, sharded, unwrapped
@@ -265,7 +265,7 @@ class HFEngine:
             part_logits, cache = self._run([requests[i] for i in part], taken, behind)
             if not whole:
                 logits = part_logits.new_empty(len(kept), part_logits.shape[1])
-                whole = [(roomy(y.keys, len(kept), width), roomy(y.values, len(kept), width)) for y in cache.layers]
+                whole = [(roomy(k, len(kept), width), roomy(v, len(kept), width)) for k, v in stored(cache)]
             logits[at] = part_logits
             reused, own = torch.tensor(taken, device=device), cache.get_seq_length()
             offset = torch.arange(width, device=device) - width + lengths[at][:, None]  # position of each slot
@@ -273,9 +273,9 @@ class HFEngine:
                 offset < reused[:, None], most - reused[:, None] + offset, own - lengths[at][:, None] + offset
             ).clamp(min=0)
             every = torch.arange(len(part), device=device)
-            for layer, (k, v) in zip(cache.layers, whole, strict=True):
-                k[at.to(k.device)] = gathered(layer.keys, every, source)
-                v[at.to(v.device)] = gathered(layer.values, every, source)
+            for (keys, values), (k, v) in zip(stored(cache), whole, strict=True):
+                k[at.to(k.device)] = gathered(keys, every, source)
+                v[at.to(v.device)] = gathered(values, every, source)
         cache = self._empty_cache()
         for index in range(len(whole)):
             cache.update(*whole.pop(0), index)  # freed before the next layer's buffer is made
