@@ -27,12 +27,13 @@ DESCRIPTIONS = {
     "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
     "rlvr_cost": "seconds and memory of an RLVR step with repair, against n = 8 and n = 16",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
+    "forks": "greedy forks of one rollout by the hf engine, seconds against one request",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 # Import transformers, which kernels are measured without.
-MODELS = ("revise", "engines", "training_memory", "rlvr_cost", "verifier")
+MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from latentrevise.engines.base import (
     not_finite,
     stop_ids,
 )
+from latentrevise.engines.cache import GrowingLayer, gathered, roomy, stored
+from latentrevise.engines.prefixes import Shared, row_keys, shared_prefixes
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import cache_argument, check_model, input_embedding, position_limit, sharded, unwrapped
 from latentrevise.model.memory import out_of_memory
@@ -45,7 +47,7 @@ class HFEngine:
     model: a causal LM of transformers; it is put in eval mode for each call and left as it was. tokenizer: needed for
     stop strings, and to keep ids that it cannot decode (padding rows of the table) from being sampled. max_rows,
     token_budget: sequences, and tokens with padding and all that may be generated, in one batch; where memory runs out,
-    half as many sequences are tried.
+    half as many sequences are tried. Leading positions that requests of a batch share are computed once, see prefixes.
 
     Weights may be spread over processes by FSDP2: all must then ask for the same, and all get the tokens that the first
     one samples, since a step takes all of them.
@@ -173,8 +175,8 @@ class HFEngine:
     ) -> list[Completion]:
         device = self._embedding.weight.device
         unique = list(dict.fromkeys(row.request for row in batch))
-        logits, cache, mask, lengths = self._prefill([requests[i] for i in unique])
-        place = {index: i for i, index in enumerate(unique)}
+        logits, cache, mask, lengths, lines = self._prefill([requests[i] for i in unique])
+        place = dict(zip(unique, lines.tolist(), strict=True))
         parents = torch.tensor([place[row.request] for row in batch], device=device)
         logits, lengths = logits[parents], lengths[parents]
         mask = None if mask is None else mask[parents]
@@ -227,25 +229,116 @@ class HFEngine:
             logits = self._forward(cache, mask, at[:, None], input_ids=tokens[:, None])
         return _completions(ids, logprobs, produced, ended, params.logprobs)
 
-    def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor]:
-        """Next token's logits ``[U, V]``, cache, mask ``[U, L]`` (None: nothing is padded), lengths ``[U]``."""
-        device, dtype = self._embedding.weight.device, self._embedding.weight.dtype
-        lengths = torch.tensor([request.length for request in requests], device=device)
-        width = int(lengths.max())
-        embeddings = torch.zeros(len(requests), width, self._embedding.weight.shape[1], dtype=dtype, device=device)
-        for i, request in enumerate(requests):
-            if request.embeddings is not None:
-                row = request.embeddings.to(device, dtype)
+    def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor, Tensor]:
+        """Next token's logits ``[U, V]``, cache, mask ``[U, L]`` (None: nothing is padded), lengths ``[U]``, and the
+        line of each request ``[len(requests)]``: equal requests have one."""
+        device = self._embedding.weight.device
+        shared = [Shared(i, 0, 0) for i in range(len(requests))]
+        if self._shareable():
+            if any(request.embeddings is not None for request in requests):
+                shared = shared_prefixes(row_keys([self._embedded(request) for request in requests]))
             else:
-                row = self._embedding(torch.tensor(list(request.ids or ()), device=device))
-            embeddings[i, width - len(row) :] = row
+                shared = shared_prefixes([request.ids or () for request in requests])
+        kept = [i for i, s in enumerate(shared) if not s.same]
+        place = {i: line for line, i in enumerate(kept)}
+        lines = torch.tensor([place[s.owner if s.same else i] for i, s in enumerate(shared)], device=device)
+        lengths = torch.tensor([requests[i].length for i in kept], device=device)
+        width = int(lengths.max())
         mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        positions = (mask.cumsum(1) - 1).clamp_(min=0)
         padding = None if bool((lengths == width).all()) else mask
+        if not any(shared[i].length for i in kept):
+            logits, cache = self._run([requests[i] for i in kept], [0] * len(kept), None)
+            return logits, cache, padding, lengths, lines
+
+        logits = torch.empty(0)
+        whole: list[tuple[Tensor, Tensor]] = []  # keys and values of every line, padded on the left
+        for part in self._parts(requests, kept, shared):
+            at = torch.tensor([place[i] for i in part], device=device)
+            taken = [shared[i].length for i in part]
+            behind = None
+            if most := max(taken):
+                owners = torch.tensor([place[shared[i].owner] for i in part], device=device)
+                reused = torch.tensor(taken, device=device)
+                slots = width - lengths[owners] + reused
+                slots = (slots[:, None] + torch.arange(-most, 0, device=device)).clamp(min=0)
+                behind = [(gathered(k, owners, slots), gathered(v, owners, slots)) for k, v in whole]
+            part_logits, cache = self._run([requests[i] for i in part], taken, behind)
+            if not whole:
+                logits = part_logits.new_empty(len(kept), part_logits.shape[1])
+                whole = [(roomy(k, len(kept), width), roomy(v, len(kept), width)) for k, v in stored(cache)]
+            logits[at] = part_logits
+            reused, own = torch.tensor(taken, device=device), cache.get_seq_length()
+            offset = torch.arange(width, device=device) - width + lengths[at][:, None]  # position of each slot
+            source = torch.where(
+                offset < reused[:, None], most - reused[:, None] + offset, own - lengths[at][:, None] + offset
+            ).clamp(min=0)
+            every = torch.arange(len(part), device=device)
+            for (keys, values), (k, v) in zip(stored(cache), whole, strict=True):
+                k[at.to(k.device)] = gathered(keys, every, source)
+                v[at.to(v.device)] = gathered(values, every, source)
+        cache = self._empty_cache()
+        for index in range(len(whole)):
+            cache.update(*whole.pop(0), index)  # freed before the next layer's buffer is made
+        return logits, cache, padding, lengths, lines
+
+    def _parts(self, requests: list[Request], kept: list[int], shared: list[Shared]) -> Iterator[list[int]]:
+        """Requests that are run together: of one level, and as many as the token budget holds."""
+        order = sorted(kept, key=lambda i: (shared[i].level, shared[i].length - requests[i].length, i))
+        part: list[int] = []
+        for i in order:
+            trial = [*part, i]
+            width = max(shared[j].length for j in trial) + max(requests[j].length - shared[j].length for j in trial)
+            if part and (shared[i].level != shared[part[0]].level or len(trial) * width > self.token_budget):
+                yield part
+                trial = [i]
+            part = trial
+        yield part
+
+    def _run(
+        self, requests: list[Request], taken: list[int], behind: list[tuple[Tensor, Tensor]] | None
+    ) -> tuple[Tensor, Cache]:
+        """Logits ``[U, V]`` and cache of the requests' positions from ``taken`` on, behind the keys and values there
+        are (both padded on the left)."""
+        device, dtype = self._embedding.weight.device, self._embedding.weight.dtype
+        before = torch.tensor(taken, device=device)
+        own = torch.tensor([request.length for request in requests], device=device) - before
+        most, width = max(taken), int(own.max())
+        embeddings = torch.zeros(len(requests), width, self._embedding.weight.shape[1], dtype=dtype, device=device)
+        for i, (request, start) in enumerate(zip(requests, taken, strict=True)):
+            embeddings[i, width - (request.length - start) :] = self._embedded(request, start)
+        new = (torch.arange(width, device=device) >= width - own[:, None]).long()
+        old = (torch.arange(most, device=device) >= most - before[:, None]).long()
+        positions = (before[:, None] + new.cumsum(1) - 1).clamp_(min=0)
+        mask = torch.cat([old, new], dim=1)
+        cache = self._empty_cache()
+        for index, (keys, values) in enumerate(behind or ()):
+            cache.update(keys, values, index)
+        return self._forward(cache, None if bool(mask.all()) else mask, positions, inputs_embeds=embeddings), cache
+
+    def _embedded(self, request: Request, start: int = 0) -> Tensor:
+        """The request's rows from ``start`` on, as the model reads them."""
+        device, dtype = self._embedding.weight.device, self._embedding.weight.dtype
+        if request.embeddings is not None:
+            return request.embeddings[start:].to(device, dtype)
+        return self._embedding(torch.tensor(list(request.ids or ())[start:], device=device))
+
+    def _shareable(self) -> bool:
+        """Whether a position's keys and values depend on nothing but the positions up to it, and all are kept.
+
+        Not so with sliding windows and recurrent states, nor where rotary frequencies follow the length of the pass;
+        there each request is run whole.
+        """
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        varying = {rope.get("rope_type"), rope.get("type")} & {"dynamic", "longrope"}
+        layers = DynamicCache(config=config).layers
+        return bool(layers) and not varying and all(type(layer) is DynamicLayer for layer in layers)
+
+    def _empty_cache(self) -> Cache:
         cache = DynamicCache(config=self.model.config)
         # Only plain layers; a sliding window's are short already.
-        cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        return self._forward(cache, padding, positions, inputs_embeds=embeddings), cache, padding, lengths
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
     def _forward(self, cache: Cache, mask: Tensor | None, positions: Tensor, **inputs: Tensor) -> Tensor:
         """Logits ``[B, V]`` of the last position, float32 on the embedding's device."""
@@ -305,41 +398,6 @@ class _Row:
     seed: int
     length: int
     most: int  # new tokens
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values in a buffer with room to grow: appending a token writes that token and copies nothing else."""
-
-    _buffers: tuple[Tensor, Tensor]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        if stop > self._buffers[0].shape[-2]:
-            room = stop + max(32, stop // 2)
-            self._buffers = (_enlarged(self._buffers[0], start, room), _enlarged(self._buffers[1], start, room))
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop] = new
-        self._show(stop)
-        return self.keys, self.values  # type: ignore[return-value]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
-        self._buffers = (self._buffers[0].index_select(0, indices), self._buffers[1].index_select(0, indices))
-        self._show(length)
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-
-def _enlarged(buffer: Tensor, used: int, room: int) -> Tensor:
-    batch, heads, _, width = buffer.shape
-    larger = buffer.new_empty(batch, heads, room, width)
-    larger[:, :, :used] = buffer[:, :, :used]
-    return larger
 
 
 def _uniform(batch: list[_Row]) -> Tensor:

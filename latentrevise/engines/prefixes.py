@@ -1,0 +1,65 @@
+"""Which leading positions requests share: a trie of their rows, each node computed by one request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WORTH = 16  # positions; a shorter shared prefix is run again, since each level of the trie is a pass more
+
+
+@dataclass(frozen=True)
+class Shared:
+    """owner: the request whose keys and values are taken over. length: of how many leading positions (0: none).
+
+    level: requests of one level are run together, behind those of the levels below. same: the owner is the same
+    request, and nothing is run.
+    """
+
+    owner: int
+    length: int
+    level: int
+    same: bool = False
+
+
+def shared_prefixes(rows: Sequence[Sequence[Hashable]]) -> list[Shared]:
+    """What each of ``rows`` takes over from another. Our own decision; the published method has no counterpart.
+
+    A row that is the beginning of another runs its last position again, for the logits behind it. All other nodes of
+    the trie are computed once, but for prefixes below ``WORTH``. The order of rows makes no difference to what is
+    shared: the longest are inserted first. O(total positions) dictionary operations.
+    """
+    nodes: dict[tuple[int, Hashable], tuple[int, int]] = {}  # parent node and key: node and the row that owns it
+    found: dict[int, Shared] = {}
+    for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
+        node, depth, owner = 0, 0, index
+        for key in rows[index]:
+            known = nodes.get((node, key))
+            if known is None:
+                break
+            (node, owner), depth = known, depth + 1
+        if depth == len(rows[index]) == len(rows[owner]) and owner != index:
+            found[index] = Shared(owner, depth, found[owner].level, same=True)
+            continue
+        for key in rows[index][depth:]:
+            fresh = len(nodes) + 1
+            nodes[node, key] = (fresh, index)
+            node = fresh
+        length = min(depth, len(rows[index]) - 1)
+        if length < WORTH:
+            found[index] = Shared(index, 0, 0)
+        else:
+            found[index] = Shared(owner, length, found[owner].level + 1)
+    return [found[index] for index in range(len(rows))]
+
+
+def row_keys(rows: Sequence[Tensor]) -> list[list[bytes]]:
+    """A key for each position of embeddings ``rows`` (``[L, d]`` each, any dtype): equal where it is bitwise equal."""
+    keys = []
+    for row in rows:
+        data = row.detach().contiguous().view(torch.uint8).cpu().numpy()
+        keys.append([position.tobytes() for position in data])
+    return keys

@@ -1,0 +1,106 @@
+"""Requests that share leading tokens: each distinct token is computed once, and nothing sampled changes."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from latentrevise.engines import HFEngine, Request, SamplingParams
+from latentrevise.engines.prefixes import shared_prefixes
+from tests.tiny import tiny_model, tiny_tokenizer
+
+V = 97
+
+
+def draw(length, seed):
+    return torch.randint(4, V, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def family():
+    """Forks of a rollout at several places, a fork of a fork, a duplicate, a prefix, and two strangers."""
+    trunk = draw(60, 0)
+    forks = [
+        [*trunk[:at], (trunk[at] - 4 + 7) % (V - 4) + 4, *draw(more, at)] for at, more in ((20, 3), (33, 0), (50, 5))
+    ]
+    deep = [*trunk[:20], (trunk[20] - 4 + 7) % (V - 4) + 4, *draw(3, 20), *draw(9, 77)]
+    return [draw(7, 5), trunk, *forks, list(trunk), deep, trunk[:40], draw(30, 6)]
+
+
+def distinct(rows):
+    return len({tuple(row[: i + 1]) for row in rows for i in range(len(row))})
+
+
+def fed(model, engine, requests, params):
+    """The completions, and how many positions that are no padding went through the model."""
+    count = []
+
+    def hook(module, args, inputs):
+        width = inputs["position_ids"].shape[1]
+        mask = inputs["attention_mask"]
+        count.append(inputs["position_ids"].numel() if mask is None else int(mask[:, -width:].sum()))
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    found = engine.generate(requests, params)
+    handle.remove()
+    return found, sum(count)
+
+
+@pytest.mark.parametrize("budget", [65536, 700])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("arch", ["qwen3", "qwen2", "llama", "gemma3"])
+def test_the_tokens_are_those_of_one_by_one(arch, temperature, budget):
+    model = tiny_model(arch, V, seed=1)
+    engine = HFEngine(model, tiny_tokenizer(V), token_budget=budget)
+    requests = [Request(ids, seed=i) for i, ids in enumerate(family())]
+    params = SamplingParams(n=2, temperature=temperature, max_new_tokens=10, stop=("1", "a"))
+    alone = [engine.generate([request], params)[0] for request in requests]
+    together = engine.generate(requests, params)
+    assert [[(c.ids, c.finish_reason) for c in row] for row in together] == [
+        [(c.ids, c.finish_reason) for c in row] for row in alone
+    ]
+    for a, b in zip(chain(*alone), chain(*together), strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+
+
+def test_each_distinct_token_is_fed_once():
+    """But for the last of the two requests that are the beginning of another: the logits behind it are needed."""
+    model, rows = tiny_model("qwen3", V, seed=1), family()
+    _, tokens = fed(model, HFEngine(model), [Request(ids) for ids in rows], SamplingParams(max_new_tokens=1))
+    assert distinct(rows) + 2 == tokens < sum(map(len, rows)) / 2
+
+
+def test_a_sliding_window_runs_each_request_whole():
+    model, rows = tiny_model("gemma3", V, seed=1), family()
+    _, tokens = fed(model, HFEngine(model), [Request(ids) for ids in rows], SamplingParams(max_new_tokens=1))
+    assert tokens == sum(map(len, rows))
+
+
+def test_soft_prefixes_share_the_rows_that_are_bitwise_equal():
+    """Also with requests of tokens. Rows that differ in one bit's worth are not shared."""
+    model = tiny_model("llama", V, seed=1)
+    prompt, tail = draw(30, 1), torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(torch.tensor(prompt))
+    near = embedded.clone()
+    near[0, 0] = torch.nextafter(near[0, 0], torch.tensor(9.0))
+    soft = [torch.cat([start, end]) for start, end in ((embedded, tail[0]), (embedded, tail[1]), (near, tail[0]))]
+    requests = [*(Request(embeddings=row, seed=i) for i, row in enumerate(soft)), Request([*prompt, 9], seed=3)]
+    engine, params = HFEngine(model), SamplingParams(n=2, max_new_tokens=8)
+    together = engine.generate(requests, params)
+    assert [[c.ids for c in row] for row in together] == [
+        [c.ids for c in engine.generate([request], params)[0]] for request in requests
+    ]
+    _, tokens = fed(model, engine, requests, SamplingParams(max_new_tokens=1))
+    assert tokens == 36 + 6 + 36 + 1
+
+
+def test_the_plan_of_a_chain():
+    base = list(range(100))
+    found = shared_prefixes([base[:50], base, [*base[:70], -1, -2], [*base[:70], -1, -3], base])
+    assert [(s.owner, s.length, s.level, s.same) for s in found] == [
+        (1, 49, 1, False),
+        (1, 0, 0, False),
+        (1, 70, 1, False),
+        (2, 71, 2, False),
+        (1, 100, 0, True),
+    ]
