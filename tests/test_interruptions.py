@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from latentrevise.data.records import atomic_write, sweep, write_jsonl
+from latentrevise.data.leftovers import sweep
+from latentrevise.data.records import atomic_write, write_jsonl
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.report import page
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -11,8 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import time
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,8 +32,6 @@ FinishReason = Literal["stop", "length"]
 PrefixRendering = Literal["original", "argmax", "continuation"]
 
 Record = TypeVar("Record")
-
-_TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")
 
 
 def _column(name: str) -> Any:
@@ -248,7 +244,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             with temporary.open("rb") as held:
                 with suppress(OSError):  # not every file system has locks
-                    fcntl.flock(held, fcntl.LOCK_EX)  # as long as this process lives, see ``sweep``
+                    fcntl.flock(held, fcntl.LOCK_EX)  # as long as this process lives, see ``leftovers``
                 yield temporary
                 _sync(temporary)
                 os.replace(temporary, path)
@@ -260,36 +256,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; choose an output directory that is writable and has space"
         ) from error
-
-
-_UNLOCKED_SECONDS = 60.0  # far more than it takes from making a file to locking it
-
-
-def sweep(folder: str | os.PathLike[str], *, below: bool = False) -> None:
-    """Remove the temporary files of ``atomic_write`` in ``folder``, and ``below`` it, that no living process owns.
-
-    Its lock says whether a file is owned, also by a process of another machine. A young file of a living process may
-    not be locked yet; an old one is a leftover of another process that had its number.
-    """
-    for path in Path(folder).glob("**/.*.tmp" if below else ".*.tmp"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found is None:
-            continue
-        with suppress(OSError), path.open("rb") as file:  # gone meanwhile, or locked
-            if _alive(int(found[1])) and time.time() - os.fstat(file.fileno()).st_mtime < _UNLOCKED_SECONDS:
-                continue
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync(path: Path) -> None:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import config_hash, to_dict
-from latentrevise.data.records import Prompt, RowError, stable_hash, sweep, write_json, write_jsonl, write_records
+from latentrevise.data.leftovers import sweep
+from latentrevise.data.records import Prompt, RowError, stable_hash, write_json, write_jsonl, write_records
 from latentrevise.errors import InputError, LatentReviseError, ModelError, RunError
 
 if TYPE_CHECKING:

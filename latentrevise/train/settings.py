@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 from latentrevise.config import to_dict
+from latentrevise.data.leftovers import sweep
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import (
     Prompt,
@@ -23,7 +24,6 @@ from latentrevise.data.records import (
     read_jsonl,
     read_records,
     stable_hash,
-    sweep,
     write_json,
     write_jsonl,
     write_records,
