@@ -1,6 +1,7 @@
 """The packed pass against two plain passes of the model itself, on every architecture people use."""
 
 import dataclasses
+import functools
 import statistics
 
 import pytest
@@ -421,6 +422,7 @@ def test_windows_that_the_configuration_hides_are_found_out():
     body = model.model.forward
     window = torch.ones(64, 64).tril() * torch.ones(64, 64).triu(-1)
 
+    @functools.wraps(body)
     def narrow(*args, attention_mask=None, inputs_embeds=None, input_ids=None, **kwargs):
         if attention_mask is None:
             n = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
