@@ -32,6 +32,7 @@ from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RecoveringGRPOTrainer, RLVRSettings, train_rlvr
 from latentrevise.train.settings import begin, trl_arguments
 from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, train_sft
+from latentrevise.verify.patterns import AnswerPattern
 from latentrevise.verify.verifier import Judgement
 from tests.test_train_rlvr import ARGUMENTS, PROMPTS, TOKENIZER, UNGUARDED, Boxing, Told, rows
 from tests.test_train_sft import rows as sft_rows
@@ -68,6 +69,8 @@ def shard_on_cpu() -> None:
 class Contains:
     """A verifier without worker processes: correct is what contains the answer."""
 
+    pattern = AnswerPattern()
+
     def verify(self, pairs: Any) -> list[Judgement]:
         return [Judgement("correct" if answer in text else "wrong", None) for answer, text in pairs]
 
@@ -99,7 +102,7 @@ class Seeded(RecoveringGRPOTrainer):
         return [ids + [TOKENIZER.eos_token_id] * (len(ids) < self.max_completion_length) for ids in own], None
 
 
-class Undecided:
+class Undecided(Contains):
     def verify(self, pairs: Any) -> list[Judgement]:
         return [Judgement("unknown", None) for _ in pairs]
 
