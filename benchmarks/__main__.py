@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", nargs="+", help="time these backends instead of the one the dispatch chooses")
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these; cubins: ops")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--layers", type=int, help="revise, forks: fewer than the model has; the result says so")
     study = parser.add_argument_group("recovery, training")
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study or NAME-quick")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")

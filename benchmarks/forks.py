@@ -14,11 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import harness
 from latentrevise.engines import HFEngine, Request, SamplingParams
 
-VOCABULARY = 49152
+VOCABULARY, LAYERS = 49152, 30
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--layers", type=int, default=30)
     group.add_argument("--forks", type=int, default=48, help="each at a place of its own, 3 greedy tokens")
     group.add_argument("--rollout-tokens", type=int, default=700, help="prompt and rollout")
 
@@ -35,7 +34,8 @@ def main(options: argparse.Namespace) -> dict:
 
 
 def _cell(options: argparse.Namespace, dtype: str, device: torch.device, report: harness.Report) -> dict:
-    engine = HFEngine(_model(options.layers, dtype, device))
+    layers = options.layers or LAYERS
+    engine = HFEngine(_model(layers, dtype, device))
     params = SamplingParams(temperature=0, max_new_tokens=3)
     seconds: dict[str, list[float]] = {"one": [], "forks": []}
     for number in range(options.rounds + 1):
@@ -51,13 +51,13 @@ def _cell(options: argparse.Namespace, dtype: str, device: torch.device, report:
     low, middle, high = harness.quantiles(ratios)
     one, forks = (harness.quantiles(seconds[name])[1] for name in ("one", "forks"))
     print(
-        f"{dtype}, {options.layers} layers: {options.forks} forks of {options.rollout_tokens} tokens {forks:.2f} s, one"
+        f"{dtype}, {layers} layers: {options.forks} forks of {options.rollout_tokens} tokens {forks:.2f} s, one"
         f" request {one:.2f} s: {middle:.2f} times ({low:.2f} to {high:.2f}), {report.threads} threads",
         flush=True,
     )
     return {
         "dtype": dtype,
-        "layers": options.layers,
+        "layers": layers,
         "forks": options.forks,
         "rollout_tokens": options.rollout_tokens,
         "forks_s": forks,

@@ -329,7 +329,6 @@ def main(options: argparse.Namespace) -> dict:
 
 def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="none: 0.5B, on a GPU all")
-    group.add_argument("--layers", type=int, help="fewer layers than the shape has; the result says so")
     group.add_argument("--attention", default="sdpa", help="of the model, for all sides: sdpa, eager, flex_attention")
     group.add_argument("--batch", type=int, default=8, help="rollouts in the comparison and over K")
     group.add_argument("--prompt", type=int, default=64, help="prompt tokens")
