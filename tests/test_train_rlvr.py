@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.training_plan import UNGUARDED
 from latentrevise import strategies
 from latentrevise.config import load_config
 from latentrevise.data.records import Prompt, Rollout
@@ -18,7 +19,6 @@ from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.evaluate import EvalConfig
-from latentrevise.recovery.guards import GuardConfig
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal
 from latentrevise.train.groups import Groups, VerifiedReward
@@ -41,15 +41,6 @@ ARGUMENTS = {
     "gradient_checkpointing": False,
     "disable_tqdm": True,
 }
-UNGUARDED = GuardConfig(
-    leak_weight=None,
-    min_derivation_tokens=None,
-    min_tokens=None,
-    min_plain_logprob=None,
-    max_text_nll=None,
-    told=False,
-    max_mention=None,
-)
 
 
 def encode(text):
