@@ -15,15 +15,16 @@ This package knows tensors only: no model, no tokenizer, no branch. Bad argument
 # With the source tree's root on sys.path (an editable install, python -m pytest) this folder is also importable as
 # `kernels`, the name of an unrelated distribution that transformers probes for. Under that name it gives way to that
 # distribution wherever else on the path it is, or else is a module without a version and without the folder's contents:
-# transformers concludes that the distribution is absent, and nothing here is loaded twice.
+# transformers concludes that the distribution is absent, and nothing here is loaded twice. Other clones of this project
+# on the path are no such distribution: two that gave way to each other would do so for ever.
 if __name__ == "kernels":
     import sys as _sys
     from importlib.machinery import PathFinder as _PathFinder
     from pathlib import Path as _Path
 
-    _here = _Path(__file__).resolve().parents[1]
     __path__ = []
-    _found = _PathFinder.find_spec("kernels", [path for path in _sys.path if _Path(path).resolve() != _here])
+    _elsewhere = [path for path in _sys.path if not (_Path(path) / "kernels" / "linear_logprob").is_dir()]
+    _found = _PathFinder.find_spec("kernels", _elsewhere)
     if _found is not None and _found.loader is not None:
         __file__, __spec__ = _found.origin or __file__, _found
         __path__ = _found.submodule_search_locations or []
