@@ -24,6 +24,7 @@ DESCRIPTIONS = {
     "screening": "rows a token that the Triton oracle's bfloat16 pass leaves to be scored exactly",
     "revise": "one step of the reviser against the obvious implementation, on models of real shapes",
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
+    "iterates": "recovery from the iterate after each step of the published method, right and wrong targets (Figure 3)",
     "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
     "rlvr_cost": "seconds and memory of an RLVR step with repair, against n = 8 and n = 16",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these; cubins: ops")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--layers", type=int, help="revise, forks: fewer than the model has; the result says so")
-    study = parser.add_argument_group("recovery, training")
+    study = parser.add_argument_group("recovery, iterates, training")
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study or NAME-quick")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
     study.add_argument(
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             document = models[name].main(options)
         elif name == "screening":
             document = screening.main(options)
-        elif name in ("recovery", "training"):
+        elif name in ("recovery", "iterates", "training"):
             # And with it all of the pipeline, which kernels are measured without.
             chosen = vars(options) | {"out": options.out or folder(name, options)}
             document = import_module(f"benchmarks.{name}").main(argparse.Namespace(**chosen))

@@ -105,6 +105,13 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
     """Run or take up one unit; a worker's job. Returns its metrics and the seconds this call took."""
     torch.set_num_threads(1)
     began = time.perf_counter()
+    note_commit(unit, out)
+    recovery, prompts = recovery_of(unit, out, strategies)
+    return unit, recovery.recover(prompts).metrics, time.perf_counter() - began
+
+
+def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Recovery, list[dict[str, Any]]]:
+    """A unit's run, and its prompts with their reference solutions."""
     family = get_family(unit.family)
     config = replace(
         demo_config(family, unit.seed),
@@ -115,14 +122,12 @@ def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )
-    note_commit(unit, out)
     model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype="float32", device="cpu")
     prompts = [
         row | {"solution": " ".join(family.solution(family.parse(row["prompt"])))}
         for row in make_prompts(family, unit.prompts, split="report", seed=unit.seed)
     ]
-    recovered = Recovery(model, tokenizer, config, out / unit.name, progress=False).recover(prompts)
-    return unit, recovered.metrics, time.perf_counter() - began
+    return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
 
 
 def note_commit(unit: Unit, out: Path) -> None:
@@ -184,8 +189,15 @@ def _row(arms: Sequence[tuple[Unit, dict[str, Any], dict[str, Any]]], zero_hit: 
     def over_prompts(value: Callable[[dict[str, Any]], float]) -> float:
         return _mean([(u, m) for u, m, _ in arms], [value(arm) for _, _, arm in arms])
 
-    valid_control = over_prompts(lambda arm: arm["control"]["valid_rate"][0])
-    answer_control = over_prompts(lambda arm: arm["control"]["recovered_rate"][0])
+    def resampling(key: str) -> dict[str, Any]:
+        valid, answer = (over_prompts(lambda arm, r=rate: arm[key][r][0]) for rate in ("valid_rate", "recovered_rate"))
+        return {
+            "answer": wilson(answer * zero_hit, zero_hit),
+            "valid": wilson(valid * zero_hit, zero_hit),
+            "short_of_rollouts": sum(arm[key]["wanted"] > arm[key]["samples"] for _, _, arm in arms),
+        }
+
+    equal_compute = resampling("control")
     aimed = sum(m["zero_hit"] for _, m, arm in arms if arm["wrong_target_rate"] is not None)
     wrong = sum(m["zero_hit"] * arm["wrong_target_rate"][0] for _, m, arm in arms if arm["wrong_target_rate"])
     answer, valid = wilson(total("recovered"), zero_hit), wilson(total("valid"), zero_hit)
@@ -202,12 +214,9 @@ def _row(arms: Sequence[tuple[Unit, dict[str, Any], dict[str, Any]]], zero_hit: 
         "selectivity": answer[0] / (wrong / aimed) if aimed and wrong else None,
         "passes": over_prompts(lambda arm: arm["compute"]["per_prompt"]),
         "seconds": sum(arm["seconds"] for _, _, arm in arms) / max(zero_hit, 1),
-        "equal_compute": {
-            "answer": wilson(answer_control * zero_hit, zero_hit),
-            "valid": wilson(valid_control * zero_hit, zero_hit),
-            "short_of_rollouts": sum(arm["control"]["wanted"] > arm["control"]["samples"] for _, _, arm in arms),
-        },
-        "ratio": valid[0] / valid_control if valid_control else None,
+        "equal_compute": equal_compute,
+        "equal_seconds": resampling("control_seconds"),
+        "ratio": valid[0] / equal_compute["valid"][0] if equal_compute["valid"][0] else None,
         "admitted": total("admitted"),
         "admitted_valid": total("admitted_valid"),
     }

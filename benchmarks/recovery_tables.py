@@ -22,17 +22,18 @@ def table(family: str, pooled: dict[str, Any]) -> str:
     lines = [
         f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} mined prompts, {len(pooled['units'])} runs)",
         "",
-        "| strategy | valid derivation % | by model | equal compute: valid % | ratio | right answer % | wrong target % "
-        "| selectivity | token passes | admitted rows (valid) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| strategy | valid derivation % | by model | at its passes | at its seconds | right answer % | wrong target % "
+        "| selectivity | passes | seconds | admitted rows (valid) |",
+        "|---" * 11 + "|",
     ]
     for name, row in sorted(pooled["strategies"].items(), key=lambda item: -item[1]["valid"][0]):
         models = " / ".join(f"{100 * v:.0f}" for v in row["valid_by_model"].values())
+        seconds = rate(row["equal_seconds"]["valid"]) if "equal_seconds" in row else "-"  # not in files of before
         wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.1f}"
         lines.append(
             f"| `{name}` | {rate(row['valid'])} | {models} | {rate(row['equal_compute']['valid'])} |"
-            f" {number(row['ratio'])} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'], 2)} |"
-            f" {row['passes']:.0f} | {row['admitted']} ({row['admitted_valid']}) |"
+            f" {seconds} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'], 2)} |"
+            f" {row['passes']:.0f} | {row['seconds']:.2f} | {row['admitted']} ({row['admitted_valid']}) |"
         )
     return "\n".join(lines)
 

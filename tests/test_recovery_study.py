@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, recovery, recovery_tables, training
+from benchmarks import harness, iterates, recovery, recovery_tables, training
 from benchmarks.__main__ import folder, main
 from latentrevise.data.records import Verdict, write_json, write_records
 from latentrevise.demo import get_family
@@ -18,13 +18,15 @@ from latentrevise.strategies.pair import PairConfig
 
 
 def arm(*, recovered, valid, wrong, passes, control, wanted=8):
+    resampling = {"valid_rate": [control, 0, 1], "recovered_rate": [control, 0, 1], "wanted": wanted, "samples": 8}
     return {
         "recovered": recovered,
         "valid": valid,
         "wrong_target_rate": wrong,
         "compute": {"per_prompt": passes},
         "seconds": 1.0,
-        "control": {"valid_rate": [control, 0, 1], "recovered_rate": [control, 0, 1], "wanted": wanted, "samples": 8},
+        "control": resampling,
+        "control_seconds": resampling | {"valid_rate": [control / 2, 0, 1], "wanted": 8},
         "admitted": 3,
         "admitted_valid": 2,
     }
@@ -48,6 +50,9 @@ def test_runs_are_pooled_by_their_zero_hit_prompts():
     assert row["passes"] == pytest.approx((30 * 100 + 10 * 300) / 40)
     assert row["equal_compute"]["valid"] == pytest.approx(wilson(30 * 0.1 + 10 * 0.3, 40))
     assert row["equal_compute"]["short_of_rollouts"] == 1
+    assert row["equal_seconds"]["valid"] == pytest.approx(wilson(15 * 0.1 + 5 * 0.3, 40))
+    assert row["equal_seconds"]["short_of_rollouts"] == 0
+    assert row["seconds"] == pytest.approx(2 / 40)
     assert row["ratio"] == pytest.approx(0.4 / 0.15)
     assert row["selectivity"] == pytest.approx(0.6 / ((30 * 0.2 + 10 * 0.4) / 40))
     assert [point["passes"] for point in pooled["resampling"]] == [10.0, 20.0]
@@ -86,6 +91,24 @@ def test_the_short_table_has_the_method_the_best_and_resampling():
     unit[1]["arms"] = arms
     (line,) = recovery_tables.summary({"rule": recovery.pool([unit], names)}).splitlines()[2:]
     assert line == "| rule (10) | 50 % (70 %) | `pivot` 70 % (80 %) | 10 % (10 %) |"
+
+
+def test_steps_are_pooled_and_the_wrong_target_is_there_where_it_was_tried(tmp_path):
+    def unit(zero_hit, right, wrong):
+        step = {"right": right, "valid": 1, "wrong": wrong, "samples": 8 * zero_hit, "tokens": 80 * right, "markers": 4}
+        return {"zero_hit": zero_hit, "aimed_wrong": zero_hit - 1, "steps": [step] * (iterates.STEPS + 1)}
+
+    pooled = iterates.pool([unit(10, 4, 2), unit(6, 2, 1)])
+    assert (pooled["zero_hit"], len(pooled["steps"])) == (16, iterates.STEPS + 1)
+    step = pooled["steps"][10]
+    assert (step["right"], step["valid"], step["wrong"]) == (wilson(6, 16), wilson(2, 16), wilson(3, 14))
+    assert (step["tokens"], step["markers"]) == (480 / 128, 8 / 128)
+    missing = iterates.pool([unit(10, 4, None)])["steps"][1]
+    assert missing["wrong"] is None
+    table = iterates.table({"families": {"rule": pooled}, "commits": {"abc": 2}})
+    assert "| 10 | 38 [18, 61] | 12 | 21 | 4 | 41 |" in table
+    iterates.figure({"rule": pooled}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_a_family_is_searched_for_as_many_decisions_as_it_has():

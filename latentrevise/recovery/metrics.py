@@ -57,7 +57,8 @@ def run_metrics(
     that were not usable; ``unparsed``: rollouts whose answer the verifier does not understand. checked: whether
     derivations were checked. chained: each strategy was given the prompts that those before it had not recovered;
     then ``chain`` has the figures of all of them together. Rates are ``[rate, low, high]`` with 95 % Wilson intervals
-    over prompts; compute is in token passes (forward 1, backward 2, decoded 1, cached 0).
+    over prompts; compute is in token passes (forward 1, backward 2, decoded 1, cached 0). ``control``: plain resampling
+    at an arm's token passes; ``control_seconds``: at its seconds, which are those of this machine, engine and batch.
     """
     by_arm = {outcome.arm: outcome for outcome in outcomes}
     pool = by_arm.get(POOL)
@@ -99,10 +100,18 @@ class _Control:
         self.valid = [sum(bool(v.valid) for v in verdicts[name]) for name in prompts]
         self.size = min(len(verdicts[name]) for name in prompts)
         self.tokens = pool.compute.passes / max(len(pool.rows), 1)
+        self.seconds = pool.compute.seconds / max(len(pool.rows), 1)
 
     def at(self, passes: float) -> dict[str, Any]:
         """The share recovered by as many fresh rollouts as ``passes`` a prompt buy (at least one)."""
-        wanted = max(1, round(passes / self.tokens))
+        return self._bought(passes / self.tokens)
+
+    def at_seconds(self, seconds: float) -> dict[str, Any]:
+        """The same for the seconds a prompt that the strategy took, on this machine and engine."""
+        return self._bought(seconds / self.seconds)
+
+    def _bought(self, rollouts: float) -> dict[str, Any]:
+        wanted = max(1, round(rollouts))
         return {**self._rates(min(wanted, self.size)), "wanted": wanted}
 
     def curve(self) -> list[dict[str, Any]]:
@@ -171,6 +180,7 @@ def _arm(
         # With nothing reached on the wrong side the ratio has no value; the interval above says what is known.
         "selectivity": None if not wrong_rate or not wrong_rate[0] else result["recovered_rate"][0] / wrong_rate[0],
         "control": None if control is None else control.at(per_prompt),
+        "control_seconds": None if control is None else control.at_seconds(outcome.compute.seconds / max(count, 1)),
         "guards": {code: {"rejected": rejections[code], "of": len(correct)} for code in GUARDS},
         "correct_samples": len(correct),
         "admitted": len(admitted),
