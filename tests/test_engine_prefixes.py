@@ -65,12 +65,14 @@ def test_the_tokens_are_those_of_one_by_one(arch, temperature, budget):
 def test_each_distinct_token_is_fed_once():
     """But for the last of the two requests that are the beginning of another: the logits behind it are needed."""
     model, rows = tiny_model("qwen3", V, seed=1), family()
+    assert HFEngine(model).shares_prefixes
     _, tokens = fed(model, HFEngine(model), [Request(ids) for ids in rows], SamplingParams(max_new_tokens=1))
     assert distinct(rows) + 2 == tokens < sum(map(len, rows)) / 2
 
 
 def test_a_sliding_window_runs_each_request_whole():
     model, rows = tiny_model("gemma3", V, seed=1), family()
+    assert not HFEngine(model).shares_prefixes
     _, tokens = fed(model, HFEngine(model), [Request(ids) for ids in rows], SamplingParams(max_new_tokens=1))
     assert tokens == sum(map(len, rows))
 

@@ -17,6 +17,7 @@ from latentrevise.data.atoms import read_atoms
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records, write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
+from latentrevise.engines import HFEngine
 from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.cases import chosen_cuts
@@ -117,6 +118,22 @@ def test_compute_is_charged_to_those_who_spend_it(finished):
         assert name + "@wrong" not in arms
     pool = arms["resample@equal"]
     assert pool["samples_per_prompt"] == 8, "the cap of this test's settings"
+
+
+def test_an_engine_that_does_not_share_prefixes_is_charged_for_all_of_each_request(rule, tmp_path, monkeypatch):
+    _, model, tokenizer = rule
+    prompts = make_prompts(get_family("rule"), 8, split="develop", seed=3)
+    monkeypatch.setattr(HFEngine, "shares_prefixes", False)
+    names = ("latent", "resample-prefix", "resample")
+    config = small(strategies=names, audit=False, equal_compute=False)
+    out = recover(model, tokenizer, prompts, config, tmp_path / "out").out
+    lengths = {p.id: len(p.ids) for p in read_records(out / "prompts.parquet", Prompt)}
+    for name in names:
+        starts = read_records(out / "starts" / name, Start)
+        assert starts
+        for start in starts:
+            whole = lengths[start.prompt_id] + len(start.plain_ids)
+            assert start.forward_tokens > whole if name == "latent" else start.forward_tokens == whole
 
 
 def test_trajectories_carry_both_streams(finished, rule):

@@ -102,6 +102,11 @@ class Engine(Protocol):
         """Positions that a prompt and its completion may take together; None: not known."""
         ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether leading tokens that requests share are computed once. Where not, each request is charged for all."""
+        ...
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -86,6 +86,18 @@ class HFEngine:
     def limit(self) -> int | None:
         return position_limit(self.model)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """See Engine: whether a position's keys and values depend on nothing but the positions up to it, and all are
+        kept. Not so with sliding windows and recurrent states, nor where rotary frequencies follow the length of the
+        pass; there each request is run whole.
+        """
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        varying = {rope.get("rope_type"), rope.get("type")} & {"dynamic", "longrope"}
+        layers = DynamicCache(config=config).layers
+        return bool(layers) and not varying and all(type(layer) is DynamicLayer for layer in layers)
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -234,7 +246,7 @@ class HFEngine:
         line of each request ``[len(requests)]``: equal requests have one."""
         device = self._embedding.weight.device
         shared = [Shared(i, 0, 0) for i in range(len(requests))]
-        if self._shareable():
+        if self.shares_prefixes:
             if any(request.embeddings is not None for request in requests):
                 shared = shared_prefixes(row_keys([self._embedded(request) for request in requests]))
             else:
@@ -321,18 +333,6 @@ class HFEngine:
         if request.embeddings is not None:
             return request.embeddings[start:].to(device, dtype)
         return self._embedding(torch.tensor(list(request.ids or ())[start:], device=device))
-
-    def _shareable(self) -> bool:
-        """Whether a position's keys and values depend on nothing but the positions up to it, and all are kept.
-
-        Not so with sliding windows and recurrent states, nor where rotary frequencies follow the length of the pass;
-        there each request is run whole.
-        """
-        config = self.model.config
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        varying = {rope.get("rope_type"), rope.get("type")} & {"dynamic", "longrope"}
-        layers = DynamicCache(config=config).layers
-        return bool(layers) and not varying and all(type(layer) is DynamicLayer for layer in layers)
 
     def _empty_cache(self) -> Cache:
         cache = DynamicCache(config=self.model.config)

@@ -114,6 +114,11 @@ class VLLMEngine:
         limits = [limit for limit in (position_limit(self.model), self.config.max_length) if limit is not None]
         return min(limits, default=None)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """See Engine: vLLM's prefix caching, which is on here."""
+        return True
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -145,11 +145,11 @@ class Propose:
         began = time.perf_counter()
         proposals = arm.strategy.propose(job.tools(), work, arm.samples)
         spare = time.perf_counter() - began - sum(p.compute.seconds for own in proposals for p in own)
-        count = sum(len(own) for own in proposals)
+        count, shares = sum(len(own) for own in proposals), job.engine.shares_prefixes
         rows, mixtures = [], {}
         for item, own in zip(work, proposals, strict=True):
             for j, proposal in enumerate(own):
-                start = _start(f"{arm.name}/{item.prompt.id}/{j}", item, proposal, max(spare, 0.0) / count)
+                start = _start(f"{arm.name}/{item.prompt.id}/{j}", item, proposal, max(spare, 0.0) / count, shares)
                 rows.append(start)
                 if proposal.mixture is not None:
                     mixtures[start.start_id] = proposal.mixture
@@ -233,8 +233,10 @@ class Judge:
         write_records(output(job.run, self, part), rows, Verdict)
 
 
-def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Start:
+def _start(start_id: str, item: Work, proposal: Proposal, seconds: float, shares_prefixes: bool) -> Start:
     compute = proposal.compute
+    # What is charged as cached must be: an engine that does not share prefixes runs each request from its first token.
+    whole = len(proposal.context_ids or item.prompt.ids) + len(proposal.plain_ids)
     return Start(
         start_id=start_id,
         prompt_id=item.prompt.id,
@@ -245,7 +247,7 @@ def _start(start_id: str, item: Work, proposal: Proposal, seconds: float) -> Sta
         latent=proposal.latent,
         greedy=proposal.greedy,
         n=proposal.n,
-        forward_tokens=compute.forward + proposal.uncached,
+        forward_tokens=compute.forward + (proposal.uncached if shares_prefixes else whole),
         backward_tokens=compute.backward,
         decoded_tokens=compute.decoded,
         seconds=compute.seconds + seconds,
