@@ -269,6 +269,7 @@ def breakdown(packed: Packed, device: torch.device, rounds: int) -> dict[str, fl
 
 def scaling(work: Work, rollouts: list[int], lengths: list[int], steps: list[int], rounds: int) -> list[dict]:
     """Seconds of ours over the number of rollouts, their prefixes' length and K; the rounds go over all sizes in turn.
+    Beside them the memory that a call takes over the model.
 
     A step of all rollouts, and for K the whole call: prompts, K steps, one evaluation.
     """
@@ -283,16 +284,15 @@ def scaling(work: Work, rollouts: list[int], lengths: list[int], steps: list[int
     for k in steps:
         cases.append(({"K": k}, work, partial(Packed(model, work.rollouts(), config).revise, k)))
     times: list[list[float]] = [[] for _ in cases]
-    for _, _, call in cases:
-        call()
+    extra = [harness.extra_memory(call, work.device) for _, _, call in cases]
     for _ in range(rounds):
         for seconds, (_, _, call) in zip(times, cases, strict=True):
             seconds.append(harness.clock(call, work.device))
     rate = harness.matmul_rate(work.device, work.dtype)
     found = []
-    for seconds, (varied, sized, _) in zip(times, cases, strict=True):
+    for seconds, memory_mib, (varied, sized, _) in zip(times, extra, cases, strict=True):
         p20, median, p80 = harness.quantiles(seconds)
-        row = varied | {"median_s": median, "p20_s": p20, "p80_s": p80, "rounds": rounds}
+        row = varied | {"median_s": median, "p20_s": p20, "p80_s": p80, "rounds": rounds, "extra_mib": memory_mib}
         if "K" not in varied:
             row["utilisation_percent"] = 100 * sized.flops / median / rate
         row["s_per_unit"] = median / next(iter(varied.values()))
