@@ -34,8 +34,8 @@ class Absent(Exception):
 
 
 def command_line(words: Sequence[str]) -> str:
-    """The command as anyone would give it: without where its results went."""
-    places = ("--out", "--json")
+    """The command as anyone would give it: without where its results went and how many runs went side by side."""
+    places = ("--out", "--json", "--jobs")
     before = ("", *words)
     kept = [w for w, last in zip(words, before, strict=False) if not w.startswith(places) and last not in places]
     return shlex.join(["python", "-m", "benchmarks", *kept])

@@ -115,24 +115,20 @@ def pool(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Right answers, valid derivations and wrong targets a family, in per cent, and tokens of a continuation."""
+    """Right answers, valid derivations and wrong targets of each family, per cent of zero-hit prompts."""
 
     def percent(rate: Sequence[float] | None) -> str:
         return "-" if rate is None else f"{100 * rate[0]:.0f}"
 
     families = document["families"]
-    head = " | ".join(
-        f"{name} ({pooled['zero_hit']}): right [95 %] | valid | wrong target | tokens"
-        for name, pooled in families.items()
-    )
-    lines = [f"| step | {head} | paper: right |", "|---" * (2 + 4 * len(families)) + "|"]
+    heads = [f"{name} ({pooled['zero_hit']}): right [95 %]; valid; wrong target" for name, pooled in families.items()]
+    lines = [f"| steps | {' | '.join(heads)} | paper: right |", "|---" * (2 + len(families)) + "|"]
     for k in SHOWN:
         cells = []
         for pooled in families.values():
             step = pooled["steps"][k]
             p, low, high = (100 * value for value in step["right"])
-            others = f"{percent(step['valid'])} | {percent(step['wrong'])} | {step['tokens']:.0f}"
-            cells.append(f"{p:.0f} [{low:.0f}, {high:.0f}] | {others}")
+            cells.append(f"{p:.0f} [{low:.0f}, {high:.0f}]; {percent(step['valid'])}; {percent(step['wrong'])}")
         paper = f"{100 * PUBLISHED[k]:.0f}" if k in PUBLISHED else "-"
         lines.append(f"| {k} | {' | '.join(cells)} | {paper} |")
     return "\n".join([*lines, "", harness.provenance("runs", document["commits"])])
@@ -164,8 +160,9 @@ def figure(families: dict[str, dict[str, Any]], path: Path) -> None:
                 list(PUBLISHED), [100 * v for v in PUBLISHED.values()], "x", color=MUTED, label="paper, 1.5B, right"
             )
             axes.set(title=f"{family}: {pooled['zero_hit']} zero-hit prompts", xlabel="steps", ylim=(-2, None))
+            axes.set_xticks(range(0, STEPS + 1, AIMED_WRONG))
         panels[0].set_ylabel("prompts, %")
-        panels[0].legend(loc="upper left")
+        panels[-1].legend(loc="center left", bbox_to_anchor=(0, 0.6))
         with atomic_write(path) as temporary:
             drawing.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
