@@ -106,7 +106,7 @@ struct Aligned {
 // Tokens [first, first + rows) packed for the micro-kernel, in chunks that bound the memory.
 struct Packed {
   Packed(int64_t rows, int64_t depth, bool pairs = false)
-      : vectors(rows > active().lanes ? 2 : 1), width(vectors * active().lanes), depth(depth), pairs(pairs),
+      : vectors(rows > active().lanes || (pairs && active().tiles) ? 2 : 1), width(vectors * active().lanes), depth(depth), pairs(pairs),
         chunk(std::max(width, kPackedFloats / depth / width * width)),
         buffer((std::min(chunk, rows) + width - 1) / width * width * depth) {}
   Panels panels(int64_t count) const { return {buffer.data, depth, count, vectors, pairs}; }

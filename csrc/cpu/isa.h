@@ -95,6 +95,7 @@ struct Isa {
   int lanes;        // float32 lanes of a register
   int64_t slice;    // columns of a table that are worked on together: the sums in `mean` are whole slices
   bool bf16_pairs;  // scores of bfloat16 queries against a bfloat16 table by native products
+  bool tiles;       // by those of AMX, on panels of two registers however few the tokens
   // Rows [begin, end) of the op; ids are checked before.
   void (*mixture_embed)(const lr_mixture_args &, int64_t begin, int64_t end);
   void (*mixture_embed_backward)(const lr_mixture_args &, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-"""C++ implementation (csrc/cpu/isa/kernels.inl). Rows are split over threads: bitwise the same under any count.
+"""C++ implementation (csrc/cpu/isa/mixture_embed.inl). Rows are split over threads: bitwise the same under any count.
 
 2TAd FLOP over T*A gathered rows, each read once, four registers of columns at a time that stay over all atoms; ``z`` is
 written once. Backward: the same FLOP and rows, ``T*A`` numbers written. Limits: float32 and bfloat16, float32 weights,

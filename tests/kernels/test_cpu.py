@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,13 +88,42 @@ def test_the_same_bits_under_any_number_of_threads(threads, name, dtype, T):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
-    G, E, *_ = operands(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype):
+    G, E, *_ = operands(dtype)
+    E[-1] = E[0]  # in the last block of rows, which is not a whole one: a tie, and the lowest id
     ids, values = vertex_oracle(G, E, backend="cpu")
+    assert not (ids == len(E) - 1).any()
+    only = torch.zeros(len(E), dtype=torch.bool)
+    only[[0, -1]] = True
+    assert vertex_oracle(G, E, only, backend="cpu")[0].tolist() == [0] * len(G)
     for rows in (slice(0, 1), slice(3, 20), slice(7, 45)):
         part = vertex_oracle(G[rows], E, backend="cpu")
         assert torch.equal(part[0], ids[rows])
         assert torch.equal(part[1], values[rows])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found in PATH")
+def test_the_pool(tmp_path):
+    """A region in a region throws; regions of several callers run side by side (each waits for all others there)."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [Path(__file__).with_name("thread_pool.cpp"), root / "csrc/cpu/thread_pool.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-pthread", f"-I{root}/csrc", *map(str, sources), "-o", f"{tmp_path}/pool"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([f"{tmp_path}/pool"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "held\n", (done.returncode, done.stderr)
+
+
+def test_calls_of_several_python_threads(threads):
+    G, E, y, theta = operands(torch.float32)
+    torch.set_num_threads(2)
+    names = ["vertex_oracle", "gradient", "plausible_vertices", "softmax_mixture"]
+    alone = [CALLS[name](G, E, y, theta) for name in names]
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = [pool.submit(CALLS[name], G, E, y, theta) for name in names * 5]
+    for i, future in enumerate(found):
+        for a, b in zip(alone[i % len(names)], future.result(), strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", ["normal", "integers", "heavy tails", "zero rows", "duplicates", "infinite"])

@@ -1,9 +1,11 @@
 // Products of bfloat16 in the tile registers of AMX, included by kernels.inl: 32 table rows against the 32 tokens of a
-// panel of pairs, which is what a tile of a right operand looks like in memory, and weighted sums of a table's rows.
+// panel of pairs, which is what a tile of a right operand looks like in memory, and weighted sums of a table's rows. A score
+// is the same chain of products wherever its row is: rows that do not fill a tile are copied to where zeros do.
 //
 // A weight is the sum of two bfloat16 (its upper 16 bits, and the rest rounded), so that a product errs by 2^-17 of itself;
 // sums are float32. Tile registers: 0 to 3 sums, 4 and 5 left operands, 6 and 7 right ones.
 
+#ifdef LR_AMX
 constexpr bool kTiles = true;
 
 // gcc's tile loads do not tell the compiler that they read memory.
@@ -45,8 +47,10 @@ struct Tiles {
 
   Tiles(bool wanted, const Matrix &m, int64_t dim, bool mean)
       : wanted(wanted), table(m), dim(dim), columns((dim + 15) / 16),
-        staged(wanted && mean ? columns * (kRows / 32) * kStep / 2 : 0), weights(wanted && mean ? kRows / 32 * 4 * kStep / 2 : 0) {
+        staged(wanted && mean ? columns * (kRows / 32) * kStep / 2 : 0),
+        weights(wanted && mean ? kRows / 32 * 4 * kStep / 2 : 0), last(wanted ? 32 * dim / 2 : 0) {
     if (!wanted) return;
+    __builtin_memset(last.data, 0, 64 * dim);
     alignas(64) struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -59,14 +63,23 @@ struct Tiles {
     if (wanted) _tile_release();
   }
 
-  // scores[r][lane] of rows [v, v + count).
+  // scores[r][lane] of rows [v, v + count), and what is behind them up to a multiple of 32 rows. dim is even.
   void score(int64_t v, int64_t count, const float *x, float *scores) const {
     const bf16 *rows = static_cast<const bf16 *>(table.data) + v * table.stride;
+    const int64_t tiled = count / 32 * 32;
+    score_rows(rows, table.stride, tiled, x, scores);
+    if (tiled == count) return;
+    for (int64_t r = tiled; r < count; ++r)
+      __builtin_memcpy(last.data + (r - tiled) * dim / 2, rows + r * table.stride, 2 * dim);
+    score_rows(reinterpret_cast<const bf16 *>(last.data), dim, 32, x, scores + tiled * kWidth);
+  }
+
+  void score_rows(const bf16 *rows, int64_t stride, int64_t count, const float *x, float *scores) const {
     written();
-    const int64_t whole = dim / 32 * 32, tiled = count / 32 * 32, bytes = 2 * table.stride;
+    const int64_t whole = dim / 32 * 32, bytes = 2 * stride;
     for (int64_t k = 0; k < whole; k += kColumnsHere) {
       const int64_t end = whole - k < kColumnsHere ? whole : k + kColumnsHere;
-      for (int64_t r = 0; r < tiled; r += 32) {
+      for (int64_t r = 0; r < count; r += 32) {
         float *to = scores + r * kWidth;
         if (k == 0) {
           _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
@@ -76,10 +89,10 @@ struct Tiles {
         }
         for (int64_t i = k; i < end; i += 32) {
           const float *tokens = x + i / 2 * kWidth;
-          _tile_loadd(6, tokens, 4 * kWidth); _tile_loadd(4, rows + r * table.stride + i, bytes);
+          _tile_loadd(6, tokens, 4 * kWidth); _tile_loadd(4, rows + r * stride + i, bytes);
           _tile_dpbf16ps(0, 4, 6);
           _tile_loadd(7, tokens + kLanes, 4 * kWidth); _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, rows + (r + 16) * table.stride + i, bytes); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+          _tile_loadd(5, rows + (r + 16) * stride + i, bytes); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
         }
         _tile_stored(0, to, 4 * kWidth); _tile_stored(1, to + kLanes, 4 * kWidth);
         _tile_stored(2, to + 16 * kWidth, 4 * kWidth); _tile_stored(3, to + 16 * kWidth + kLanes, 4 * kWidth);
@@ -88,10 +101,8 @@ struct Tiles {
     written();
     const float *rest = x + whole / 2 * kWidth;
     if (whole < dim)
-      for (int64_t r = 0; r < tiled; r += 8)
-        score_row_pairs<8, 2, false>(rows + r * table.stride + whole, table.stride, rest, dim - whole, scores + r * kWidth);
-    for (int64_t r = tiled; r < count; ++r)
-      score_row_pairs<1, 2>(rows + r * table.stride, table.stride, x, dim, scores + r * kWidth);
+      for (int64_t r = 0; r < count; r += 8)
+        score_row_pairs<8, 2, false>(rows + r * stride + whole, stride, rest, dim - whole, scores + r * kWidth);
   }
 
   // Rows [v, v + count) as right operands for `add`: tile after tile of 32 rows and 16 columns, zeros around them.
@@ -167,5 +178,15 @@ struct Tiles {
   bool wanted;
   const Matrix &table;
   int64_t dim, columns;
-  Scratch staged, weights;
+  Scratch staged, weights, last;
 };
+#else
+constexpr bool kTiles = false;
+struct Tiles {  // never asked for anything
+  static constexpr int64_t kRows = 128;
+  Tiles(bool, const Matrix &, int64_t, bool) {}
+  void score(int64_t, int64_t, const float *, float *) const {}
+  void stage(int64_t, int64_t) {}
+  void add(int64_t, float *, float *, int64_t) {}
+};
+#endif
