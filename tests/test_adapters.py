@@ -108,7 +108,8 @@ def test_nothing_to_repair(recovery):
 def test_the_newest_weights_are_loaded_before_a_repair(recovery, tmp_path):
     fresh = tiny_model(seed=5)
     fresh.save_pretrained(tmp_path / "step_2")
-    (tmp_path / "step_2" / "config.json").unlink()
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / "step_2" / name).unlink()
     (tmp_path / "step_2" / "STABLE").touch()
     recovery.settings = AdapterSettings(
         model="none", refresh=str(tmp_path / "*" / "STABLE"), repair=recovery.settings.repair

@@ -84,8 +84,12 @@ def test_logprobs_are_those_of_plain_passes_at_any_temperature(engine):
             assert len(c.ids) == len(c.logprobs)
             assert not set(c.ids) & {EOS, *range(60, 66)}
             assert c.finish_reason == ("length" if len(c.ids) == 24 else "stop")
-            expected = plain_logprobs(model, prompt, list(c.ids))
-            torch.testing.assert_close(torch.tensor(c.logprobs), expected, rtol=1e-4, atol=1e-4)
+            assert (c.end is None) == (c.finish_reason == "length")
+            token, value = c.end or (EOS, None)
+            assert token in {EOS, *range(60, 66)}
+            expected = plain_logprobs(model, prompt, [*c.ids, token])
+            found = torch.tensor([*c.logprobs, expected[-1].item() if value is None else value])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(lengths) > 3
 
 
@@ -267,12 +271,12 @@ def test_stop_tokens_and_stop_strings(engine):
     (cut,) = engine.generate([request], replace(params, stop=("\0", stop)))[0]
     assert cut.ids == plain.ids[:at]
     assert cut.logprobs == pytest.approx(plain.logprobs[:at], abs=1e-5)
-    assert cut.finish_reason == "stop"
+    assert (cut.finish_reason, cut.end) == ("stop", None)
     token = plain.ids[12]
     (cut,) = engine.generate([request], replace(params, stop_token_ids=(token,)))[0]
     assert cut.ids == plain.ids[: plain.ids.index(token)]
     assert len(cut.logprobs) == len(cut.ids)
-    assert cut.finish_reason == "stop"
+    assert (cut.finish_reason, cut.end[0]) == ("stop", token)
 
 
 def test_ids_that_the_tokenizer_lacks_are_not_sampled(engine):

@@ -199,7 +199,11 @@ class Recovery:
             files = sorted(glob.glob(os.path.expanduser(self.settings.refresh), recursive=True), key=os.path.getmtime)
             if files and files[-1] != self._loaded:
                 fresh = type(policy.model).from_pretrained(  # trainers leave the weights, not always the settings
-                    Path(files[-1]).parent, config=policy.model.config, dtype=policy.dtype, use_safetensors=True
+                    Path(files[-1]).parent,
+                    config=policy.model.config,
+                    generation_config=policy.model.generation_config,
+                    dtype=policy.dtype,
+                    use_safetensors=True,
                 )
                 policy.model.load_state_dict(fresh.state_dict())
                 self._loaded = files[-1]

@@ -39,6 +39,7 @@ Set = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
+SampledBy = Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself, or vllm.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; if left out the first GPU, or else the CPU.")]
 
 
@@ -70,9 +71,7 @@ class Begun(Placed, Settings):
     """A model with the settings of what it is begun with, and what samples from it."""
 
     model: Model
-    engine: Annotated[str, typer.Option("--engine", help="Where samples come from: hf, the model itself, or vllm.")] = (
-        "hf"
-    )
+    engine: SampledBy = "hf"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentrevise.cli.options import Model, Prompts, Settings, grouped, place
+from latentrevise.cli.options import Model, Prompts, SampledBy, Settings, grouped, place
 from latentrevise.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -59,19 +59,25 @@ def sft(
 
 @app.command()
 @grouped
-def rlvr(given: Settings, model: Model, prompts: Prompts, out: Out, dtype: Dtype = "float32") -> None:
+def rlvr(
+    given: Settings, model: Model, prompts: Prompts, out: Out, engine: SampledBy = "hf", dtype: Dtype = "float32"
+) -> None:
     """Reinforcement learning on verified answers, with zero-hit groups repaired as they occur."""
     from trl import GRPOConfig
 
+    from latentrevise.engines import HFEngine, engine_factory
     from latentrevise.train.rlvr import RLVRSettings, train_rlvr
     from latentrevise.train.settings import kept_prompts
 
-    chosen = given.load(RLVRSettings)
+    chosen, make = given.load(RLVRSettings), engine_factory(engine)  # a wrong name is told before anything is loaded
     policy, tokenizer = _loaded(model, dtype)
     chosen, new = _with_completions(chosen, policy, GRPOConfig.max_completion_length or 0)
     problems, errors = _prompts(prompts, chosen, policy, tokenizer, new)
-    _begin(out, "rlvr", chosen, policy, [])
-    train_rlvr(policy, tokenizer, kept_prompts(out, problems, errors), out, chosen, _judging(chosen, policy, tokenizer))
+    sampler = make(policy, tokenizer, chosen.vllm)
+    own = None if isinstance(sampler, HFEngine) else sampler  # of the model itself TRL samples
+    _begin(out, "rlvr", chosen, policy, [engine] if own else [])
+    kept, judged = kept_prompts(out, problems, errors), _judging(chosen, policy, tokenizer)
+    train_rlvr(policy, tokenizer, kept, out, chosen, judged, rollouts=own)
     typer.echo(f"trained model in {out / 'model'}")
 
 

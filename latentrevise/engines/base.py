@@ -86,12 +86,14 @@ class Completion:
 
     ids: the sampled tokens, without the end-of-sequence (or stop) token that ended them. logprobs: one an id, nats,
     under the model's own distribution (temperature 1, nothing filtered), however it was sampled; None if not asked for.
-    finish_reason: ``stop``, or ``length`` if max_new_tokens came first.
+    finish_reason: ``stop``, or ``length`` if max_new_tokens came first. end: the token that ended it and its log-prob;
+    None where none did (``length``, a stop string).
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
+    end: tuple[int, float] | None = None
 
 
 class Engine(Protocol):

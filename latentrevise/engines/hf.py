@@ -200,6 +200,7 @@ class HFEngine:
         logprobs = torch.zeros(count, steps, device=device)
         produced = most.clone()  # tokens that are kept
         ended = torch.zeros(count, dtype=torch.bool, device=device)
+        closed = torch.zeros(count, dtype=torch.bool, device=device)  # by a token behind those that are kept
         uniform = None if params.temperature == 0 else _uniform(batch).to(device)
         stops = torch.tensor(stop_ids(self.model, self.tokenizer, params), dtype=torch.long, device=device)
         held = torch.arange(count, device=device)  # which row each line of the cache belongs to
@@ -218,6 +219,7 @@ class HFEngine:
             running = ~ended[held] & (step < most[held])
             stopping = running & torch.isin(tokens, stops)
             produced[held[stopping]] = step
+            closed[held[stopping]] = True
             if params.stop:
                 stopping |= self._ends_in_stop(ids, held, running & ~stopping, step, params.stop, produced)
             ended[held[stopping]] = True
@@ -239,7 +241,7 @@ class HFEngine:
             # A line at its limit runs along until it is dropped, but not on to positions that the model may not have.
             at = lengths + (most[held] - 1).clamp(max=step)
             logits = self._forward(cache, mask, at[:, None], input_ids=tokens[:, None])
-        return _completions(ids, logprobs, produced, ended, params.logprobs)
+        return _completions(ids, logprobs, produced, ended, closed, params.logprobs)
 
     def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor, Tensor]:
         """Next token's logits ``[U, V]``, cache, mask ``[U, L]`` (None: nothing is padded), lengths ``[U]``, and the
@@ -407,10 +409,15 @@ def _uniform(batch: list[_Row]) -> Tensor:
 
 
 def _completions(
-    ids: Tensor, logprobs: Tensor, produced: Tensor, ended: Tensor, with_logprobs: bool
+    ids: Tensor, logprobs: Tensor, produced: Tensor, ended: Tensor, closed: Tensor, with_logprobs: bool
 ) -> list[Completion]:
-    rows = zip(ids.tolist(), logprobs.tolist(), produced.tolist(), ended.tolist(), strict=True)
+    rows = zip(*(t.tolist() for t in (ids, logprobs, produced, ended, closed)), strict=True)
     return [
-        Completion(tuple(i[:n]), tuple(p[:n]) if with_logprobs else None, "stop" if stopped else "length")
-        for i, p, n, stopped in rows
+        Completion(
+            tuple(i[:n]),
+            tuple(p[:n]) if with_logprobs else None,
+            "stop" if stopped else "length",
+            (i[n], p[n]) if by_token else None,
+        )
+        for i, p, n, stopped, by_token in rows
     ]

@@ -447,6 +447,7 @@ class VLLMEngine:
         if output.finish_reason not in ("stop", "length"):
             raise EngineDied(f"request {index} ended with {output.finish_reason!r}")
         reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+        end = None
         if reason == "stop" and not isinstance(output.stop_reason, str):
-            del ids[-1], logprobs[-1]
-        return Completion(tuple(ids), tuple(logprobs) if params.logprobs else None, reason)
+            end = ids.pop(), logprobs.pop()
+        return Completion(tuple(ids), tuple(logprobs) if params.logprobs else None, reason, end)

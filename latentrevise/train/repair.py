@@ -251,11 +251,11 @@ class Repairer:
             leaked += "prefix-leak" in objections
             if objections or (self.ended and completion.finish_reason != "stop"):
                 continue
-            end = (self.tokenizer.eos_token_id,) if completion.finish_reason == "stop" else ()
+            end = [] if completion.end is None else [completion.end]
             mean = float(logprobs.mean())
             rescues.append(
                 Rescue(
-                    ids=(*prefix, *completion.ids, *end),
+                    ids=(*prefix, *completion.ids, *(token for token, _ in end)),
                     trained=(*[int(trained)] * len(prefix), *[1] * (len(completion.ids) + len(end))),
                     text=decoded(self.tokenizer, (*prefix, *completion.ids)),
                     plain=mean,
@@ -263,7 +263,7 @@ class Repairer:
                     sampled=(
                         *[math.nan] * len(prefix),
                         *(completion.logprobs or [math.nan] * len(completion.ids)),
-                        *[math.nan] * len(end),
+                        *(value for _, value in end),
                     ),
                 )
             )

@@ -7,7 +7,6 @@ recovers takes the place of failed rows. From there on everything is TRL's: rewa
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -47,9 +46,11 @@ from latentrevise.train.repair import (
     repair_metrics,
     replaced,
 )
+from latentrevise.train.sampling import EngineRollouts
 from latentrevise.train.settings import (
     RLVRSettings,
     check_evaluation,
+    check_loss,
     ready_tokenizer,
     refusals,
     run_training,
@@ -60,26 +61,14 @@ from latentrevise.verify.verifier import Judgement, VerdictName, Verifier
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Arguments of TRL's that shape its own losses alone.
-_OF_TRLS_LOSSES = (
-    "loss_type",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "importance_sampling_level",
-    "off_policy_mask_threshold",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-)
-
 
 class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     """TRL's GRPOTrainer; see the module and RLVRSettings. Takes its arguments, and
 
     verifier: started when first needed; the caller closes it. settings: RLVRSettings without the trainer's. engine:
-    where the repairs' continuations are sampled; by default the model that is trained. It must take embeddings if the
-    strategy feeds mixtures. Rows of the data set need ``prompt`` and ``answer``; ``prompt_ids`` (used as they are),
+    where the repairs' continuations are sampled; by default ``rollouts``, or the model that is trained. It must take
+    embeddings if the strategy feeds mixtures. rollouts: the engine that samples the rollouts, in place of TRL; see
+    ``EngineRollouts``. Rows of the data set need ``prompt`` and ``answer``; ``prompt_ids`` (used as they are),
     ``prompt_id`` and ``conversation`` (the messages that the ids are of) are optional. Without reward functions the
     reward is the verdict.
 
@@ -93,10 +82,11 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         verifier: Verifier,
         settings: RLVRSettings | None = None,
         engine: Engine | None = None,
+        rollouts: Engine | None = None,
         reward_funcs: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.verifier, self.settings, self._engine = verifier, settings or RLVRSettings(), engine
+        self.verifier, self.settings, self._engine = verifier, settings or RLVRSettings(), engine or rollouts
         self._loss = None
         if self.settings.loss != "trl":
             self._loss = losses.build(self.settings.loss, self.settings.loss_options)
@@ -106,28 +96,16 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.tools or self._is_vlm:
             raise ConfigError("repairing groups is for text without tools; train such a model with TRL's own trainer")
-        if cast(GRPOConfig, self.args).cast_lm_head_to_fp32:
-            raise ConfigError(
-                "trainer.cast_lm_head_to_fp32 has no effect on linear_logprob, which sums in float32 in any case; leave"
-                " it out"
-            )
-        usual = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
-        changed = [name for name in _OF_TRLS_LOSSES if getattr(self.args, name) != usual[name]]
-        if self._loss is not None and changed:
-            raise ConfigError(
-                f"loss = {self.settings.loss} does not read trainer.{', trainer.'.join(changed)}; leave that out (what"
-                " the loss does read are loss_options), or take loss = trl"
-            )
+        check_loss(self.settings, cast(GRPOConfig, self.args))
         temperature = self.temperature
-        if self.settings.loss == "oc" and temperature != 1.0:
-            raise ConfigError(
-                f"loss = oc reads log-probs of temperature 1; set trainer.temperature=1 (it is {temperature})"
-            )
         if self.settings.dynamic_sampling and self.accelerator.num_processes > 1:
             raise ConfigError("dynamic_sampling works in one process; set it to 0, or use drop_unrescued")
         add_linear_logprob(self._base, temperature=temperature, metrics=("entropy",))
         if self.ref_model is not None:
             add_linear_logprob(self.accelerator.unwrap_model(self.ref_model), temperature=temperature)
+        if rollouts is not None:
+            self.vllm_generation: Any = EngineRollouts(rollouts, self, self.settings.seed)
+            self.use_vllm, self._last_loaded_step = True, -1
 
     # The generation batch
 
@@ -155,10 +133,11 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
         output["correct_tokens"], output["wrong_tokens"] = self.accelerator.gather(kinds[None]).sum(0)
         if "sampling_per_token_logps" in output:
             # A recovered row was not sampled behind plain tokens. To whatever compares samplers, its sampler is the
-            # policy itself: its log-probs are the plain ones (its ratio was 1 already, by TRL's rule for NaN).
+            # policy itself: its log-probs are the plain ones (its ratio was 1 already, by TRL's rule for NaN). So is
+            # that of an id whose sampler told none.
             stream = output["sampling_per_token_logps"]
             output["sampling_per_token_logps"] = torch.where(
-                output["recovered"][:, None], output.get("old_per_token_logps", stream), stream
+                output["recovered"][:, None] | stream.isnan(), output.get("old_per_token_logps", stream), stream
             )
         if self._loss is not None:
             output["behind"] = padded(self._behind, output["completion_ids"], math.nan)
@@ -229,6 +208,8 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
                     logprobs[j] = [*logprobs[j][: sum(reasoning)], *[math.nan] * sum(gold)]
         if any(0 in row for row in masks):
             mask = masks
+        if self._sampled_by_engine:
+            self.vllm_generation.engine.sleep()
         return prompt_ids, ids, mask, completions, logprobs, *rest
 
     def _resampled(
@@ -332,8 +313,13 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
                 self.settings.chat_template_kwargs,
                 ended=self.mask_truncated_completions,
             )
-        self._repairer.engine.update(self._base)
+        if not self._sampled_by_engine or self._repairer.engine is not self.vllm_generation.engine:
+            self._repairer.engine.update(self._base)
         return self._repairer
+
+    @property
+    def _sampled_by_engine(self) -> bool:
+        return isinstance(getattr(self, "vllm_generation", None), EngineRollouts)
 
     def _failed(self, groups: Groups, group: int, rows: Mapping[int, Any]) -> tuple[Prompt, list[Rollout]]:
         places = range(group * groups.size, (group + 1) * groups.size)
@@ -411,8 +397,10 @@ def train_rlvr(
     eval_prompts: Sequence[Prompt] = (),
     *,
     engine: Engine | None = None,
+    rollouts: Engine | None = None,
 ) -> RecoveringGRPOTrainer:
-    """Train on prompts with verifiable answers; resumed from ``out`` where it holds a checkpoint.
+    """Train on prompts with verifiable answers; resumed from ``out`` where it holds a checkpoint. engine, rollouts: as
+    in RecoveringGRPOTrainer.
 
     The trained model, or its adapter, is left in ``out/model``. Raises ConfigError for settings that TRL refuses, that
     would be ignored or do not go together; ModelError for a model whose logits or layers are not understood; RunError
@@ -439,6 +427,7 @@ def train_rlvr(
                 verifier=verifier,
                 settings=settings,
                 engine=engine,
+                rollouts=rollouts,
             )
         trainer.sample_at_evaluation(eval_prompts, replace(settings.evaluation, answer_pattern=settings.answer_pattern))
         run_training(trainer, Path(out))

@@ -28,6 +28,7 @@ from latentrevise.data.records import (
     write_jsonl,
     write_records,
 )
+from latentrevise.engines import VLLMConfig
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.recovery.evaluate import EvalConfig
 from latentrevise.recovery.rundir import other_prompts
@@ -39,6 +40,7 @@ from latentrevise.verify.settings import VerifySettings
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from trl import GRPOConfig
 
 Arguments = TypeVar("Arguments")
 Convention = Literal["grpo_include", "onpolicy_baseline"]
@@ -81,7 +83,8 @@ class RLVRSettings(PromptSettings, VerifySettings):
     2503.14476): so many times over, other prompts take the place of those whose rows are all correct, or, where nothing
     is repaired, all wrong (0: none, as in TRL); in one process only. loss: ``trl``, what ``trainer.loss_type`` says, or
     one of ``latentrevise.train.losses`` with loss_options: its numbers, by name. lora: see LoraSettings. eval_prompts,
-    evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. seed: of the trainer and of the repairs.
+    evaluation: as in SFTSettings. trainer: arguments of TRL's GRPOConfig. vllm: of that engine, where it samples. seed:
+    of the trainer, of the repairs and of an engine's rollouts.
     """
 
     repair: RepairSettings = field(default_factory=RepairSettings)
@@ -94,6 +97,7 @@ class RLVRSettings(PromptSettings, VerifySettings):
     eval_prompts: str | None = None
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     trainer: dict = field(default_factory=dict)  # type: ignore[type-arg]  # any argument of TRL's
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -167,6 +171,40 @@ def refusals() -> Iterator[None]:
             f"trainer.*: one of these settings needs a package that is not installed ({' '.join(str(error).split())});"
             " install it, or leave the setting out"
         ) from error
+
+
+# Arguments of TRL's that shape its own losses alone.
+_OF_TRLS_LOSSES = (
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+)
+
+
+def check_loss(settings: RLVRSettings, arguments: GRPOConfig) -> None:
+    """Raises ConfigError for arguments of TRL's that our log-probs or the chosen loss would ignore."""
+    if arguments.cast_lm_head_to_fp32:
+        raise ConfigError(
+            "trainer.cast_lm_head_to_fp32 has no effect on linear_logprob, which sums in float32 in any case; leave it"
+            " out"
+        )
+    usual = {f.name: f.default for f in dataclasses.fields(arguments)}
+    changed = [name for name in _OF_TRLS_LOSSES if getattr(arguments, name) != usual[name]]
+    if settings.loss != "trl" and changed:
+        raise ConfigError(
+            f"loss = {settings.loss} does not read trainer.{', trainer.'.join(changed)}; leave that out (what the loss"
+            " does read are loss_options), or take loss = trl"
+        )
+    if settings.loss == "oc" and arguments.temperature != 1:
+        raise ConfigError(
+            f"loss = oc reads log-probs of temperature 1; set trainer.temperature=1 (it is {arguments.temperature})"
+        )
 
 
 def check_evaluation(arguments: TrainingArguments, prompts: Sequence[Prompt]) -> None:
