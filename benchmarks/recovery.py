@@ -48,6 +48,7 @@ from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.explain import ExplainConfig
 from latentrevise.strategies.pair import PairConfig
+from latentrevise.strategies.self_hint import SelfHintConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ PLANS = {
     ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
 }
+
+
+TOLD = "{prompt} = {answer} ; {prompt}"
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,11 @@ def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Rec
         demo_config(family, unit.seed),
         strategies=strategies,
         label=unit.name,
-        # The models read words of their task alone, so they are asked for an explanation by a worked example's form.
-        explain=ExplainConfig(template="{prompt} = {answer} ; {prompt}"),
+        # The models read words of their task alone, so they are asked by a worked example's form.
+        explain=ExplainConfig(template=TOLD),
+        self_hint=SelfHintConfig(
+            rationale="", hint=TOLD, solve="{hint} {prompt}", stop=(family.settings.step_boundary,)
+        ),
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )

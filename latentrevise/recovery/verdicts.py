@@ -98,7 +98,7 @@ class Judge:
                     ),
                     plain_logprobs=plain_of[i],
                     aimed=strategy.uses_answer,
-                    told=bool(start.context_ids),
+                    told=strategy.uses_answer and bool(start.context_ids),
                     agreement=agreement_of[i],
                     text_nll=text_of.get(start.start_id),
                 )

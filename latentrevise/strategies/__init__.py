@@ -21,6 +21,7 @@ from latentrevise.strategies.latent import Latent, Window
 from latentrevise.strategies.pair import Pair, PairConfig, PairRandom
 from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
+from latentrevise.strategies.self_hint import SelfHint, SelfHintConfig
 
 __all__ = [
     "Choice",
@@ -80,6 +81,7 @@ class StrategySettings:
     pair: PairConfig = field(default_factory=PairConfig)
     latent_softmax: ReviseConfig = field(default_factory=_softmax)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
+    self_hint: SelfHintConfig = field(default_factory=SelfHintConfig)
     hint: HintConfig = field(default_factory=HintConfig)
     gcg: GCGConfig = field(default_factory=GCGConfig)
     dart: DartConfig = field(default_factory=DartConfig)
@@ -114,6 +116,7 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "latent-plausible": lambda s: _ours("latent-plausible", s, s.window),
     "latent-window": lambda s: _ours("latent-window", s, "entropy"),
     "explain": lambda s: Explain(s.explain),
+    "self-hint": lambda s: SelfHint(s.self_hint),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
     "dart": lambda s: Dart(s.dart),

@@ -1,0 +1,115 @@
+"""The strategies that ask the policy in words: what they ask, what they make of its reply, what that is charged."""
+
+import dataclasses
+from collections import deque
+
+import pytest
+
+from latentrevise import RecoverConfig
+from latentrevise.data.records import Prompt
+from latentrevise.demo import model_dir
+from latentrevise.engines import Completion, SamplingParams
+from latentrevise.errors import ConfigError
+from latentrevise.model.loading import load_model
+from latentrevise.model.policy import Policy
+from latentrevise.strategies import Tools, build
+from latentrevise.strategies.self_hint import SelfHintConfig
+from tests.failed import tools_for, work_of
+from tests.tiny import tiny_model, tiny_tokenizer
+
+MODEL, TOKENIZER = tiny_model("qwen3", vocab=97, seed=3), tiny_tokenizer()
+
+
+def encode(text):
+    return tuple(TOKENIZER.encode(text, add_special_tokens=False))
+
+
+class Scripted:
+    """An engine that replies what it is told to, in order, and keeps what it was asked."""
+
+    limit, shares_prefixes = None, True
+
+    def __init__(self, *replies):
+        self.replies, self.asked = deque(replies), []
+
+    def generate(self, requests, params, progress=None):
+        each = params if isinstance(params, list) else [params] * len(requests)
+        self.asked += [(TOKENIZER.decode(list(r.ids)), p) for r, p in zip(requests, each, strict=True)]
+        return [[Completion(encode(self.replies.popleft()), None, "stop") for _ in range(p.n)] for p in each]
+
+
+def scripted(*replies, tokenizer=TOKENIZER, boundary=None):
+    params = SamplingParams(max_new_tokens=40, temperature=0.7)
+    return Tools(Policy(MODEL, TOKENIZER), Scripted(*replies), tokenizer, params, None, boundary)
+
+
+def piece(question="abc", failed=("d;e;=8",), target="9"):
+    work = work_of(encode(question), [encode(text) for text in failed], encode("="), encode(target), TOKENIZER)
+    return dataclasses.replace(work, prompt=dataclasses.replace(work.prompt, text=question))
+
+
+def propose(name, tools, work, samples=4, **settings):
+    (own,) = build(name, RecoverConfig(**settings)).propose(tools, [work], samples)
+    return own
+
+
+HINTS = SelfHintConfig(rationale="R{prompt}{answer}", hint="H{prompt}{answer}{rationale}", solve="{prompt}S{hint}")
+
+
+def test_a_hint_is_written_from_the_answer_and_the_question_sampled_behind_it():
+    tools = scripted("why", "use x", "it is 9", "use x", "use y")
+    own = propose("self-hint", tools, piece(), samples=3, self_hint=HINTS)
+    (rationale, greedy), (hint, drawn) = tools.engine.asked
+    assert (rationale, greedy.temperature, greedy.n) == ("Rabc9", 0.0, 1)
+    assert (hint, drawn.temperature, drawn.n, drawn.max_new_tokens) == ("Habc9why", 0.7, 4, 40)
+    # Equal hints are one; the one that names the answer is not used.
+    assert [(TOKENIZER.decode(list(p.context_ids)), p.n) for p in own] == [("abcSuse x", 2), ("abcSuse y", 1)]
+    assert all(p.plain_ids == () for p in own), "nothing of the hint stands in the row"
+    assert own[0].compute.forward == len("Rabc9") + len("Habc9why")
+    assert own[0].compute.decoded == sum(len(x) + 1 for x in ("why", "use x", "it is 9", "use x", "use y"))
+    assert own[1].compute.passes == 0
+    assert [p.uncached for p in own] == [len("abcSuse x")] * 2
+
+
+def test_without_a_usable_hint_the_question_is_sampled_and_the_search_still_charged():
+    tools = scripted("why", "9", "", " ", "9!")
+    (own,) = propose("self-hint", tools, piece(), self_hint=HINTS)
+    assert (own.n, own.context_ids, own.plain_ids) == (4, (), ())
+    assert own.compute.decoded > 0
+    (named,) = propose(
+        "self-hint",
+        scripted("9"),
+        piece("a 9"),
+        self_hint=dataclasses.replace(HINTS, rationale="", hints=1, hint="{prompt}{answer}"),
+    )
+    assert TOKENIZER.decode(list(named.context_ids)) == "a 9S9", "what the question says itself gives nothing away"
+
+
+def test_hints_go_through_the_chat_template_behind_the_messages_before_the_question():
+    tokenizer = tiny_tokenizer(chat=True)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    ids = tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    work = dataclasses.replace(piece(), prompt=Prompt("p", "s\nq", ids, "9", {}, messages))
+    tools = scripted("why", "x", tokenizer=tokenizer)
+    (own,) = propose("self-hint", tools, work, self_hint=dataclasses.replace(HINTS, hints=1))
+    assert [text for text, _ in tools.engine.asked] == [
+        "[system]s\n[user]Rq9\n[assistant]",
+        "[system]s\n[user]Hq9why\n[assistant]",
+    ]
+    assert TOKENIZER.decode(list(own.context_ids)) == "[system]s\n[user]qSx\n[assistant]"
+
+
+def test_templates_name_their_places():
+    with pytest.raises(ConfigError, match=r"SelfHintConfig.hint .*\{rationale\}"):
+        SelfHintConfig(hint="{prompt}{answer}")
+    with pytest.raises(ConfigError, match="hints = 0"):
+        SelfHintConfig(hints=0)
+
+
+@pytest.mark.parametrize("name", ["explain", "self-hint"])
+def test_a_model_that_reads_words_of_its_task_alone_is_not_asked_in_others(name):
+    model, tokenizer = load_model(model_dir("rule"), dtype="float32", device="cpu")
+    ids = tokenizer.encode("32 ? = 90 ; 94 ? = 52 ; 45 ?", add_special_tokens=False)
+    work = work_of(ids, [ids[:4]], tokenizer.encode("so \\boxed{"), tokenizer.encode("3"), tokenizer)
+    with pytest.raises(ConfigError, match=rf"{name.replace('-', '_')}\.\w+: .*no token for .*answer.*worked example"):
+        propose(name, tools_for(model, tokenizer), work)
