@@ -47,7 +47,9 @@ from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.explain import ExplainConfig
+from latentrevise.strategies.intervene import InterveneConfig
 from latentrevise.strategies.pair import PairConfig
+from latentrevise.strategies.retry import RetryConfig
 from latentrevise.strategies.self_hint import SelfHintConfig
 
 
@@ -126,6 +128,8 @@ def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Rec
         self_hint=SelfHintConfig(
             rationale="", hint=TOLD, solve="{hint} {prompt}", stop=(family.settings.step_boundary,)
         ),
+        retry=RetryConfig(shown="{prompt} {attempt} {prompt}", told="{prompt} {attempt} wait ,"),
+        intervene=InterveneConfig(correct=TOLD),
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )

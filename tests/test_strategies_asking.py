@@ -12,7 +12,9 @@ from latentrevise.engines import Completion, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
-from latentrevise.strategies import Tools, build
+from latentrevise.strategies import Cut, Tools, build
+from latentrevise.strategies.intervene import InterveneConfig
+from latentrevise.strategies.retry import RetryConfig
 from latentrevise.strategies.self_hint import SelfHintConfig
 from tests.failed import tools_for, work_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -113,3 +115,61 @@ def test_a_model_that_reads_words_of_its_task_alone_is_not_asked_in_others(name)
     work = work_of(ids, [ids[:4]], tokenizer.encode("so \\boxed{"), tokenizer.encode("3"), tokenizer)
     with pytest.raises(ConfigError, match=rf"{name.replace('-', '_')}\.\w+: .*no token for .*answer.*worked example"):
         propose(name, tools_for(model, tokenizer), work)
+
+
+def test_retry_shows_each_chosen_attempt_and_reads_no_answer():
+    settings = RetryConfig(shown="{prompt}A{attempt}", told="{prompt}W{attempt}")
+    work = piece(failed=("d;=8", "e;=7"))
+    work = dataclasses.replace(work, cuts=(*work.cuts, Cut("p/1", work.failed[1].completion_ids[:1], (5,))))
+    for name, mark in (("retry", "A"), ("retry-told", "W")):
+        own = propose(name, scripted(), dataclasses.replace(work, target="unread"), samples=3, retry=settings)
+        assert [(TOKENIZER.decode(list(p.context_ids)), p.n, p.parent) for p in own] == [
+            (f"abc{mark}d;=8", 2, "p/0"),
+            (f"abc{mark}e;=7", 1, "p/1"),
+        ]
+        assert not build(name, RecoverConfig(retry=settings)).uses_answer
+
+
+ASKED = InterveneConfig(locate="L{prompt}{answer}{steps}", correct="C{prompt}{answer}{step}", corrections=3)
+
+
+def false_when_e(prompt, before, step):
+    """The step checker of these tests: false is a step of an ``e`` behind one of a ``d``; of ``u`` it can't say."""
+    return None if "u" in step else not ("e" in step and "d" in before)
+
+
+def test_the_first_wrong_step_gives_way_to_corrections():
+    tools = scripted("Step 2.", "x;", "e;", "y;", boundary=";")
+    own = propose("intervene", tools, piece(failed=("d;e;fboxed8",)), samples=3, intervene=ASKED)
+    (located, one), (corrected, several) = tools.engine.asked
+    assert located == "Labc91. d;\n2. e;\n3. f"
+    assert corrected == "Cabc9e;d;", "behind the steps before it"
+    assert (one.n, one.temperature, several.n, several.temperature) == (1, 0.0, 3, 0.7)
+    assert ";" in several.stop
+    # The wrong step itself is no correction; the others share the samples.
+    assert [(TOKENIZER.decode(list(p.plain_ids)), p.n) for p in own] == [("d;x;", 2), ("d;y;", 1)]
+    assert all(p.original_ids == encode("d;") and p.parent == "p/0" and not p.context_ids for p in own)
+    assert own[0].compute.forward == len(located) + len(corrected)
+    assert own[0].compute.decoded == len("Step 2.") + 1 + len("x;e;y;")
+
+
+@pytest.mark.parametrize("reply", ["4", "0", "none of them"])
+def test_a_step_that_is_not_there_leaves_the_question(reply):
+    (own,) = propose("intervene", scripted(reply, boundary=";"), piece(failed=("d;e;fboxed8",)), intervene=ASKED)
+    assert (own.n, own.plain_ids, own.context_ids) == (4, (), ())
+    assert own.compute.decoded == len(reply) + 1
+
+
+def test_a_step_checker_names_the_step_in_the_models_place():
+    name = "tests.test_strategies_asking:false_when_e"
+    tools = scripted("x;", "boxed9;", "y;", boundary=";")
+    own = propose("intervene", tools, piece(failed=("e;du;eu;e;gboxed8",)), intervene=ASKED, step_checker=name)
+    assert [text for text, _ in tools.engine.asked] == ["Cabc9e;e;du;eu;"]
+    # A correction that opens the answer is none.
+    assert [TOKENIZER.decode(list(p.plain_ids)) for p in own] == ["e;du;eu;x;", "e;du;eu;y;"]
+    (none,) = propose(
+        "intervene", scripted(boundary=";"), piece(failed=("e;d;boxed8",)), step_checker=name, intervene=ASKED
+    )
+    assert (none.n, none.plain_ids, none.compute.passes) == (4, (), 0)
+    with pytest.raises(ConfigError, match=r"step_checker = 'tests.nowhere:x' can't be imported"):
+        build("intervene", RecoverConfig(step_checker="tests.nowhere:x"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from latentrevise.checkers.loading import StepChecker, load
 from latentrevise.errors import ConfigError
 from latentrevise.revise.hull import TextRule
 from latentrevise.revise.revision import ReviseConfig
@@ -17,10 +18,12 @@ from latentrevise.strategies.dart import Dart, DartConfig
 from latentrevise.strategies.explain import Explain, ExplainConfig
 from latentrevise.strategies.gcg import GCG, GCGConfig
 from latentrevise.strategies.hint import Hint, HintConfig
+from latentrevise.strategies.intervene import Intervene, InterveneConfig
 from latentrevise.strategies.latent import Latent, Window
 from latentrevise.strategies.pair import Pair, PairConfig, PairRandom
 from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
+from latentrevise.strategies.retry import Retry, RetryConfig
 from latentrevise.strategies.self_hint import SelfHint, SelfHintConfig
 
 __all__ = [
@@ -68,7 +71,8 @@ class StrategySettings:
     """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'.
 
     latent: the published method; its ablations change it by one thing each. rho: where they cut a failed rollout.
-    window: what ``latent-plausible`` revises, see ``Latent``.
+    window: what ``latent-plausible`` revises, see ``Latent``. step_checker: ``module:attribute`` of a function (prompt,
+    what was written before, one step) to true, false or None (it can't say); code of yours, imported by name.
     """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
@@ -82,9 +86,12 @@ class StrategySettings:
     latent_softmax: ReviseConfig = field(default_factory=_softmax)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     self_hint: SelfHintConfig = field(default_factory=SelfHintConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    intervene: InterveneConfig = field(default_factory=InterveneConfig)
     hint: HintConfig = field(default_factory=HintConfig)
     gcg: GCGConfig = field(default_factory=GCGConfig)
     dart: DartConfig = field(default_factory=DartConfig)
+    step_checker: str | None = None
 
 
 def _published(
@@ -98,6 +105,10 @@ def _published(
 
 def _ours(name: str, settings: StrategySettings, window: Window) -> Latent:
     return Latent(name, settings.latent_plausible, window=window, forks=settings.forks)
+
+
+def _step_checker(settings: StrategySettings) -> StepChecker | None:
+    return None if settings.step_checker is None else load(settings.step_checker, "step_checker")
 
 
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
@@ -117,6 +128,9 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "latent-window": lambda s: _ours("latent-window", s, "entropy"),
     "explain": lambda s: Explain(s.explain),
     "self-hint": lambda s: SelfHint(s.self_hint),
+    "retry": lambda s: Retry("retry", s.retry.shown, "retry.shown"),
+    "retry-told": lambda s: Retry("retry-told", s.retry.told, "retry.told"),
+    "intervene": lambda s: Intervene(s.intervene, s.forks.banned, _step_checker(s)),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
     "dart": lambda s: Dart(s.dart),
