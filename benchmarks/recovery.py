@@ -46,6 +46,7 @@ from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
+from latentrevise.strategies.evocot import EvoCoTConfig
 from latentrevise.strategies.explain import ExplainConfig
 from latentrevise.strategies.intervene import InterveneConfig
 from latentrevise.strategies.pair import PairConfig
@@ -130,6 +131,7 @@ def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Rec
         ),
         retry=RetryConfig(shown="{prompt} {attempt} {prompt}", told="{prompt} {attempt} wait ,"),
         intervene=InterveneConfig(correct=TOLD),
+        evocot=EvoCoTConfig(template=TOLD),
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )

@@ -13,6 +13,7 @@ from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
 from latentrevise.strategies import Cut, Tools, build
+from latentrevise.strategies.evocot import EvoCoTConfig, stages
 from latentrevise.strategies.intervene import InterveneConfig
 from latentrevise.strategies.retry import RetryConfig
 from latentrevise.strategies.self_hint import SelfHintConfig
@@ -173,3 +174,24 @@ def test_a_step_checker_names_the_step_in_the_models_place():
     assert (none.n, none.plain_ids, none.compute.passes) == (4, (), 0)
     with pytest.raises(ConfigError, match=r"step_checker = 'tests.nowhere:x' can't be imported"):
         build("intervene", RecoverConfig(step_checker="tests.nowhere:x"))
+
+
+def test_rationales_lose_their_steps_from_the_end_the_longest_first():
+    config = EvoCoTConfig(template="E{prompt}{answer}", rationales=3, stages=2)
+    tools = scripted("a;b;c;d;boxed9", "a;x;boxed9", "a;y;boxed8", boundary=";")
+    own = propose("evocot", tools, piece(), evocot=config)
+    assert [(text, p.n, p.temperature) for text, p in tools.engine.asked] == [("Eabc9", 3, 0.7)]
+    # The second's only start is the first's shortest; the third comes to another answer.
+    assert [(TOKENIZER.decode(list(p.plain_ids)), p.n, p.uncached) for p in own] == [("a;", 2, 2), ("a;b;c;", 2, 6)][
+        ::-1
+    ]
+    assert own[0].compute.passes == len("Eabc9") + len("a;b;c;d;boxed9a;x;boxed9a;y;boxed8") + 3
+    (none,) = propose("evocot", scripted("b", "c", "boxed9", boundary=";"), piece(), evocot=config)
+    assert (none.n, none.plain_ids) == (4, ())
+
+
+@pytest.mark.parametrize(
+    ("steps", "most", "kept"), [(0, 4, []), (1, 4, []), (2, 4, [1]), (3, 4, [2, 1]), (9, 1, [8]), (9, 3, [8, 4, 1])]
+)
+def test_stages_go_from_all_steps_but_one_down_to_one(steps, most, kept):
+    assert stages(steps, most) == kept

@@ -15,6 +15,7 @@ from latentrevise.strategies.beam import Beam
 from latentrevise.strategies.branching import Branching
 from latentrevise.strategies.candidates import ForkConfig
 from latentrevise.strategies.dart import Dart, DartConfig
+from latentrevise.strategies.evocot import EvoCoT, EvoCoTConfig
 from latentrevise.strategies.explain import Explain, ExplainConfig
 from latentrevise.strategies.gcg import GCG, GCGConfig
 from latentrevise.strategies.hint import Hint, HintConfig
@@ -88,6 +89,7 @@ class StrategySettings:
     self_hint: SelfHintConfig = field(default_factory=SelfHintConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     intervene: InterveneConfig = field(default_factory=InterveneConfig)
+    evocot: EvoCoTConfig = field(default_factory=EvoCoTConfig)
     hint: HintConfig = field(default_factory=HintConfig)
     gcg: GCGConfig = field(default_factory=GCGConfig)
     dart: DartConfig = field(default_factory=DartConfig)
@@ -131,6 +133,7 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "retry": lambda s: Retry("retry", s.retry.shown, "retry.shown"),
     "retry-told": lambda s: Retry("retry-told", s.retry.told, "retry.told"),
     "intervene": lambda s: Intervene(s.intervene, s.forks.banned, _step_checker(s)),
+    "evocot": lambda s: EvoCoT(s.evocot, s.forks.banned),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
     "dart": lambda s: Dart(s.dart),
