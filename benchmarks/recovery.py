@@ -132,6 +132,7 @@ def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Rec
         retry=RetryConfig(shown="{prompt} {attempt} {prompt}", told="{prompt} {attempt} wait ,"),
         intervene=InterveneConfig(correct=TOLD),
         evocot=EvoCoTConfig(template=TOLD),
+        step_checker="benchmarks.step_checkers:check_step",
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )

@@ -17,6 +17,7 @@ from latentrevise.strategies.evocot import EvoCoTConfig, stages
 from latentrevise.strategies.intervene import InterveneConfig
 from latentrevise.strategies.retry import RetryConfig
 from latentrevise.strategies.self_hint import SelfHintConfig
+from latentrevise.strategies.step_checked import StepCheckedConfig
 from tests.failed import tools_for, work_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -195,3 +196,32 @@ def test_rationales_lose_their_steps_from_the_end_the_longest_first():
 )
 def test_stages_go_from_all_steps_but_one_down_to_one(steps, most, kept):
     assert stages(steps, most) == kept
+
+
+def test_a_false_step_is_sampled_again_and_a_rollout_without_one_that_holds_given_up():
+    name = "tests.test_strategies_asking:false_when_e"
+    # Two rollouts, in rounds: the first takes d, then e (false) twice and is given up; the second goes on.
+    tools = scripted("d;", "a;", "e;", "du;", "e;", "eu;", "c", boundary=";")
+    tools = dataclasses.replace(tools, sampling=dataclasses.replace(tools.sampling, n=1))
+    own = propose("step-checked", tools, piece(), samples=2, step_checker=name, step_checked=StepCheckedConfig(tries=2))
+    asked = [text for text, _ in tools.engine.asked]
+    assert asked == ["abc", "abc", "abcd;", "abca;", "abcd;", "abca;du;", "abca;du;eu;"]
+    assert all(";" in params.stop and params.temperature == 0.7 for _, params in tools.engine.asked)
+    (start,) = own
+    assert (TOKENIZER.decode(list(start.plain_ids)), start.n, start.uncached) == ("a;du;eu;c", 2, 0)
+    # All that was decoded, the steps turned away too, and the end of the last; nothing was run otherwise.
+    assert (start.compute.forward, start.compute.decoded) == (0, len("d;a;e;du;e;eu;c") + 1)
+
+
+def test_rollouts_stop_where_the_answer_opens_or_no_room_is_left():
+    name = "tests.test_strategies_asking:false_when_e"
+    tools = scripted("a;", "boxed9;", boundary=";")
+    (start,) = propose("step-checked", tools, piece(), samples=1, step_checker=name)
+    assert TOKENIZER.decode(list(start.plain_ids)) == "a;"
+    long = scripted(*["a" * 18 + ";"] * 9, boundary=";")
+    (start,) = propose("step-checked", long, piece(), samples=1, step_checker=name)
+    assert len(start.plain_ids) == 2 * 19 + 19, (
+        "of 40 tokens that a rollout may have, the step that reaches them is the last"
+    )
+    with pytest.raises(ConfigError, match=r"step-checked needs a step_checker.*leave the strategy out"):
+        build("step-checked", RecoverConfig())

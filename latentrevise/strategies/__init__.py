@@ -26,6 +26,7 @@ from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
 from latentrevise.strategies.retry import Retry, RetryConfig
 from latentrevise.strategies.self_hint import SelfHint, SelfHintConfig
+from latentrevise.strategies.step_checked import StepChecked, StepCheckedConfig
 
 __all__ = [
     "Choice",
@@ -93,6 +94,7 @@ class StrategySettings:
     hint: HintConfig = field(default_factory=HintConfig)
     gcg: GCGConfig = field(default_factory=GCGConfig)
     dart: DartConfig = field(default_factory=DartConfig)
+    step_checked: StepCheckedConfig = field(default_factory=StepCheckedConfig)
     step_checker: str | None = None
 
 
@@ -111,6 +113,16 @@ def _ours(name: str, settings: StrategySettings, window: Window) -> Latent:
 
 def _step_checker(settings: StrategySettings) -> StepChecker | None:
     return None if settings.step_checker is None else load(settings.step_checker, "step_checker")
+
+
+def _step_checked(settings: StrategySettings) -> StepChecked:
+    check = _step_checker(settings)
+    if check is None:
+        raise ConfigError(
+            "strategy step-checked needs a step_checker, such as latentrevise.checkers.arithmetic:check_step for word"
+            " problems; name one, or leave the strategy out"
+        )
+    return StepChecked(settings.step_checked, settings.forks.banned, check)
 
 
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
@@ -136,12 +148,14 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "evocot": lambda s: EvoCoT(s.evocot, s.forks.banned),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
+    "step-checked": _step_checked,
     "dart": lambda s: Dart(s.dart),
     "pivot": lambda s: Pivot("pivot", s.forks, s.pivot),
     "pivot-trie": lambda s: Pivot("pivot-trie", s.forks, s.pivot_trie),
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
+    "resample-new": lambda s: Branching("resample-new", s.forks, "draw"),
     "pivot-pair": lambda s: Pair("pivot-pair", s.forks, s.pair),
     "pivot-pair-linear": lambda s: Pair("pivot-pair-linear", s.forks, replace(s.pair, exhaustive=0)),
     "pivot-beam": lambda s: Beam("pivot-beam", s.forks, s.pair),
