@@ -46,8 +46,12 @@ from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
+from latentrevise.strategies.evocot import EvoCoTConfig
 from latentrevise.strategies.explain import ExplainConfig
+from latentrevise.strategies.intervene import InterveneConfig
 from latentrevise.strategies.pair import PairConfig
+from latentrevise.strategies.retry import RetryConfig
+from latentrevise.strategies.self_hint import SelfHintConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ PLANS = {
     ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
 }
+
+
+TOLD = "{prompt} = {answer} ; {prompt}"
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,15 @@ def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Rec
         demo_config(family, unit.seed),
         strategies=strategies,
         label=unit.name,
-        # The models read words of their task alone, so they are asked for an explanation by a worked example's form.
-        explain=ExplainConfig(template="{prompt} = {answer} ; {prompt}"),
+        # The models read words of their task alone, so they are asked by a worked example's form.
+        explain=ExplainConfig(template=TOLD),
+        self_hint=SelfHintConfig(
+            rationale="", hint=TOLD, solve="{hint} {prompt}", stop=(family.settings.step_boundary,)
+        ),
+        retry=RetryConfig(shown="{prompt} {attempt} {prompt}", told="{prompt} {attempt} wait ,"),
+        intervene=InterveneConfig(correct=TOLD),
+        evocot=EvoCoTConfig(template=TOLD),
+        step_checker="benchmarks.step_checkers:check_step",
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )

@@ -10,12 +10,14 @@ from latentrevise.data.exports import (
     export_run,
     message_rows,
     preference_rows,
+    prefix_rows,
     rl_rows,
     sft_rows,
     verl_rl_rows,
 )
 from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json, write_records
 from latentrevise.errors import ConfigError, InputError, ModelError, RunError
+from latentrevise.verify.patterns import AnswerPattern
 from tests.tiny import BOS, EOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -167,6 +169,24 @@ def test_rl_has_one_row_a_prompt_with_the_gold_under_both_names():
     assert rows[0]["answer"] == rows[0]["label"] == "6"
 
 
+def test_prefix_starts_shrink_from_stage_to_stage_and_never_hold_the_answer():
+    steps = trajectory(plain_prefix_ids=encode("ab;"), completion_ids=encode("cd;ef;\\boxed{6}"))
+    other = trajectory(1, plain_prefix_ids=(), completion_ids=encode("x\\boxed{6}"))
+    again = trajectory(sample_id="p0/latent/1")
+    rows = prefix_rows([steps, again, other], TOKENIZER, ";", AnswerPattern())
+    kept = [(r["prompt_id"], r["stage"], r["prompt"].removeprefix("<bos>[user]2 * 3 = ?")) for r in rows]
+    # Of 9 tokens before the box 6.75, 4.5 and 2.25, each to the nearest step; without steps, the nearest token.
+    assert kept == [
+        *(("p0", 0, "ab;cd;"), ("p1", 0, "x")),
+        *(("p0", 1, "ab;"), ("p1", 1, "")),
+        ("p0", 3, ""),
+    ]
+    for row, ids in zip(rows, ("ab;cd;", "x", "ab;", "", ""), strict=True):
+        assert row["prompt_ids"] == [*steps.prompt_ids, *encode(ids)]
+        assert row["kept"] == len(ids)
+        assert row["answer"] == "6"
+
+
 # A run
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -174,6 +194,7 @@ COLUMNS = {
     "trl-sft": {"prompt", "completion", "input_ids", "completion_mask"},
     "trl-pref": {"prompt", "chosen", "rejected", "rejected_sample_id"},
     "trl-step-pref": {"prompt", "chosen", "rejected", "rejected_sample_id", "shared_tokens"},
+    "prefix-rl": {"prompt", "answer", "prompt_ids", "kept", "stage"},
     "messages": {"messages"},
     "verl-sft": {"messages"},
 }
@@ -195,7 +216,7 @@ def run(tmp_path):
 def test_every_format_has_its_columns(run, tmp_path):
     for name in FORMATS:
         out = tmp_path / f"{name}.parquet"
-        assert export_run(run, name, out) == 3
+        assert export_run(run, name, out) == (12 if name == "prefix-rl" else 3)  # four starts of each
         columns = set(pq.read_schema(out).names)
         if name == "trl-groups":
             columns -= {"prompt", "answer", "prompt_id", "prompt_ids"}

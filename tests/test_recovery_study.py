@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks import harness, iterates, recovery, recovery_tables, training
 from benchmarks.__main__ import folder, main
+from benchmarks.step_checkers import check_step
 from latentrevise.data.records import Verdict, write_json, write_records
-from latentrevise.demo import get_family
+from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.guards import wilson
@@ -206,3 +207,25 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
     assert again["families"] == first["families"]
     assert list(first["commits"].values()) == [1]
     assert harness.NOT_RECORDED not in first["commits"]
+
+
+@pytest.mark.parametrize("name", ["rule", "chain", "pair"])
+def test_the_studys_step_checker_holds_with_every_straight_derivation(name):
+    """And not with one in which a number, or what is concluded, is another."""
+    family = get_family(name)
+    for row in make_prompts(family, 8, split="develop", seed=3):
+        words = family.solution(family.parse(row["prompt"]))
+        steps = " ".join(words[: words.index("\\boxed{") - 1]).split(" ;")[:-1]
+        texts = [(" ;".join(steps[:i]) + " ;" * (i > 0), f"{step} ;") for i, step in enumerate(steps)]
+        verdicts = [check_step(row["prompt"], *text) for text in texts]
+        assert False not in verdicts
+        assert verdicts.count(True) >= len(verdicts) / 2
+        before, step = next(text for text in texts if "=" in text[1])
+        *head, result, end = step.split()
+        assert (
+            check_step(row["prompt"], before, " ".join([*head, str((int(result) + 1) % family.modulus), end])) is False
+        )
+    if name != "chain":
+        conclusion = next(step for step in steps if step.split()[0] == "so")
+        assert check_step(row["prompt"], "", f"{conclusion} ;") is False
+        assert check_step(row["prompt"], "", "wait , check A ;") is None

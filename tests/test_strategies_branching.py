@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections import Counter
 
 import pytest
 
@@ -13,7 +15,7 @@ from latentrevise.model.loading import load_model
 from latentrevise.report.runs import FinishedRun
 from latentrevise.strategies import ForkConfig
 from latentrevise.strategies.branching import Branching
-from latentrevise.strategies.candidates import Reader, find_forks
+from latentrevise.strategies.candidates import Fork, Reader, find_forks
 from tests.failed import tools_for, zero_hit
 
 
@@ -45,6 +47,29 @@ def test_the_first_forks_are_continued_greedily(rule, order):
         # One pass over each distinct rollout, without the answer part and the token that is only predicted.
         assert own[0].compute == found.compute
         assert 0 < found.compute.forward < sum(len(r.completion_ids) for r in item.failed)
+
+
+def test_new_samples_leave_the_known_rollouts_by_forks_of_their_own(rule):
+    tools, work = rule
+    strategy = Branching("resample-new", ForkConfig(), "draw")
+    for item, own in zip(work, strategy.propose(tools, work, 8), strict=True):
+        assert [(p.n, p.greedy) for p in own] == [(1, False)] * 8
+        tried = {r.completion_ids[:n] for r in item.failed for n in range(len(r.completion_ids) + 1)}
+        assert len({p.plain_ids for p in own} - tried) == 8
+    again = [[p.plain_ids for p in own] for own in strategy.propose(tools, work[::-1], 8)][::-1]
+    assert again == [[p.plain_ids for p in own] for own in strategy.propose(tools, work, 8)]
+
+
+def test_forks_are_drawn_in_proportion_to_their_mass_and_none_twice(rule):
+    _, work = rule
+    strategy = Branching("resample-new", ForkConfig(), "draw")
+    shares = [0.5, 0.3, 0.2]
+    forks = [Fork(work[0].failed[0], 0, token, 0.0, 0.0, math.log(0.1 * share)) for token, share in enumerate(shares)]
+    orders = Counter(tuple(f.token for f in strategy._ranked(forks, seed)) for seed in range(4000))
+    for order, count in orders.items():
+        a, b, _ = (shares[i] for i in order)
+        assert count / 4000 == pytest.approx(a * b / (1 - a), abs=0.03), order  # some 4 standard errors
+    assert len(orders) == 6
 
 
 def test_identical_rollouts_are_one_and_all_samples_are_spent(rule):

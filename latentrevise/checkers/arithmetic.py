@@ -13,6 +13,7 @@ sums and products swapped.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -134,6 +135,36 @@ def _check(prompt: str, derivation: str, answer: str, needed: Iterable[Equation]
     else:
         reason = None
     return ArithmeticDerivation(reason is None, steps, reason)
+
+
+def check_step(question: str, before: str, step: str) -> bool | None:
+    """Whether a step holds, by the question and what was written before: ``step_checker:
+    latentrevise.checkers.arithmetic:check_step``.
+
+    It holds when all its equations are true and all their operands are in the question, results before, or such
+    constants as above; None where it has no equation. It reads no answer.
+    """
+    earlier, found = equations(before), equations(step)
+    if not found:
+        return None
+    founded = _founded(question, [*earlier, *found])[len(earlier) :]
+    return all(equation.ok for equation in found) and all(founded)
+
+
+def check_step_once(question: str, before: str, step: str) -> bool | None:
+    """As ``check_step``, and no number of the question is an operand more often than the question writes it.
+
+    For problems that use each fact once; a number that is a result as well, or a constant, may stand anywhere.
+    """
+    holds = check_step(question, before, step)
+    if holds is not True:
+        return holds
+    earlier, found = equations(before), equations(step)
+    given = Counter(Fraction(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", plain(question)))
+    results = {equation.result for equation in [*earlier, *found]} | _ALWAYS
+    used = Counter(operand for equation in [*earlier, *found] for operand in equation.operands)
+    new = {operand for equation in found for operand in equation.operands}
+    return all(used[number] <= given[number] for number in new if number in given and number not in results)
 
 
 def value_of(answer: str) -> Fraction | None:

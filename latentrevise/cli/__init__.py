@@ -125,7 +125,10 @@ def audit(
 def export(
     run: Annotated[Path, place("A finished run directory.")],
     to: Annotated[
-        str, typer.Option(help="trl-sft, trl-pref, trl-step-pref, trl-groups, messages, verl-sft, verl-rl or rl.")
+        str,
+        typer.Option(
+            help="trl-sft, trl-pref, trl-step-pref, trl-groups, messages, verl-sft, verl-rl, prefix-rl or rl."
+        ),
     ],
     out: Annotated[Path, place("File to write: .jsonl or .parquet.")],
     model: Annotated[

@@ -7,6 +7,7 @@
     messages   messages                                         chat fine-tuning, most tools
     verl-sft   messages                                         verl's SFT data set, parquet
     verl-rl    data_source, prompt, ability, reward_model, extra_info      verl's RL data set, parquet, one row a prompt
+    prefix-rl  prompt, answer, prompt_ids, kept, stage          RL from prefixes of the trajectory, the longest first
     rl         prompt, answer, label, metadata                  TRL GRPOTrainer, slime, OpenRLHF; one row a prompt
 
 prime-rl, slime and OpenRLHF fine-tune on ``messages``; OpenRLHF's DPO reads the columns of ``trl-pref``.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,7 @@ from latentrevise.data.records import (
     write_table,
 )
 from latentrevise.errors import ConfigError, InputError, ModelError
+from latentrevise.verify.patterns import BOXED, AnswerPattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,7 +273,40 @@ def rl_rows(trajectories: Iterable[Trajectory], conversations: Conversations) ->
     ]
 
 
-FORMATS = ("trl-sft", "trl-pref", "trl-step-pref", "trl-groups", "messages", "verl-sft", "verl-rl", "rl")
+_KEPT = (0.75, 0.5, 0.25, 0.0)  # of a trajectory's reasoning, stage by stage; our own decision
+
+
+def prefix_rows(
+    trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase, boundary: str | None, pattern: AnswerPattern
+) -> list[Row]:
+    """Starts for RL from a recovered prompt's first trajectory, as prompts that end within it: all prompts' longest
+    ones, then shorter ones, then the prompts alone.
+
+    On-policy RL behind prefixes of a solution that the policy found (PrefixRL, arXiv 2601.18795), as a curriculum that
+    drops steps from the end (EvoCoT, arXiv 2508.07809): read the rows in order, or by ``stage``. ``prompt_ids`` end
+    with ``kept`` tokens of the trajectory, cut behind the nearest token with the text ``boundary`` and before the
+    answer; a prompt's equal starts are one.
+    """
+    places = {}
+    for t in _one_a_prompt(trajectories):
+        ids = (*t.plain_prefix_ids, *t.completion_ids)
+        answer = pattern.find(decoded(tokenizer, ids))
+        before = len(ids)
+        if answer is not None:
+            before = bisect_right(range(len(ids)), answer.start, key=lambda n, i=ids: len(decoded(tokenizer, i[:n])))  # type: ignore[misc]
+        ends = [n for n in range(1, before) if boundary and boundary in tokenizer.decode([ids[n - 1]])]
+        places[t.prompt_id] = t, ids, before - 1, [0, *ends] if ends else range(before)
+    rows: dict[tuple[str, int], Row] = {}
+    for stage, share in enumerate(_KEPT):
+        for t, ids, most, cuts in places.values():
+            kept = min(cuts, key=lambda end, aim=share * most: (abs(end - aim), end)) if share else 0  # type: ignore[misc]
+            start = (*t.prompt_ids, *ids[:kept])
+            row = {"prompt": _prompt_text(start, tokenizer), "answer": t.answer, "prompt_ids": list(start)}
+            rows.setdefault((t.prompt_id, kept), {**row, "kept": kept, "stage": stage, **_origin(t)})
+    return list(rows.values())
+
+
+FORMATS = ("trl-sft", "trl-pref", "trl-step-pref", "trl-groups", "messages", "verl-sft", "verl-rl", "prefix-rl", "rl")
 
 
 def export_run(
@@ -296,6 +332,7 @@ def export_run(
     if not (run / "trajectories.parquet").is_file():
         raise InputError(f"{run}: no trajectories.parquet in it; give the directory of a finished run")
     header = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    settings = header["config"]
     found = read_records(run / "trajectories.parquet", Trajectory)
     chosen = [t for t in found if strategy in (None, t.strategy) and (t.valid is True or not valid_only)]
     if not chosen:
@@ -306,8 +343,9 @@ def export_run(
         )
     tokenizer = tokenizer or _tokenizer(header["model"]["path"])
     conversations = {p.id: p.conversation for p in read_records(run / "prompts.parquet", Prompt)}
+    pattern = AnswerPattern(settings.get("answer_pattern", BOXED))
     makers: dict[str, Callable[[], list[Row]]] = {
-        "trl-sft": lambda: sft_rows(chosen, tokenizer, header["config"].get("stop", ())),
+        "trl-sft": lambda: sft_rows(chosen, tokenizer, settings.get("stop", ())),
         "trl-pref": lambda: preference_rows(chosen, read_records(run / "rollouts", Rollout), tokenizer),
         "trl-step-pref": lambda: step_preference_rows(chosen, _failed_branches(run), tokenizer),
         "trl-groups": lambda: group_rows(
@@ -315,11 +353,12 @@ def export_run(
             read_records(run / "rollouts", Rollout),
             read_records(run / "prompts.parquet", Prompt),
             tokenizer,
-            header["config"].get("stop", ()),
+            settings.get("stop", ()),
         ),
         "messages": lambda: message_rows(chosen, conversations, tokenizer),
         "verl-sft": lambda: message_rows(chosen, conversations, tokenizer),
         "verl-rl": lambda: verl_rl_rows(chosen, conversations, tokenizer),
+        "prefix-rl": lambda: prefix_rows(chosen, tokenizer, settings.get("prefix_boundary"), pattern),
         "rl": lambda: rl_rows(chosen, conversations),
     }
     rows = makers[to]()

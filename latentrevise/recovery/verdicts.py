@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from latentrevise.checkers.loading import Checker, Derivation, load
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.engines import Completion, Request, SamplingParams
-from latentrevise.errors import ConfigError
 from latentrevise.model.branches import completion_logprobs
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.guards import Candidate, guard, signals
@@ -26,16 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Completion]]]
-
-
-class Derivation(Protocol):
-    """What a checker returns: whether the derivation holds, and its steps, each with ``text`` and ``ok``."""
-
-    valid: bool
-    steps: Sequence[Any]
-
-
-Checker = Callable[[str, str, str, str], Derivation]  # (prompt, prefix, continuation, answer)
 
 
 class Judge:
@@ -98,7 +87,7 @@ class Judge:
                     ),
                     plain_logprobs=plain_of[i],
                     aimed=strategy.uses_answer,
-                    told=bool(start.context_ids),
+                    told=strategy.uses_answer and bool(start.context_ids),
                     agreement=agreement_of[i],
                     text_nll=text_of.get(start.start_id),
                 )
@@ -195,18 +184,5 @@ def warn_of_missing_answers(rollouts: Sequence[Rollout], pattern: AnswerPattern)
 
 
 def load_checker(name: str | None) -> Checker | None:
-    """What ``module:attribute`` names, imported; None for None. Raises ConfigError if it cannot be imported."""
-    if name is None:
-        return None
-    module, colon, attribute = name.partition(":")
-    try:
-        if not colon:
-            raise AttributeError("no colon in it")
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"checker = {name!r} can't be imported ({error}); write it as package.module:function"
-        ) from error
-    return found
+    """The checker that the setting names; None for None. Raises ConfigError if it cannot be imported."""
+    return None if name is None else load(name, "checker")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from latentrevise.checkers.loading import StepChecker, load
 from latentrevise.errors import ConfigError
 from latentrevise.revise.hull import TextRule
 from latentrevise.revise.revision import ReviseConfig
@@ -14,13 +15,18 @@ from latentrevise.strategies.beam import Beam
 from latentrevise.strategies.branching import Branching
 from latentrevise.strategies.candidates import ForkConfig
 from latentrevise.strategies.dart import Dart, DartConfig
+from latentrevise.strategies.evocot import EvoCoT, EvoCoTConfig
 from latentrevise.strategies.explain import Explain, ExplainConfig
 from latentrevise.strategies.gcg import GCG, GCGConfig
 from latentrevise.strategies.hint import Hint, HintConfig
+from latentrevise.strategies.intervene import Intervene, InterveneConfig
 from latentrevise.strategies.latent import Latent, Window
 from latentrevise.strategies.pair import Pair, PairConfig, PairRandom
 from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
 from latentrevise.strategies.resample import Resample, ResamplePrefix
+from latentrevise.strategies.retry import Retry, RetryConfig
+from latentrevise.strategies.self_hint import SelfHint, SelfHintConfig
+from latentrevise.strategies.step_checked import StepChecked, StepCheckedConfig
 
 __all__ = [
     "Choice",
@@ -67,7 +73,8 @@ class StrategySettings:
     """The settings of every strategy that has any; each field is one strategy's, or one family of strategies'.
 
     latent: the published method; its ablations change it by one thing each. rho: where they cut a failed rollout.
-    window: what ``latent-plausible`` revises, see ``Latent``.
+    window: what ``latent-plausible`` revises, see ``Latent``. step_checker: ``module:attribute`` of a function (prompt,
+    what was written before, one step) to true, false or None (it can't say); code of yours, imported by name.
     """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
@@ -80,9 +87,15 @@ class StrategySettings:
     pair: PairConfig = field(default_factory=PairConfig)
     latent_softmax: ReviseConfig = field(default_factory=_softmax)
     explain: ExplainConfig = field(default_factory=ExplainConfig)
+    self_hint: SelfHintConfig = field(default_factory=SelfHintConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    intervene: InterveneConfig = field(default_factory=InterveneConfig)
+    evocot: EvoCoTConfig = field(default_factory=EvoCoTConfig)
     hint: HintConfig = field(default_factory=HintConfig)
     gcg: GCGConfig = field(default_factory=GCGConfig)
     dart: DartConfig = field(default_factory=DartConfig)
+    step_checked: StepCheckedConfig = field(default_factory=StepCheckedConfig)
+    step_checker: str | None = None
 
 
 def _published(
@@ -96,6 +109,20 @@ def _published(
 
 def _ours(name: str, settings: StrategySettings, window: Window) -> Latent:
     return Latent(name, settings.latent_plausible, window=window, forks=settings.forks)
+
+
+def _step_checker(settings: StrategySettings) -> StepChecker | None:
+    return None if settings.step_checker is None else load(settings.step_checker, "step_checker")
+
+
+def _step_checked(settings: StrategySettings) -> StepChecked:
+    check = _step_checker(settings)
+    if check is None:
+        raise ConfigError(
+            "strategy step-checked needs a step_checker, such as latentrevise.checkers.arithmetic:check_step for word"
+            " problems; name one, or leave the strategy out"
+        )
+    return StepChecked(settings.step_checked, settings.forks.banned, check)
 
 
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
@@ -114,14 +141,21 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "latent-plausible": lambda s: _ours("latent-plausible", s, s.window),
     "latent-window": lambda s: _ours("latent-window", s, "entropy"),
     "explain": lambda s: Explain(s.explain),
+    "self-hint": lambda s: SelfHint(s.self_hint),
+    "retry": lambda s: Retry("retry", s.retry.shown, "retry.shown"),
+    "retry-told": lambda s: Retry("retry-told", s.retry.told, "retry.told"),
+    "intervene": lambda s: Intervene(s.intervene, s.forks.banned, _step_checker(s)),
+    "evocot": lambda s: EvoCoT(s.evocot, s.forks.banned),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
+    "step-checked": _step_checked,
     "dart": lambda s: Dart(s.dart),
     "pivot": lambda s: Pivot("pivot", s.forks, s.pivot),
     "pivot-trie": lambda s: Pivot("pivot-trie", s.forks, s.pivot_trie),
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
+    "resample-new": lambda s: Branching("resample-new", s.forks, "draw"),
     "pivot-pair": lambda s: Pair("pivot-pair", s.forks, s.pair),
     "pivot-pair-linear": lambda s: Pair("pivot-pair-linear", s.forks, replace(s.pair, exhaustive=0)),
     "pivot-beam": lambda s: Beam("pivot-beam", s.forks, s.pair),

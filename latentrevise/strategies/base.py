@@ -117,7 +117,8 @@ class Proposal:
     """Sample ``n`` continuations of the prompt and this prefix.
 
     plain_ids: the prefix as tokens (empty: from the prompt itself). mixture: what it was before rounding; it is what
-    is fed when ``latent``. kept: of a mixture's positions, the first ones that are the rollout's own tokens. parent and
+    is fed when ``latent``. kept: the prefix's first positions that need no pass: of a mixture those that are the
+    rollout's own tokens, of tokens those that were decoded behind the prompt to find the proposal. parent and
     original_ids: the rollout that was revised, and its own prefix. greedy: continue with the most probable token, so
     ``n`` is 1. context_ids: fed in place of the prompt, for a sample that is to be
     drawn with more knowledge than the policy will have; it is judged and trained behind the prompt all the same.
@@ -144,7 +145,7 @@ class Proposal:
         context's, and whatever stands behind it."""
         if self.latent or self.context_ids:
             return len(self.context_ids) + len(self.plain_ids) - self.kept
-        return len(self.plain_ids) - shared_head(self.plain_ids, self.original_ids)
+        return len(self.plain_ids) - max(self.kept, shared_head(self.plain_ids, self.original_ids))
 
 
 class Strategy(Protocol):

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from latentrevise.errors import ConfigError
+from latentrevise.strategies.asking import ask, check_places
 from latentrevise.strategies.base import Proposal, Tools, Work
-from latentrevise.verify.patterns import way_of_answering
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class ExplainConfig:
     )
 
     def __post_init__(self) -> None:
-        for place in ("{prompt}", "{answer}"):
-            if place not in self.template:
-                raise ConfigError(f"ExplainConfig.template = {self.template!r}: put {place} where it belongs")
+        check_places(self, "template", "prompt", "answer")
 
 
 @dataclass(frozen=True)
@@ -45,21 +41,6 @@ class Explain:
     backend: str = "none"
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
-        return [[Proposal(n=samples, context_ids=self._context(tools, item, item.target))] for item in work]
-
-    def _context(self, tools: Tools, item: Work, answer: str) -> tuple[int, ...]:
-        tokenizer, prompt = tools.tokenizer, item.prompt
-        form = way_of_answering(str(tokenizer.decode(list(item.template_ids))))
-        # Split first: a question that holds "{answer}" itself stays as it is.
-        template = self.config.template.replace("{form}", form)
-        around = [part.replace("{answer}", answer) for part in template.split("{prompt}")]
-        *before, last = prompt.conversation
-        text = last["content"].join(around)
-        if not prompt.messages and prompt.ids == tuple(tokenizer.encode(prompt.text)):
-            return tuple(tokenizer.encode(text))
-        # The question went through the chat template, so what is asked instead does, behind the same messages.
-        messages = [*before, {**last, "content": text}]
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, **tools.chat_template_kwargs
-        )
-        return tuple(encoded["input_ids"])
+        template = self.config.template
+        asked = [ask(tools, item, "explain.template", template, answer=item.target) for item in work]
+        return [[Proposal(n=samples, context_ids=context)] for context in asked]

@@ -6,7 +6,14 @@ from fractions import Fraction
 
 import pytest
 
-from latentrevise.checkers.arithmetic import check, check_against, numbers_of, value_of
+from latentrevise.checkers.arithmetic import (
+    check,
+    check_against,
+    check_step,
+    check_step_once,
+    numbers_of,
+    value_of,
+)
 from latentrevise.checkers.equations import equations
 
 
@@ -198,3 +205,32 @@ def test_worked_solutions_of_a_public_generator_are_kept():
         kept += found.valid
     assert consistent >= 180, consistent
     assert kept >= 155, kept  # the rest keeps numbers in words, or uses numbers that its question lacks
+
+
+APPLES = "Ann has 12 apples and buys 3 bags of 5. How many has she?"
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "holds", "once"),
+    [
+        ("", "3 * 5 = 15.", True, True),
+        ("3 * 5 = 15.", "12 + 15 = 27.", True, True),
+        ("", "3 * 5 = 16.", False, False),
+        ("", "12 + 15 = 27.", False, False),  # 15 is nobody's yet
+        ("", "She buys some bags.", None, None),
+        ("3 * 5 = 15.", "15 + 5 = 20.", True, False),  # the 5 is spent
+        ("12 - 7 = 5.", "3 * 5 = 15.", True, True),  # a result may be used again
+        ("3 * 5 = 15.", "15 * 2 = 30. 30 + 2 = 32.", True, True),  # and so may a constant
+        ("3 * 5 = 15.", "12 + 15 = 27. 27 - 4 = 23.", False, False),
+    ],
+)
+def test_a_step_is_checked_by_the_question_and_what_came_before(before, step, holds, once):
+    assert check_step(APPLES, before, step) is holds
+    assert check_step_once(APPLES, before, step) is once
+
+
+def test_steps_of_a_valid_derivation_hold_and_a_pasted_result_does_not():
+    derivation = ["3 * 5 = 15.", "12 + 15 = 27."]
+    texts = [(" ".join(derivation[:i]), step) for i, step in enumerate(derivation)]
+    assert all(check_step_once(APPLES, *text) for text in texts)
+    assert check_step(APPLES, "", "27 - 12 = 15.") is False

@@ -1,0 +1,85 @@
+"""``step-checked``: fresh rollouts, step by step; a step that the step checker calls false is sampled again.
+
+No gold answer is read: what helps is a program that can tell a false step by the question. With a calculator alone it
+does not help a model whose mistakes are in what it computes. Our own decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from latentrevise.checkers.loading import StepChecker
+from latentrevise.data.records import decoded, row_seed
+from latentrevise.errors import ConfigError
+from latentrevise.model.compute import Compute
+from latentrevise.strategies.asking import Written, write
+from latentrevise.strategies.base import Proposal, Tools, Work
+from latentrevise.strategies.candidates import Reader, charged, spread
+
+
+@dataclass(frozen=True)
+class StepCheckedConfig:
+    """tries: samples of one step at most; a rollout none of whose tries holds is given up."""
+
+    tries: int = 6
+
+    def __post_init__(self) -> None:
+        if self.tries < 1:
+            raise ConfigError(f"StepCheckedConfig.tries = {self.tries!r}: it must be at least 1")
+
+
+@dataclass
+class _Path:
+    """A rollout on its way: the steps that were accepted, and how often the next one was tried."""
+
+    number: int
+    ids: tuple[int, ...] = ()
+    tried: int = 0
+    going: bool = True
+    given_up: bool = False
+    compute: Compute = field(default_factory=Compute)
+
+
+@dataclass(frozen=True)
+class StepChecked:
+    """One rollout a sample, up to its answer, which is sampled as everywhere; those that were given up hand their
+    sample on. Steps are sampled as the run samples; one that the checker can't judge is accepted."""
+
+    config: StepCheckedConfig
+    banned: tuple[str, ...]
+    step_checker: StepChecker
+    name: str = "step-checked"
+    uses_answer: bool = False
+    backend: str = "none"
+
+    def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
+        reader = Reader(tools, work[0].template_ids, self.banned)
+        paths = [[_Path(j) for j in range(samples)] for _ in work]
+        while going := [(item, path) for item, own in zip(work, paths, strict=True) for path in own if path.going]:
+            seeds = [row_seed(item.seed, self.name, path.number, len(path.ids), path.tried) for item, path in going]
+            contexts = [(*item.prompt.ids, *path.ids) for item, path in going]
+            texts, computes = write(tools, contexts, seeds, stop=(reader.step_end,), cached=True)
+            for (item, path), step, compute in zip(going, texts, computes, strict=True):
+                path.compute += compute
+                self._take(tools, reader, item, path, step[0] if step else None)
+        proposals = []
+        for own in paths:
+            # What was decoded to get there need not be run again, as in a rollout that was sampled in one go.
+            left = [Proposal(n=1, plain_ids=p.ids, kept=len(p.ids)) for p in own if not p.given_up]
+            proposals.append(charged(spread(left, samples), samples, sum((p.compute for p in own), Compute())))
+        return proposals
+
+    def _take(self, tools: Tools, reader: Reader, item: Work, path: _Path, step: Written | None) -> None:
+        """Judge what was sampled for a path's next step."""
+        length = tools.sampling.max_new_tokens
+        if step is None or not step.ids or reader.reasoning((*path.ids, *step.ids)) < len(path.ids) + len(step.ids):
+            path.going = False  # no room is left, it ended, or the answer opens
+            return
+        path.tried += 1
+        if self.step_checker(item.prompt.text, decoded(tools.tokenizer, path.ids), step.text) is False:
+            path.given_up = path.tried == self.config.tries
+            path.going = not path.given_up
+            return
+        path.ids, path.tried = (*path.ids, *step.ids), 0
+        path.going = reader.ends_step(step.ids[-1]) and len(path.ids) < length - 1

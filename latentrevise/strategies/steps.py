@@ -1,0 +1,46 @@
+"""Steps of a rollout's reasoning, and the first that a step checker calls false."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latentrevise.checkers.loading import StepChecker
+from latentrevise.data.records import decoded
+from latentrevise.strategies.base import Tools, Work
+from latentrevise.strategies.candidates import Reader
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The reasoning of a completion: its ids, and where each step ends in them, the last with the reasoning."""
+
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def before(self, step: int) -> tuple[int, ...]:
+        """The ids of all steps in front of that one (from 0)."""
+        return self.ids[: self.ends[step - 1] if step else 0]
+
+    def step(self, step: int) -> tuple[int, ...]:
+        return self.ids[len(self.before(step)) : self.ends[step]]
+
+
+def steps_of(reader: Reader, ids: Sequence[int]) -> Steps:
+    """The steps of a completion in front of its answer."""
+    own = tuple(ids[: reader.reasoning(ids)])
+    ends = [at + 1 for at, token in enumerate(own) if reader.ends_step(token)]
+    return Steps(own, tuple(ends if not own or ends[-1:] == [len(own)] else [*ends, len(own)]))
+
+
+def first_false(tools: Tools, item: Work, check: StepChecker, steps: Steps) -> int | None:
+    """The first step (from 0) that the checker calls false; None where it calls none so."""
+
+    def text(ids: Sequence[int]) -> str:
+        return decoded(tools.tokenizer, ids)
+
+    verdicts = (check(item.prompt.text, text(steps.before(i)), text(steps.step(i))) for i in range(len(steps)))
+    return next((i for i, holds in enumerate(verdicts) if holds is False), None)
