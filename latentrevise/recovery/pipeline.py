@@ -31,6 +31,7 @@ from latentrevise.recovery.collect import admitted, collect, cost, decoded_token
 from latentrevise.recovery.gate import implicit_value
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import POOL, WRONG
+from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, output
 from latentrevise.strategies import build
@@ -49,11 +50,11 @@ class Recovered:
 
 
 class Recovery:
-    """One run: the order of its stages. Every stage skips the parts that exist.
+    """One run: the order of its stages. Of every stage the scheduler runs the parts that are not there.
 
     model, tokenizer: a causal LM of transformers and its tokenizer; both are only read.
     out: the run directory. engine: where samples come from; by default the model itself, through transformers.
-    progress: show progress bars on stderr.
+    progress: show progress bars on stderr. scheduler: who runs the parts, by default this process alone.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class Recovery:
         *,
         engine: Engine | None = None,
         progress: bool = True,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.job = Job(model, tokenizer, config, out, engine)
         self.config, self.run, self.engine = config, self.job.run, self.job.engine
-        self.progress = progress
+        self.progress, self.scheduler = progress, scheduler or Alone()
         self._pool: Arm | None = None
         self._recovered: dict[str, set[str]] = {}
 
@@ -128,8 +130,8 @@ class Recovery:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """The run locked for this process, and the verifier's workers alive as long as they are needed."""
-        with self.run.locked(), self.job.verifier:
+        """The run held by the scheduler, and the verifier's workers alive as long as they are needed."""
+        with self.scheduler.session(self.run), self.job.verifier:
             yield
 
     # What there is
@@ -203,16 +205,14 @@ class Recovery:
         return {arm.name: self.parts(arm) for arm in arms}
 
     def _stage(self, stage: Stage, parts: Mapping[str, Sequence[Part]], shown: str | None = None) -> None:
-        """Run a stage over the parts of some arms that are not there yet."""
+        """Have the parts of some arms run that are not there yet."""
         name = shown or stage.name
-        total = sum(part.size for own in parts.values() for part in own)
+        every = [part for own in parts.values() for part in own]
+        total = sum(part.size for part in every)
+        missing = [part for part in every if not output(self.run, stage, part).exists()]
         with tqdm(total=total, desc=name, unit="prompt", disable=not self.progress, dynamic_ncols=True) as bar:
-            for arm, own in parts.items():
-                bar.set_description(f"{name} ({arm})" if arm else name)
-                for part in own:
-                    if not output(self.run, stage, part).exists():
-                        stage.run(self.job, part, bar)
-                    bar.update(part.size)
+            bar.update(total - sum(part.size for part in missing))
+            self.scheduler.run(self.job, stage, missing, bar)
             bar.set_description(name)
 
     def _cases_of(self, arm: Arm) -> list[Case]:
