@@ -12,14 +12,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentrevise.cli import settings, training
-from latentrevise.cli.options import Begun, Dtype, Jsonl, Out, Prompts, Quiet, Resumed, expanded, grouped, place
+from latentrevise.cli.options import (
+    Begun,
+    Dtype,
+    Jsonl,
+    Out,
+    Prompts,
+    Quiet,
+    Resumed,
+    Workers,
+    expanded,
+    grouped,
+    place,
+)
 from latentrevise.errors import ConfigError, LatentReviseError
 
 if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
     from latentrevise.recovery.pipeline import Recovery
 
-_RESUMED = ("recover", "mine", "revise", "continue", "verify", "audit", "eval", "train", "demo")
+ALONE = Workers()
+SET_ASIDE = 3
+"""Exit code of a run that is finished but for parts over which too many processes died."""
+_RESUMED = ("recover", "collect", "mine", "revise", "continue", "verify", "audit", "eval", "train", "demo")
 
 app = typer.Typer(
     help="Recover zero-hit prompts: revise failed reasoning in embedding space, continue, verify (arXiv 2606.29938).",
@@ -51,30 +66,36 @@ def latentrevise(
 
 
 @command()
-def recover(chosen: Begun, prompts: Prompts, out: Out, jsonl: Jsonl = False) -> None:
+def recover(chosen: Begun, prompts: Prompts, out: Out, by: Workers, jsonl: Jsonl = False) -> None:
     """Mine, revise, continue, verify: the whole job. Prints the table, writes the trajectories, metrics and report."""
-    _finish(_begun(chosen, out).recover(prompts), jsonl)
+    recovery = _begun(chosen, out, by)
+    if recovery.scheduler.finishes:
+        _finish(recovery.recover(prompts), jsonl)
+        return
+    with recovery.session():
+        recovery.work(prompts)
+    typer.echo(f"every part is there; finish with `latentrevise collect --out {out}`")
 
 
 @command()
-def mine(chosen: Begun, prompts: Prompts, out: Out) -> None:
+def mine(chosen: Begun, prompts: Prompts, out: Out, by: Workers) -> None:
     """Sample and verify rollouts; find the prompts that no rollout solves. Starts a run that the next steps take up."""
-    with (recovery := _begun(chosen, out)).session():
+    with (recovery := _begun(chosen, out, by)).session():
         recovery.mine(prompts)
         typer.echo(f"{len(recovery.cases())} of {len(recovery.prompts)} prompts are zero-hit")
 
 
 @command()
-def revise(run: Resumed) -> None:
+def revise(run: Resumed, by: Workers) -> None:
     """Let every strategy of a mined run propose its prefixes."""
-    with (recovery := _resumed(run)).session():
+    with (recovery := _resumed(run, by)).session():
         recovery.revise()
 
 
 @command("continue")
-def continue_(run: Resumed) -> None:
+def continue_(run: Resumed, by: Workers) -> None:
     """Sample continuations from the proposed prefixes, and the equal-compute control."""
-    with (recovery := _resumed(run)).session():
+    with (recovery := _resumed(run, by)).session():
         recovery.sample()
 
 
@@ -83,6 +104,15 @@ def verify(run: Resumed, jsonl: Jsonl = False) -> None:
     """Judge the continuations, gather what the guards admit, print the table and write the report."""
     with (recovery := _resumed(run)).session():
         recovery.verify()
+        recovered = recovery.collect()
+    _finish(recovered, jsonl)
+
+
+@command()
+def collect(run: Resumed, jsonl: Jsonl = False) -> None:
+    """Finish a run that several processes worked on: gather what the guards admit, print the table, write the report,
+    sweep what killed processes left."""
+    with (recovery := _resumed(run)).session():
         recovered = recovery.collect()
     _finish(recovered, jsonl)
 
@@ -251,27 +281,29 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
 
 
-def _begun(chosen: Begun, out: Path) -> Recovery:
+def _begun(chosen: Begun, out: Path, by: Workers = ALONE) -> Recovery:
     from latentrevise.recovery.pipeline import Recovery
     from latentrevise.recovery.settings import RecoverConfig
 
-    config = chosen.load(RecoverConfig)
+    config, scheduler = chosen.load(RecoverConfig), by.scheduler()
     policy, tokenizer, sampler = _loaded(chosen.model, chosen.engine, config.vllm, chosen.dtype, chosen.device)
-    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=not chosen.quiet)
+    shown = not chosen.quiet
+    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=shown, scheduler=scheduler)
 
 
-def _resumed(run: Resumed) -> Recovery:
+def _resumed(run: Resumed, by: Workers = ALONE) -> Recovery:
     from latentrevise.config import from_dict
     from latentrevise.recovery.pipeline import Recovery
     from latentrevise.recovery.rundir import RunDirectory, where_it_is
     from latentrevise.recovery.settings import RecoverConfig
 
     header = RunDirectory(run.out).read_header()
-    config = from_dict(RecoverConfig, header["config"])
+    config, scheduler = from_dict(RecoverConfig, header["config"]), by.scheduler()
     dtype = header["model"]["dtype"] if run.dtype == "auto" else run.dtype
     model = run.model or where_it_is(header, run.out)
     policy, tokenizer, sampler = _loaded(model, header["engine"], config.vllm, dtype, run.device)
-    return Recovery(policy, tokenizer, config, run.out, engine=sampler, progress=not run.quiet)
+    shown = not run.quiet
+    return Recovery(policy, tokenizer, config, run.out, engine=sampler, progress=shown, scheduler=scheduler)
 
 
 def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str | None) -> tuple[Any, Any, Engine]:
@@ -298,6 +330,12 @@ def _finish(recovered: Any, jsonl: bool) -> None:
         typer.echo(f"report: {write_report([recovered.out], recovered.out / 'report')}")
     else:
         typer.echo("no prompt is zero-hit, so there was nothing to recover: use harder prompts, or mine fewer rollouts")
+    if aside := recovered.metrics["set_aside"]:
+        from latentrevise.recovery.stages import described
+
+        for note in aside:
+            typer.echo(f"set aside: {described(note)}: {'; '.join(note['reasons'])}", err=True)
+        raise typer.Exit(SET_ASIDE)
 
 
 def main() -> None:

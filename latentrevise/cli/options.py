@@ -8,9 +8,14 @@ import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from latentrevise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from latentrevise.recovery.schedule import Scheduler
 
 
 def expanded(path: str) -> Path:
@@ -83,6 +88,31 @@ class Resumed(Placed):
     model: Annotated[
         str | None, typer.Option(help="Where the run's model is now, if not where it was when the run began.")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who does the work."""
+
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Work on this run together with other processes, as the I-th of about N, counted from 0; any number"
+            " may join or leave, and `collect` finishes.",
+        ),
+    ] = None
+
+    def scheduler(self) -> Scheduler:
+        """Raises ConfigError for a shard that is none."""
+        from latentrevise.recovery.schedule import Alone, Joint
+
+        if self.shard is None:
+            return Alone()
+        index, slash, count = self.shard.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ConfigError(f"--shard {self.shard!r}: write it as I/N, such as 0/4 to 3/4")
+        return Joint(int(index), int(count))
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -80,12 +80,15 @@ class Job:
             return
         positions, new = self.tools().left(0), self.config.max_new_tokens
         prompts, errors = self.config.load(source, self.tokenizer, positions, new, self.verifier)
-        if self.run.prompts.exists():
-            if other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
+        with self.run.beginning():
+            if not self.run.check(self.header):  # again: another process may have begun it meanwhile
+                self._begin(prompts, errors)
+            elif other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
-            return
+
+    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
         for error in errors[:5]:
             log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
         if len(errors) > 5:
@@ -102,11 +105,13 @@ class Job:
 
     def rollouts(self) -> dict[str, list[Rollout]]:
         """The mined rollouts of each prompt. Raises RunError while mining is not complete."""
-        expected = math.ceil(len(self.prompts) / self.config.chunk)
-        parts = self.run.parts("rollouts")
-        if len(parts) != expected:
+        expected = range(math.ceil(len(self.prompts) / self.config.chunk))
+        kept = [i for i in expected if not self.run.aside("rollouts", i).exists()]
+        parts = [self.run.part("rollouts", i) for i in kept]
+        if missing := sum(not part.exists() for part in parts):
             raise RunError(
-                f"{self.run.path}: {len(parts)} of {expected} parts are mined; finish with `latentrevise mine`"
+                f"{self.run.path}: {len(parts) - missing} of {len(parts)} parts are mined; finish with"
+                " `latentrevise mine`"
             )
         found: dict[str, list[Rollout]] = defaultdict(list)
         for part in parts:
@@ -121,7 +126,8 @@ class Job:
         """
         if self._cases is None:
             rollouts = self.rollouts()
-            failed = [p.id for p in self.prompts if all(r.verdict == "wrong" for r in rollouts[p.id])]
+            mined = [p.id for p in self.prompts if p.id in rollouts]  # without those of parts that were given up
+            failed = [name for name in mined if all(r.verdict == "wrong" for r in rollouts[name])]
             long = {name: [r for r in rollouts[name] if len(r.completion_ids) >= 2] for name in failed}
             self._cases = [self.case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
             self._aim_wrong(self._cases)

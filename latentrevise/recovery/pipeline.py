@@ -33,7 +33,7 @@ from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import POOL, WRONG
 from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, output
+from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, output, set_aside
 from latentrevise.strategies import build
 
 if TYPE_CHECKING:
@@ -120,13 +120,17 @@ class Recovery:
         return Recovered(trajectories, metrics, self.run.path)
 
     def recover(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> Recovered:
-        """All stages, one after another."""
+        """All stages, one after another, and what they come to."""
         with self.session():
-            self.mine(prompts)
-            self.revise()
-            self.sample()
-            self.verify()
+            self.work(prompts)
             return self.collect()
+
+    def work(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> None:
+        """All stages but the last, which gathers: what any number of processes do together."""
+        self.mine(prompts)
+        self.revise()
+        self.sample()
+        self.verify()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -181,7 +185,7 @@ class Recovery:
         together, could have paid for."""
         if self._pool is not None or not self.config.equal_compute or not self.cases():
             return self._pool
-        costs = [cost(self.run, arm).passes for arm in self.arms() if not arm.wrong]
+        costs = [cost(self.run, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
         dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(self.cases())
         rollouts = self.rollouts()
         lengths = [
@@ -197,9 +201,10 @@ class Recovery:
         return [*self.arms(), *([] if pool is None else [pool])]
 
     def parts(self, arm: Arm) -> list[Part]:
-        """The pieces of an arm's work."""
+        """The pieces of an arm's work, without those that were set aside."""
         chunks = _chunks(self._cases_of(arm), self.config.chunk)
-        return [Part(index, arm=arm, cases=chunk) for index, chunk in enumerate(chunks)]
+        parts = [Part(index, arm=arm, cases=chunk) for index, chunk in enumerate(chunks)]
+        return [part for part in parts if not set_aside(self.run, part)]
 
     def _parts_of(self, arms: Sequence[Arm]) -> dict[str, list[Part]]:
         return {arm.name: self.parts(arm) for arm in arms}
@@ -209,7 +214,7 @@ class Recovery:
         name = shown or stage.name
         every = [part for own in parts.values() for part in own]
         total = sum(part.size for part in every)
-        missing = [part for part in every if not output(self.run, stage, part).exists()]
+        missing = [p for p in every if not output(self.run, stage, p).exists() and not set_aside(self.run, p)]
         with tqdm(total=total, desc=name, unit="prompt", disable=not self.progress, dynamic_ncols=True) as bar:
             bar.update(total - sum(part.size for part in missing))
             self.scheduler.run(self.job, stage, missing, bar)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Start, original_prefix
@@ -82,7 +82,11 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
     label: what the report calls this run. chunk: prompts in one part. seed: of everything random. gate: see
     ``GateConfig``. vllm: of that engine, see ``VLLMConfig``.
+    deaths: a part over which so many processes died is set aside, and the run goes on without it. lease_seconds: a
+    process of a shared run that has given no sign of life for so long has died.
     """
+
+    ELSEWHERE: ClassVar[tuple[str, ...]] = ("deaths", "lease_seconds")  # who computes, not what: no part of a run
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
     rollouts: int = 16
@@ -103,12 +107,16 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     seed: int = 0
     gate: GateConfig = field(default_factory=GateConfig)
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    deaths: int = 3
+    lease_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_verification()
         self.pattern().template(self.answer_template)
-        at_least_one(self, "rollouts", "chunk", "equal_compute_cap")
+        at_least_one(self, "rollouts", "chunk", "equal_compute_cap", "deaths")
+        if not self.lease_seconds > 0:
+            raise ConfigError(f"RecoverConfig.lease_seconds = {self.lease_seconds!r}: it must be a positive number")
         if self.max_new_tokens is not None:
             at_least_one(self, "max_new_tokens")
         for name in self.strategies:
