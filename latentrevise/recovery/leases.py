@@ -14,6 +14,7 @@ come to the same when it is done twice.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -138,7 +139,9 @@ class Leases:
             except OSError:  # no locks on this file system: silence alone will tell
                 log.info("%s: cannot be locked", path)
             # After the lock: a lease that says its kernel is locked.
-            os.write(file, json.dumps(holder).encode() + b"\n")
+            text = json.dumps(holder).encode() + b"\n"
+            if os.write(file, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except BaseException:
             path.unlink(missing_ok=True)
             os.close(file)
