@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from latentrevise.cli.options import (
     Dtype,
     Jsonl,
     Out,
+    Placed,
     Prompts,
     Quiet,
     Resumed,
@@ -30,6 +32,7 @@ from latentrevise.errors import ConfigError, LatentReviseError
 if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
     from latentrevise.recovery.pipeline import Recovery
+    from latentrevise.recovery.settings import RecoverConfig
 
 ALONE = Workers()
 SET_ASIDE = 3
@@ -115,6 +118,15 @@ def collect(run: Resumed, jsonl: Jsonl = False) -> None:
     with (recovery := _resumed(run)).session():
         recovered = recovery.collect()
     _finish(recovered, jsonl)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")]) -> None:
+    """Say what a run is at, while any processes work on it: stages, rates, time left, who holds what, what was given
+    up."""
+    from latentrevise.recovery.status import status as told
+
+    typer.echo(told(run))
 
 
 @command()
@@ -282,28 +294,36 @@ def bench(context: typer.Context) -> None:
 
 
 def _begun(chosen: Begun, out: Path, by: Workers = ALONE) -> Recovery:
-    from latentrevise.recovery.pipeline import Recovery
     from latentrevise.recovery.settings import RecoverConfig
 
-    config, scheduler = chosen.load(RecoverConfig), by.scheduler()
-    policy, tokenizer, sampler = _loaded(chosen.model, chosen.engine, config.vllm, chosen.dtype, chosen.device)
-    shown = not chosen.quiet
-    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=shown, scheduler=scheduler)
+    config = chosen.load(RecoverConfig)
+    return _recovery(config, chosen.model, chosen.engine, chosen.dtype, chosen, out, by)
 
 
 def _resumed(run: Resumed, by: Workers = ALONE) -> Recovery:
     from latentrevise.config import from_dict
-    from latentrevise.recovery.pipeline import Recovery
     from latentrevise.recovery.rundir import RunDirectory, where_it_is
     from latentrevise.recovery.settings import RecoverConfig
 
     header = RunDirectory(run.out).read_header()
-    config, scheduler = from_dict(RecoverConfig, header["config"]), by.scheduler()
+    config = from_dict(RecoverConfig, header["config"])
     dtype = header["model"]["dtype"] if run.dtype == "auto" else run.dtype
     model = run.model or where_it_is(header, run.out)
-    policy, tokenizer, sampler = _loaded(model, header["engine"], config.vllm, dtype, run.device)
-    shown = not run.quiet
-    return Recovery(policy, tokenizer, config, run.out, engine=sampler, progress=shown, scheduler=scheduler)
+    return _recovery(config, model, header["engine"], dtype, run, run.out, by)
+
+
+def _recovery(
+    config: RecoverConfig, model: str, engine: str, dtype: str, placed: Placed, out: Path, by: Workers
+) -> Recovery:
+    """A run with its model loaded; a driver of Ray workers keeps its own on the CPU and leaves GPUs to them."""
+    from latentrevise.recovery.pipeline import Recovery
+
+    where = str(Path(model).absolute()) if Path(model).exists() else model  # a worker may stand in another folder
+    scheduler = by.scheduler(partial(_loaded, where, engine, config.vllm, dtype, placed.device))
+    device = placed.device if by.ray is None else "cpu"
+    policy, tokenizer, sampler = _loaded(model, engine, config.vllm, dtype, device)
+    shown: Any = "json" if by.log_json else not placed.quiet
+    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=shown, scheduler=scheduler)
 
 
 def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str | None) -> tuple[Any, Any, Engine]:

@@ -92,7 +92,7 @@ class Resumed(Placed):
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who does the work."""
+    """Who does the work, and how it is told."""
 
     shard: Annotated[
         str | None,
@@ -103,10 +103,30 @@ class Workers:
         ),
     ] = None
 
-    def scheduler(self) -> Scheduler:
-        """Raises ConfigError for a shard that is none."""
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|ADDRESS",
+            help="Work with Ray actors: on this machine, on the cluster it belongs to, or on the one at an address"
+            " (extra: ray).",
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option(help="Ray actors; each with a model of its own, see ray.resources.")] = 1
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Progress as JSON lines on standard error, every few seconds.")
+    ] = False
+
+    def scheduler(self, load: Callable[[], tuple[Any, Any, Any]]) -> Scheduler:
+        """load: makes model, tokenizer and engine in another process. Raises ConfigError for a shard that is none."""
+        from latentrevise.recovery.ray_workers import RayWorkers
         from latentrevise.recovery.schedule import Alone, Joint
 
+        if self.ray is not None and self.shard is not None:
+            raise ConfigError("--ray and --shard are two ways to share the work; choose one")
+        if self.ray is None and self.workers != 1:
+            raise ConfigError("--workers are Ray's; say which cluster with --ray, or share the work with --shard")
+        if self.ray is not None:
+            return RayWorkers(self.ray, self.workers, load)
         if self.shard is None:
             return Alone()
         index, slash, count = self.shard.partition("/")

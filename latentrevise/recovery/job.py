@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from latentrevise.data.records import (
     Prompt,
@@ -28,6 +26,7 @@ from latentrevise.engines import Completion, Engine, HFEngine, Request, Sampling
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
@@ -55,7 +54,7 @@ class Job:
         out: str | os.PathLike[str],
         engine: Engine | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.config = config
         self.run = RunDirectory(out)
         self.policy = Policy(model, tokenizer)
@@ -188,19 +187,17 @@ class Job:
         return [judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)]
 
     def generate(
-        self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: tqdm
+        self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: Progress
     ) -> list[list[Completion]]:
-        """Sample, with the rate in tokens shown on the bar: a part of long rollouts takes a while."""
-        began = shown = time.perf_counter()
-        tokens = 0
+        """Sample, with the share of finished sequences shown: a part of long rollouts takes a while."""
+        finished, wanted = 0, sum(own.n for own in params)
+        elsewhere = not isinstance(self.engine, HFEngine)  # its tokens do not pass through the policy
 
-        def progress(_: int, new: int) -> None:
-            nonlocal shown, tokens
-            tokens += new
-            now = time.perf_counter()
-            if now - shown > 1.0:
-                shown = now
-                bar.set_postfix_str(f"{tokens / (now - began):,.0f} tokens/s")
+        def progress(sequences: int, tokens: int) -> None:
+            nonlocal finished
+            finished += sequences
+            bar.within(finished / wanted)
+            bar.passed(tokens if elsewhere else 0)
 
         return self.engine.generate(requests, params, progress)
 

@@ -22,18 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json
 from latentrevise.engines import Engine
+from latentrevise.errors import ConfigError
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.collect import admitted, collect, cost, decoded_tokens, results
 from latentrevise.recovery.gate import implicit_value
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import POOL, WRONG
+from latentrevise.recovery.progress import Progress, Shown
+from latentrevise.recovery.ray_workers import RayWorkers
 from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, output, set_aside
+from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, settled
 from latentrevise.strategies import build
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Recovery:
 
     model, tokenizer: a causal LM of transformers and its tokenizer; both are only read.
     out: the run directory. engine: where samples come from; by default the model itself, through transformers.
-    progress: show progress bars on stderr. scheduler: who runs the parts, by default this process alone.
+    progress: show progress on stderr, as bars or as ``json`` lines. scheduler: who runs the parts, by
+    default this process alone.
     """
 
     def __init__(
@@ -65,12 +67,13 @@ class Recovery:
         out: str | os.PathLike[str],
         *,
         engine: Engine | None = None,
-        progress: bool = True,
+        progress: bool | Shown = True,
         scheduler: Scheduler | None = None,
     ) -> None:
         self.job = Job(model, tokenizer, config, out, engine)
         self.config, self.run, self.engine = config, self.job.run, self.job.engine
-        self.progress, self.scheduler = progress, scheduler or Alone()
+        self.shown: Shown = "bar" if progress is True else (progress or None)
+        self.scheduler = scheduler or Alone()
         self._pool: Arm | None = None
         self._recovered: dict[str, set[str]] = {}
 
@@ -212,13 +215,15 @@ class Recovery:
     def _stage(self, stage: Stage, parts: Mapping[str, Sequence[Part]], shown: str | None = None) -> None:
         """Have the parts of some arms run that are not there yet."""
         name = shown or stage.name
+        for arm, own in parts.items():
+            plan = self.run.plan(stage.folder, arm)
+            if own and not plan.exists():
+                write_json(plan, {"stage": name, "sizes": {part.index: part.size for part in own}})
         every = [part for own in parts.values() for part in own]
-        total = sum(part.size for part in every)
-        missing = [p for p in every if not output(self.run, stage, p).exists() and not set_aside(self.run, p)]
-        with tqdm(total=total, desc=name, unit="prompt", disable=not self.progress, dynamic_ncols=True) as bar:
-            bar.update(total - sum(part.size for part in missing))
+        missing = [part for part in every if not settled(self.run, stage, part)]
+        total, left = (sum(part.size for part in some) for some in (every, missing))
+        with Progress(name, total, total - left, self.shown).showing(self.job.policy.body) as bar:
             self.scheduler.run(self.job, stage, missing, bar)
-            bar.set_description(name)
 
     def _cases_of(self, arm: Arm) -> list[Case]:
         """The prompts an arm is given; a wrong-target arm gets those of its strategy that have a wrong target."""
@@ -248,20 +253,32 @@ def recover(
     *,
     engine: Engine | None = None,
     progress: bool = False,
+    ray: str | None = None,
+    workers: int = 1,
 ) -> Recovered:
     """Recover zero-hit prompts: mine, revise, continue, verify.
 
     model, tokenizer: a causal LM of transformers and its tokenizer. prompts: a file or rows, each with a prompt and an
     answer under one of the usual names, see ``load_prompts``. out: the run directory, resumed where it holds this run;
-    a new temporary one when left out. Returns the admitted trajectories, the metrics and the directory.
+    a new temporary one when left out. ray: ``local``, ``auto`` or the address of a Ray cluster of which ``workers``
+    actors do the work, each with a copy of the model; rows are the same.
+    Returns the admitted trajectories, the metrics and the directory.
 
     Raises ConfigError, InputError, ModelError or RunError; what was computed before stays in ``out``.
     Source: arXiv 2606.29938; the audit, the controls and the guards are our own decision.
     """
+    scheduler: Scheduler = Alone()
+    if ray is not None:
+        if engine is not None:
+            raise ConfigError(
+                "an engine cannot be sent to Ray workers; leave it out, or give `Recovery` a RayWorkers whose `load`"
+                " makes it there"
+            )
+        scheduler = RayWorkers(ray, workers)
     place = tempfile.mkdtemp(prefix="latentrevise-") if out is None else out
-    return Recovery(model, tokenizer, config or RecoverConfig(), place, engine=engine, progress=progress).recover(
-        prompts
-    )
+    chosen = config or RecoverConfig()
+    run = Recovery(model, tokenizer, chosen, place, engine=engine, progress=progress, scheduler=scheduler)
+    return run.recover(prompts)
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Any]:

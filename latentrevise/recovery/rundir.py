@@ -7,8 +7,8 @@ alone, a run that was killed and resumed ends with the same rows as one that was
 Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``, then
 ``starts/``, ``samples/`` and ``verdicts/`` with a folder for each arm, and the results ``trajectories.parquet``,
 ``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured). An evaluation has ``rollouts/``,
-``scores/`` and its metrics. While several processes are at work ``leases/`` says on what; ``aside/`` says which parts
-were given up, and why.
+``scores/`` and its metrics. ``plan/`` says which parts each stage has; while several processes are at work ``leases/``
+says on what; ``aside/`` says which parts were given up, and why.
 """
 
 from __future__ import annotations
@@ -83,6 +83,10 @@ class RunDirectory:
     @property
     def leases(self) -> Path:
         return self.path / "leases"
+
+    def plan(self, stage: str, arm: str = "") -> Path:
+        """The parts that a stage has of an arm, with their sizes in prompts; it is as old as the stage."""
+        return self.path / "plan" / stage / f"{arm or 'all'}.json"
 
     def aside(self, stage: str, index: int, arm: str = "") -> Path:
         """What is known of a part that was given up; where this is, the part counts as absent."""

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from tqdm.auto import tqdm
-
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.leases import Leases
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.recovery.stages import Part, Stage, give_up, output, set_aside
+from latentrevise.recovery.stages import Part, Stage, give_up, settled
 
 _LOOK_SECONDS = 0.5  # between two looks at the parts of others
+_ENDED = 128 + signal.SIGTERM  # as shells tell it
 
 
 class Scheduler(Protocol):
@@ -34,7 +34,7 @@ class Scheduler(Protocol):
         """The run held, against others, for as long as parts are run. Raises RunError where another holds it."""
         ...
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: tqdm) -> None:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
         """Have these parts run, of which none was there a moment ago; return when each is, or is set aside. What a
         part raises is raised."""
         ...
@@ -48,10 +48,10 @@ class Alone:
     def session(self, run: RunDirectory) -> AbstractContextManager[None]:
         return run.locked()
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: tqdm) -> None:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
         for part in parts:
             run_part(job, stage, part, bar)
-            bar.update(part.size)
+            bar.end(part.size)
 
 
 class Joint:
@@ -67,34 +67,55 @@ class Joint:
         if not 0 <= index < count:
             raise ConfigError(f"shard {index}/{count}: it counts from 0, so give 0/{count} to {count - 1}/{count}")
         self.index, self.count = index, count
+        self._ended = False
 
     @contextmanager
     def session(self, run: RunDirectory) -> Iterator[None]:
-        with run.locked(shared=True), _terminable():
+        with run.locked(shared=True), self._terminable():
             yield
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: tqdm) -> None:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
         leases = Leases(job.run.leases, job.config.lease_seconds)
         waiting = self._preferred(parts)
         while waiting:
+            if self._ended:
+                sys.exit(_ENDED)
             left = [part for part in waiting if not self._done(job, stage, part, leases, bar)]
             if len(left) == len(waiting):
                 time.sleep(_LOOK_SECONDS)
             waiting = left
 
-    def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: tqdm) -> bool:
+    def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: Progress) -> bool:
         """Whether a part is there or set aside, after running it where nobody else does."""
-        if not _settled(job, stage, part):
+        if not settled(job.run, stage, part):
             with leases.claim(f"{stage.name}.{'' if part.arm is None else part.arm.name}.{part.index:05d}") as dead:
                 if dead is None:
                     return False
-                if not _settled(job, stage, part):  # by who gave the lease back a moment ago
+                if not settled(job.run, stage, part):  # by who gave the lease back a moment ago
                     if len(dead) >= job.config.deaths:
                         give_up(job.run, stage, part, [f"{holder} died over it" for holder in dead])
                     else:
                         run_part(job, stage, part, bar)
-        bar.update(part.size)
+        bar.end(part.size)
         return True
+
+    @contextmanager
+    def _terminable(self) -> Iterator[None]:
+        """SIGTERM (a queue that takes the machine back) ends the process by an exception, so that it gives its lease
+        back; where the exception meets code that ignores all, behind the part."""
+
+        def end(*_: object) -> None:
+            self._ended = True
+            sys.exit(_ENDED)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _preferred(self, parts: Sequence[Part]) -> list[Part]:
         """Its own share first, then the others', each from its end: where their owners come last."""
@@ -102,26 +123,7 @@ class Joint:
         return [*turned[0], *(part for share in turned[1:] for part in reversed(share))]
 
 
-def run_part(job: Job, stage: Stage, part: Part, bar: tqdm) -> None:
+def run_part(job: Job, stage: Stage, part: Part, bar: Progress) -> None:
     """One part in this process, shown on the bar."""
-    if part.arm is not None:
-        bar.set_description(f"{stage.name} ({part.arm.name})")
+    bar.begin(stage.name if part.arm is None else part.arm.name, part.size)
     stage.run(job, part, bar)
-
-
-def _settled(job: Job, stage: Stage, part: Part) -> bool:
-    return output(job.run, stage, part).exists() or set_aside(job.run, part)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a queue that takes the machine back) ends the process by an exception, so that it gives its lease
-    back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm.auto import tqdm
-
 from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
 from latentrevise.data.records import (
     Prompt,
@@ -41,6 +39,7 @@ from latentrevise.errors import RunError
 from latentrevise.recovery import verdicts
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.job import Job
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal, Strategy, Work
@@ -82,7 +81,7 @@ class Stage(Protocol):
     name: str
     folder: str
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None: ...
+    def run(self, job: Job, part: Part, bar: Progress) -> None: ...
 
 
 def output(run: RunDirectory, stage: Stage, part: Part) -> Path:
@@ -97,6 +96,11 @@ def set_aside(run: RunDirectory, part: Part) -> bool:
     """Whether a stage gave the part up: then it counts as absent, whatever there is of it."""
     folders, arm = (ORDER[:1], "") if part.arm is None else (ORDER[1:], part.arm.name)
     return any(run.aside(folder, part.index, arm).exists() for folder in folders)
+
+
+def settled(run: RunDirectory, stage: Stage, part: Part) -> bool:
+    """Whether nothing is left to do for the part in this stage."""
+    return output(run, stage, part).exists() or set_aside(run, part)
 
 
 def give_up(run: RunDirectory, stage: Stage, part: Part, reasons: Sequence[str]) -> None:
@@ -140,7 +144,7 @@ class Mine:
 
     name, folder = "mine", "rollouts"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         config = job.config
         requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in part.prompts]
         left = [job.tools().left(len(p.ids)) for p in part.prompts]
@@ -172,7 +176,7 @@ class Propose:
 
     name, folder = "revise", "starts"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         arm = part.of()
         work = [case.work(arm.wrong) for case in part.cases]
         began = time.perf_counter()
@@ -194,7 +198,7 @@ class Continue:
 
     name, folder = "continue", "samples"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         starts, mixtures = read_starts(job.run, part)
         prompts = {case.prompt.id: case.prompt for case in part.cases}
         began = time.perf_counter()
@@ -218,7 +222,7 @@ class Continue:
 
 
 def continuations(
-    job: Job, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: tqdm
+    job: Job, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: Progress
 ) -> list[list[Completion]]:
     """What is sampled from each start: one round, or several, until one brings a correct continuation. Where the
     model has no position left behind a start, nothing."""
@@ -253,7 +257,7 @@ class Judge:
 
     name, folder = "verify", "verdicts"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         arm = part.of()
         starts, mixtures = read_starts(job.run, part)
         samples = read_records(read_output(job.run, "samples", part, "continue"), Sample)
