@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from benchmarks import harness
 from benchmarks.recovery import Unit, commits_of, note_commit, publish, recovery_of, refuse_part, train
@@ -35,6 +34,7 @@ from latentrevise.recovery.collect import Result, decoded_tokens, results
 from latentrevise.recovery.guards import MARKERS, markers, wilson
 from latentrevise.recovery.metrics import WRONG
 from latentrevise.recovery.pipeline import Recovery
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.stages import Arm, Continue, Judge, Propose, output
 from latentrevise.strategies import Latent, Strategy
 from latentrevise.strategies.resample import ResamplePrefix
@@ -60,7 +60,7 @@ def run(unit: Unit, out: Path) -> dict[str, Any]:
     note_commit(unit, out)
     recovery, prompts = recovery_of(unit, out, ("latent",))
     found: dict[str, list[Result]] = {}
-    with recovery.session(), tqdm(disable=True) as bar:
+    with recovery.session():
         recovery.mine(prompts)
         for k in range(STEPS + 1):
             for wrong in (False, True) if k % AIMED_WRONG == 0 else (False,):
@@ -70,7 +70,7 @@ def run(unit: Unit, out: Path) -> dict[str, Any]:
                 for part in parts:
                     for stage in (Propose(), Continue(), Judge()):
                         if not output(recovery.run, stage, part).exists():
-                            stage.run(recovery.job, part, bar)
+                            stage.run(recovery.job, part, Progress())
                 found[arm.name] = results(recovery.job, parts)
     cases = recovery.cases()
     return {

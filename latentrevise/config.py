@@ -20,7 +20,6 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
-from latentrevise.data.records import stable_hash
 from latentrevise.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -64,11 +63,6 @@ def load_config(cls: type[Config], path: str | os.PathLike[str] | None = None, o
                 raise ConfigError(f"--set {override!r}: {parent} is a single value and has no fields")
         place[last] = value
     return from_dict(cls, values)
-
-
-def config_hash(config: Any) -> str:
-    """16 hex digits that tell settings apart, the same in every process."""
-    return stable_hash(to_dict(config))
 
 
 def _hint(cls: Any, keys: Sequence[str]) -> Any:

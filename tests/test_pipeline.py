@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-from tqdm import tqdm
 
 from latentrevise import RecoverConfig, recover
 from latentrevise.config import to_dict
@@ -23,6 +22,7 @@ from latentrevise.model.loading import load_model
 from latentrevise.recovery.cases import chosen_cuts
 from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.pipeline import Recovery
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.stages import continuations
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -367,8 +367,7 @@ def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
     assert max(len(row.completion_ids) for row in rows) == room
     run = Recovery(model, tokenizer, config, out, progress=False)
     full = dataclasses.replace(start, plain_ids=(5,) * (40 - len(prompt.ids)))
-    with tqdm(disable=True) as bar:
-        assert continuations(run.job, [full], {}, {prompt.id: prompt}, bar) == [[]]
+    assert continuations(run.job, [full], {}, {prompt.id: prompt}, Progress()) == [[]]
     assert "1 of 1 starts fill all positions" in caplog.text
 
 

@@ -6,20 +6,38 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentrevise.cli import settings, training
-from latentrevise.cli.options import Begun, Dtype, Jsonl, Out, Prompts, Quiet, Resumed, expanded, grouped, place
+from latentrevise.cli.options import (
+    Begun,
+    Dtype,
+    Jsonl,
+    Out,
+    Placed,
+    Prompts,
+    Quiet,
+    Resumed,
+    Workers,
+    expanded,
+    grouped,
+    place,
+)
 from latentrevise.errors import ConfigError, LatentReviseError
 
 if TYPE_CHECKING:
     from latentrevise.engines import Engine, VLLMConfig
     from latentrevise.recovery.pipeline import Recovery
+    from latentrevise.recovery.settings import RecoverConfig
 
-_RESUMED = ("recover", "mine", "revise", "continue", "verify", "audit", "eval", "train", "demo")
+ALONE = Workers()
+SET_ASIDE = 3
+"""Exit code of a run that is finished but for parts over which too many processes died."""
+_RESUMED = ("recover", "collect", "mine", "revise", "continue", "verify", "audit", "eval", "train", "demo")
 
 app = typer.Typer(
     help="Recover zero-hit prompts: revise failed reasoning in embedding space, continue, verify (arXiv 2606.29938).",
@@ -51,30 +69,36 @@ def latentrevise(
 
 
 @command()
-def recover(chosen: Begun, prompts: Prompts, out: Out, jsonl: Jsonl = False) -> None:
+def recover(chosen: Begun, prompts: Prompts, out: Out, by: Workers, jsonl: Jsonl = False) -> None:
     """Mine, revise, continue, verify: the whole job. Prints the table, writes the trajectories, metrics and report."""
-    _finish(_begun(chosen, out).recover(prompts), jsonl)
+    recovery = _begun(chosen, out, by)
+    if recovery.scheduler.finishes:
+        _finish(recovery.recover(prompts), jsonl)
+        return
+    with recovery.session():
+        recovery.work(prompts)
+    typer.echo(f"every part is there; finish with `latentrevise collect --out {out}`")
 
 
 @command()
-def mine(chosen: Begun, prompts: Prompts, out: Out) -> None:
+def mine(chosen: Begun, prompts: Prompts, out: Out, by: Workers) -> None:
     """Sample and verify rollouts; find the prompts that no rollout solves. Starts a run that the next steps take up."""
-    with (recovery := _begun(chosen, out)).session():
+    with (recovery := _begun(chosen, out, by)).session():
         recovery.mine(prompts)
         typer.echo(f"{len(recovery.cases())} of {len(recovery.prompts)} prompts are zero-hit")
 
 
 @command()
-def revise(run: Resumed) -> None:
+def revise(run: Resumed, by: Workers) -> None:
     """Let every strategy of a mined run propose its prefixes."""
-    with (recovery := _resumed(run)).session():
+    with (recovery := _resumed(run, by)).session():
         recovery.revise()
 
 
 @command("continue")
-def continue_(run: Resumed) -> None:
+def continue_(run: Resumed, by: Workers) -> None:
     """Sample continuations from the proposed prefixes, and the equal-compute control."""
-    with (recovery := _resumed(run)).session():
+    with (recovery := _resumed(run, by)).session():
         recovery.sample()
 
 
@@ -85,6 +109,24 @@ def verify(run: Resumed, jsonl: Jsonl = False) -> None:
         recovery.verify()
         recovered = recovery.collect()
     _finish(recovered, jsonl)
+
+
+@command()
+def collect(run: Resumed, jsonl: Jsonl = False) -> None:
+    """Finish a run that several processes worked on: gather what the guards admit, print the table, write the report,
+    sweep what killed processes left."""
+    with (recovery := _resumed(run)).session():
+        recovered = recovery.collect()
+    _finish(recovered, jsonl)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")]) -> None:
+    """Say what a run is at, while any processes work on it: stages, rates, time left, who holds what, what was given
+    up."""
+    from latentrevise.recovery.status import status as told
+
+    typer.echo(told(run))
 
 
 @command()
@@ -254,18 +296,15 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
 
 
-def _begun(chosen: Begun, out: Path) -> Recovery:
-    from latentrevise.recovery.pipeline import Recovery
+def _begun(chosen: Begun, out: Path, by: Workers = ALONE) -> Recovery:
     from latentrevise.recovery.settings import RecoverConfig
 
     config = chosen.load(RecoverConfig)
-    policy, tokenizer, sampler = _loaded(chosen.model, chosen.engine, config.vllm, chosen.dtype, chosen.device)
-    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=not chosen.quiet)
+    return _recovery(config, chosen.model, chosen.engine, chosen.dtype, chosen, out, by)
 
 
-def _resumed(run: Resumed) -> Recovery:
+def _resumed(run: Resumed, by: Workers = ALONE) -> Recovery:
     from latentrevise.config import from_dict
-    from latentrevise.recovery.pipeline import Recovery
     from latentrevise.recovery.rundir import RunDirectory, where_it_is
     from latentrevise.recovery.settings import RecoverConfig
 
@@ -273,8 +312,21 @@ def _resumed(run: Resumed) -> Recovery:
     config = from_dict(RecoverConfig, header["config"])
     dtype = header["model"]["dtype"] if run.dtype == "auto" else run.dtype
     model = run.model or where_it_is(header, run.out)
-    policy, tokenizer, sampler = _loaded(model, header["engine"], config.vllm, dtype, run.device)
-    return Recovery(policy, tokenizer, config, run.out, engine=sampler, progress=not run.quiet)
+    return _recovery(config, model, header["engine"], dtype, run, run.out, by)
+
+
+def _recovery(
+    config: RecoverConfig, model: str, engine: str, dtype: str, placed: Placed, out: Path, by: Workers
+) -> Recovery:
+    """A run with its model loaded; a driver of Ray workers keeps its own on the CPU and leaves GPUs to them."""
+    from latentrevise.recovery.pipeline import Recovery
+
+    where = str(Path(model).absolute()) if Path(model).exists() else model  # a worker may stand in another folder
+    scheduler = by.scheduler(partial(_loaded, where, engine, config.vllm, dtype, placed.device))
+    device = placed.device if by.ray is None else "cpu"
+    policy, tokenizer, sampler = _loaded(model, engine, config.vllm, dtype, device)
+    shown: Any = "json" if by.log_json else not placed.quiet
+    return Recovery(policy, tokenizer, config, out, engine=sampler, progress=shown, scheduler=scheduler)
 
 
 def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str | None) -> tuple[Any, Any, Engine]:
@@ -301,6 +353,12 @@ def _finish(recovered: Any, jsonl: bool) -> None:
         typer.echo(f"report: {write_report([recovered.out], recovered.out / 'report')}")
     else:
         typer.echo("no prompt is zero-hit, so there was nothing to recover: use harder prompts, or mine fewer rollouts")
+    if aside := recovered.metrics["set_aside"]:
+        from latentrevise.recovery.stages import described
+
+        for note in aside:
+            typer.echo(f"set aside: {described(note)}: {'; '.join(note['reasons'])}", err=True)
+        raise typer.Exit(SET_ASIDE)
 
 
 def main() -> None:

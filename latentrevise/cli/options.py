@@ -8,9 +8,14 @@ import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from latentrevise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from latentrevise.recovery.schedule import Scheduler
 
 
 def expanded(path: str) -> Path:
@@ -82,6 +87,51 @@ class Resumed(Placed):
     model: Annotated[
         str | None, typer.Option(help="Where the run's model is now, if not where it was when the run began.")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who does the work, and how it is told."""
+
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Work on this run together with other processes, as the I-th of about N, counted from 0; any number"
+            " may join or leave, and `collect` finishes.",
+        ),
+    ] = None
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|ADDRESS",
+            help="Work with Ray actors: on this machine, on the cluster it belongs to, or on the one at an address"
+            " (extra: ray).",
+        ),
+    ] = None
+    workers: Annotated[int, typer.Option(help="Ray actors; each with a model of its own, see ray.resources.")] = 1
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Progress as JSON lines on standard error, every few seconds.")
+    ] = False
+
+    def scheduler(self, load: Callable[[], tuple[Any, Any, Any]]) -> Scheduler:
+        """load: makes model, tokenizer and engine in another process. Raises ConfigError for a shard that is none."""
+        from latentrevise.recovery.ray_workers import RayWorkers
+        from latentrevise.recovery.schedule import Alone, Joint
+
+        if self.ray is not None and self.shard is not None:
+            raise ConfigError("--ray and --shard are two ways to share the work; choose one")
+        if self.ray is None and self.workers != 1:
+            raise ConfigError("--workers are Ray's; say which cluster with --ray, or share the work with --shard")
+        if self.ray is not None:
+            return RayWorkers(self.ray, self.workers, load)
+        if self.shard is None:
+            return Alone()
+        index, slash, count = self.shard.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ConfigError(f"--shard {self.shard!r}: write it as I/N, such as 0/4 to 3/4")
+        return Joint(int(index), int(count))
 
 
 def grouped(command: Callable[..., Any]) -> Callable[..., Any]:

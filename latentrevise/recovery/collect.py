@@ -24,7 +24,7 @@ from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import Outcome, run_metrics
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.selection import select
-from latentrevise.recovery.stages import Arm, Part, read_mixtures, read_starts, write_mixtures
+from latentrevise.recovery.stages import Arm, Part, given_up, read_output, read_starts, write_mixtures
 from latentrevise.revise.hull import Mixture
 
 Result = tuple[Start, Sample, Verdict]
@@ -51,14 +51,13 @@ def admitted(verdict: Verdict) -> bool:
     return verdict.verdict == "correct" and verdict.guard is None
 
 
-def cost(run: RunDirectory, arm: Arm) -> Compute:
-    """What an arm cost, from its starts and samples on disk."""
+def cost(run: RunDirectory, parts: Iterable[Part]) -> Compute:
+    """What parts of an arm cost, from their starts and samples on disk."""
     total = Compute()
-    for part in run.parts("starts", arm.name):
-        for start in read_records(part, Start):
+    for part in parts:
+        for start in read_records(read_output(run, "starts", part, "revise"), Start):
             total += Compute(start.forward_tokens, start.backward_tokens, start.decoded_tokens, start.seconds)
-    for part in run.parts("samples", arm.name):
-        for sample in read_records(part, Sample):
+        for sample in read_records(read_output(run, "samples", part, "continue"), Sample):
             total += Compute(0, 0, decoded_tokens(sample.completion_ids, sample.finish_reason), sample.seconds)
     return total
 
@@ -73,7 +72,7 @@ def collect(
 ) -> tuple[list[Trajectory], dict[str, Any]]:
     """Write the admitted trajectories, their mixtures and the metrics, and return rows and metrics.
 
-    parts: of every arm, by its name.
+    parts: of every arm, by its name; without those that were set aside.
     """
     found = {arm.name: results(job, parts[arm.name]) for arm in arms}
     rows: list[Trajectory] = []
@@ -81,7 +80,7 @@ def collect(
     header, prompts = job.run.read_header(), {prompt.id: prompt for prompt in job.prompts}
     for arm in arms:
         if not arm.wrong and arm.name == arm.strategy.name:
-            kept, own = _trajectories(job, arm, found[arm.name], header, prompts)
+            kept, own = _trajectories(job, arm, parts[arm.name], found[arm.name], header, prompts)
             rows += kept
             mixtures.update(own)
     write_mixtures(job.run.atoms, mixtures)
@@ -95,7 +94,7 @@ def collect(
                 arm.strategy.uses_answer,
                 arm.wrong,
                 [case.prompt.id for part in parts[arm.name] for case in part.cases],
-                cost(job.run, arm),
+                cost(job.run, parts[arm.name]),
                 found[arm.name],
                 0 if arm.wrong else count[arm.name],
             )
@@ -108,13 +107,19 @@ def collect(
         checked=job.checker is not None,
         chained=job.config.stop_at_success,
         label=job.config.label,
+        set_aside=given_up(job.run),
     )
     write_json(job.run.metrics, metrics)
     return rows, metrics
 
 
 def _trajectories(
-    job: Job, arm: Arm, found: Sequence[Result], header: Mapping[str, Any], prompts: Mapping[str, Prompt]
+    job: Job,
+    arm: Arm,
+    parts: Sequence[Part],
+    found: Sequence[Result],
+    header: Mapping[str, Any],
+    prompts: Mapping[str, Prompt],
 ) -> tuple[list[Trajectory], dict[str, Mixture]]:
     """The rows of one arm, in the order of the selection, and the mixtures of their starts."""
     by_prompt: dict[str, list[Trajectory]] = defaultdict(list)
@@ -123,8 +128,8 @@ def _trajectories(
             prompt = prompts[sample.prompt_id]
             by_prompt[prompt.id].append(_trajectory(job, arm, header, prompt, start, sample, verdict))
     mixtures: dict[str, Mixture] = {}
-    for path in job.run.parts("starts", arm.name):
-        mixtures.update(read_mixtures(path.with_suffix(".safetensors")))
+    for part in parts:
+        mixtures.update(read_starts(job.run, part)[1])
     rows = [
         replace(trajectory, rank=rank)
         for own in by_prompt.values()

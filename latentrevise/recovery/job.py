@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from latentrevise.data.records import (
     Prompt,
@@ -28,6 +26,7 @@ from latentrevise.engines import Completion, Engine, HFEngine, Request, Sampling
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
@@ -55,7 +54,7 @@ class Job:
         out: str | os.PathLike[str],
         engine: Engine | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.config = config
         self.run = RunDirectory(out)
         self.policy = Policy(model, tokenizer)
@@ -80,12 +79,15 @@ class Job:
             return
         positions, new = self.tools().left(0), self.config.max_new_tokens
         prompts, errors = self.config.load(source, self.tokenizer, positions, new, self.verifier)
-        if self.run.prompts.exists():
-            if other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
+        with self.run.beginning():
+            if not self.run.check(self.header):  # again: another process may have begun it meanwhile
+                self._begin(prompts, errors)
+            elif other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
-            return
+
+    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
         for error in errors[:5]:
             log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
         if len(errors) > 5:
@@ -102,11 +104,13 @@ class Job:
 
     def rollouts(self) -> dict[str, list[Rollout]]:
         """The mined rollouts of each prompt. Raises RunError while mining is not complete."""
-        expected = math.ceil(len(self.prompts) / self.config.chunk)
-        parts = self.run.parts("rollouts")
-        if len(parts) != expected:
+        expected = range(math.ceil(len(self.prompts) / self.config.chunk))
+        kept = [i for i in expected if not self.run.aside("rollouts", i).exists()]
+        parts = [self.run.part("rollouts", i) for i in kept]
+        if missing := sum(not part.exists() for part in parts):
             raise RunError(
-                f"{self.run.path}: {len(parts)} of {expected} parts are mined; finish with `latentrevise mine`"
+                f"{self.run.path}: {len(parts) - missing} of {len(parts)} parts are mined; finish with"
+                " `latentrevise mine`"
             )
         found: dict[str, list[Rollout]] = defaultdict(list)
         for part in parts:
@@ -121,7 +125,8 @@ class Job:
         """
         if self._cases is None:
             rollouts = self.rollouts()
-            failed = [p.id for p in self.prompts if all(r.verdict == "wrong" for r in rollouts[p.id])]
+            mined = [p.id for p in self.prompts if p.id in rollouts]  # without those of parts that were given up
+            failed = [name for name in mined if all(r.verdict == "wrong" for r in rollouts[name])]
             long = {name: [r for r in rollouts[name] if len(r.completion_ids) >= 2] for name in failed}
             self._cases = [self.case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
             self._aim_wrong(self._cases)
@@ -182,19 +187,17 @@ class Job:
         return [judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)]
 
     def generate(
-        self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: tqdm
+        self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: Progress
     ) -> list[list[Completion]]:
-        """Sample, with the rate in tokens shown on the bar: a part of long rollouts takes a while."""
-        began = shown = time.perf_counter()
-        tokens = 0
+        """Sample, with the share of finished sequences shown: a part of long rollouts takes a while."""
+        finished, wanted = 0, sum(own.n for own in params)
+        elsewhere = not isinstance(self.engine, HFEngine)  # its tokens do not pass through the policy
 
-        def progress(_: int, new: int) -> None:
-            nonlocal shown, tokens
-            tokens += new
-            now = time.perf_counter()
-            if now - shown > 1.0:
-                shown = now
-                bar.set_postfix_str(f"{tokens / (now - began):,.0f} tokens/s")
+        def progress(sequences: int, tokens: int) -> None:
+            nonlocal finished
+            finished += sequences
+            bar.within(finished / wanted)
+            bar.passed(tokens if elsewhere else 0)
 
         return self.engine.generate(requests, params, progress)
 

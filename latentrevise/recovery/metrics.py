@@ -50,25 +50,28 @@ def run_metrics(
     checked: bool,
     chained: bool = False,
     label: str | None = None,
+    set_aside: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Everything that goes into ``metrics.json``.
 
     zero_hit: prompts that were to be recovered; aimed_wrong: those of them with a wrong target. left_out: input rows
     that were not usable; ``unparsed``: rollouts whose answer the verifier does not understand. checked: whether
     derivations were checked. chained: each strategy was given the prompts that those before it had not recovered;
-    then ``chain`` has the figures of all of them together. Rates are ``[rate, low, high]`` with 95 % Wilson intervals
+    then ``chain`` has the figures of all of them together. set_aside: what is known of the parts that were given up
+    (see ``stages``); no arm's rate counts their prompts. Rates are ``[rate, low, high]`` with 95 % Wilson intervals
     over prompts; compute is in token passes (forward 1, backward 2, decoded 1, cached 0). ``control``: plain resampling
     at an arm's token passes; ``control_seconds``: at its seconds, which are those of this machine, engine and batch.
     """
     by_arm = {outcome.arm: outcome for outcome in outcomes}
     pool = by_arm.get(POOL)
-    control = None if pool is None or not zero_hit else _Control(pool, zero_hit, checked)
+    control = None if pool is None or not pool.prompts else _Control(pool, checked)
     failed = [len(r.completion_ids) for name in zero_hit for r in rollouts[name]]
     verdicts = Counter(r.verdict for own in rollouts.values() for r in own)
     return {
         "family": label,
         "prompts": len(rollouts),
         "rows_left_out": left_out,
+        "set_aside": list(set_aside),
         "rollouts": dict(verdicts),
         "unparsed": sum(not understood(r.extracted) for own in rollouts.values() for r in own),
         "solved": sum(any(r.verdict == "correct" for r in own) for own in rollouts.values()),
@@ -91,8 +94,8 @@ def run_metrics(
 class _Control:
     """Plain resampling at any compute, from one pool of samples a prompt and the unbiased pass@k."""
 
-    def __init__(self, pool: Outcome, prompts: Sequence[str], checked: bool) -> None:
-        self.checked = checked
+    def __init__(self, pool: Outcome, checked: bool) -> None:
+        self.checked, prompts = checked, pool.prompts
         verdicts = defaultdict(list)
         for _, _, verdict in pool.rows:
             verdicts[verdict.prompt_id].append(verdict)

@@ -22,17 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json
 from latentrevise.engines import Engine
+from latentrevise.errors import ConfigError
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.collect import admitted, collect, cost, decoded_tokens, results
 from latentrevise.recovery.gate import implicit_value
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import POOL, WRONG
+from latentrevise.recovery.progress import Progress, Shown
+from latentrevise.recovery.ray_workers import RayWorkers
+from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, output
+from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, settled
 from latentrevise.strategies import build
 
 if TYPE_CHECKING:
@@ -49,11 +51,12 @@ class Recovered:
 
 
 class Recovery:
-    """One run: the order of its stages. Every stage skips the parts that exist.
+    """One run: the order of its stages. Of every stage the scheduler runs the parts that are not there.
 
     model, tokenizer: a causal LM of transformers and its tokenizer; both are only read.
     out: the run directory. engine: where samples come from; by default the model itself, through transformers.
-    progress: show progress bars on stderr.
+    progress: show progress on stderr, as bars or as ``json`` lines. scheduler: who runs the parts, by
+    default this process alone.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class Recovery:
         out: str | os.PathLike[str],
         *,
         engine: Engine | None = None,
-        progress: bool = True,
+        progress: bool | Shown = True,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.job = Job(model, tokenizer, config, out, engine)
         self.config, self.run, self.engine = config, self.job.run, self.job.engine
-        self.progress = progress
+        self.shown: Shown = "bar" if progress is True else (progress or None)
+        self.scheduler = scheduler or Alone()
         self._pool: Arm | None = None
         self._recovered: dict[str, set[str]] = {}
 
@@ -118,18 +123,22 @@ class Recovery:
         return Recovered(trajectories, metrics, self.run.path)
 
     def recover(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> Recovered:
-        """All stages, one after another."""
+        """All stages, one after another, and what they come to."""
         with self.session():
-            self.mine(prompts)
-            self.revise()
-            self.sample()
-            self.verify()
+            self.work(prompts)
             return self.collect()
+
+    def work(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> None:
+        """All stages but the last, which gathers: what any number of processes do together."""
+        self.mine(prompts)
+        self.revise()
+        self.sample()
+        self.verify()
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """The run locked for this process, and the verifier's workers alive as long as they are needed."""
-        with self.run.locked(), self.job.verifier:
+        """The run held by the scheduler, and the verifier's workers alive as long as they are needed."""
+        with self.scheduler.session(self.run), self.job.verifier:
             yield
 
     # What there is
@@ -179,7 +188,7 @@ class Recovery:
         together, could have paid for."""
         if self._pool is not None or not self.config.equal_compute or not self.cases():
             return self._pool
-        costs = [cost(self.run, arm).passes for arm in self.arms() if not arm.wrong]
+        costs = [cost(self.run, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
         dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(self.cases())
         rollouts = self.rollouts()
         lengths = [
@@ -195,25 +204,26 @@ class Recovery:
         return [*self.arms(), *([] if pool is None else [pool])]
 
     def parts(self, arm: Arm) -> list[Part]:
-        """The pieces of an arm's work."""
+        """The pieces of an arm's work, without those that were set aside."""
         chunks = _chunks(self._cases_of(arm), self.config.chunk)
-        return [Part(index, arm=arm, cases=chunk) for index, chunk in enumerate(chunks)]
+        parts = [Part(index, arm=arm, cases=chunk) for index, chunk in enumerate(chunks)]
+        return [part for part in parts if not set_aside(self.run, part)]
 
     def _parts_of(self, arms: Sequence[Arm]) -> dict[str, list[Part]]:
         return {arm.name: self.parts(arm) for arm in arms}
 
     def _stage(self, stage: Stage, parts: Mapping[str, Sequence[Part]], shown: str | None = None) -> None:
-        """Run a stage over the parts of some arms that are not there yet."""
+        """Have the parts of some arms run that are not there yet."""
         name = shown or stage.name
-        total = sum(part.size for own in parts.values() for part in own)
-        with tqdm(total=total, desc=name, unit="prompt", disable=not self.progress, dynamic_ncols=True) as bar:
-            for arm, own in parts.items():
-                bar.set_description(f"{name} ({arm})" if arm else name)
-                for part in own:
-                    if not output(self.run, stage, part).exists():
-                        stage.run(self.job, part, bar)
-                    bar.update(part.size)
-            bar.set_description(name)
+        for arm, own in parts.items():
+            plan = self.run.plan(stage.folder, arm)
+            if own and not plan.exists():
+                write_json(plan, {"stage": name, "sizes": {part.index: part.size for part in own}})
+        every = [part for own in parts.values() for part in own]
+        missing = [part for part in every if not settled(self.run, stage, part)]
+        total, left = (sum(part.size for part in some) for some in (every, missing))
+        with Progress(name, total, total - left, self.shown).showing(self.job.policy.body) as bar:
+            self.scheduler.run(self.job, stage, missing, bar)
 
     def _cases_of(self, arm: Arm) -> list[Case]:
         """The prompts an arm is given; a wrong-target arm gets those of its strategy that have a wrong target."""
@@ -243,20 +253,32 @@ def recover(
     *,
     engine: Engine | None = None,
     progress: bool = False,
+    ray: str | None = None,
+    workers: int = 1,
 ) -> Recovered:
     """Recover zero-hit prompts: mine, revise, continue, verify.
 
     model, tokenizer: a causal LM of transformers and its tokenizer. prompts: a file or rows, each with a prompt and an
     answer under one of the usual names, see ``load_prompts``. out: the run directory, resumed where it holds this run;
-    a new temporary one when left out. Returns the admitted trajectories, the metrics and the directory.
+    a new temporary one when left out. ray: ``local``, ``auto`` or the address of a Ray cluster of which ``workers``
+    actors do the work, each with a copy of the model; rows are the same.
+    Returns the admitted trajectories, the metrics and the directory.
 
     Raises ConfigError, InputError, ModelError or RunError; what was computed before stays in ``out``.
     Source: arXiv 2606.29938; the audit, the controls and the guards are our own decision.
     """
+    scheduler: Scheduler = Alone()
+    if ray is not None:
+        if engine is not None:
+            raise ConfigError(
+                "an engine cannot be sent to Ray workers; leave it out, or give `Recovery` a RayWorkers whose `load`"
+                " makes it there"
+            )
+        scheduler = RayWorkers(ray, workers)
     place = tempfile.mkdtemp(prefix="latentrevise-") if out is None else out
-    return Recovery(model, tokenizer, config or RecoverConfig(), place, engine=engine, progress=progress).recover(
-        prompts
-    )
+    chosen = config or RecoverConfig()
+    run = Recovery(model, tokenizer, chosen, place, engine=engine, progress=progress, scheduler=scheduler)
+    return run.recover(prompts)
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Any]:

@@ -7,7 +7,8 @@ alone, a run that was killed and resumed ends with the same rows as one that was
 Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``, then
 ``starts/``, ``samples/`` and ``verdicts/`` with a folder for each arm, and the results ``trajectories.parquet``,
 ``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured). An evaluation has ``rollouts/``,
-``scores/`` and its metrics.
+``scores/`` and its metrics. ``plan/`` says which parts each stage has; while several processes are at work ``leases/``
+says on what; ``aside/`` says which parts were given up, and why.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentrevise.config import config_hash, to_dict
+from latentrevise.config import to_dict
 from latentrevise.data.leftovers import sweep
 from latentrevise.data.records import Prompt, RowError, stable_hash, write_json, write_jsonl, write_records
 from latentrevise.errors import InputError, LatentReviseError, ModelError, RunError
+from latentrevise.recovery.leases import Leases
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,6 +79,18 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def leases(self) -> Path:
+        return self.path / "leases"
+
+    def plan(self, stage: str, arm: str = "") -> Path:
+        """The parts that a stage has of an arm, with their sizes in prompts; it is as old as the stage."""
+        return self.path / "plan" / stage / f"{arm or 'all'}.json"
+
+    def aside(self, stage: str, index: int, arm: str = "") -> Path:
+        """What is known of a part that was given up; where this is, the part counts as absent."""
+        return self.path / "aside" / stage / arm / f"part-{index:05d}.json"
 
     def part(self, stage: str, index: int, arm: str = "") -> Path:
         return self.path / stage / arm / f"part-{index:05d}.parquet"
@@ -148,17 +162,18 @@ class RunDirectory:
         write_records(self.prompts, prompts, Prompt)  # last: a run without them has not begun
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process; the lock goes with the process, however it ends.
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold the run for this process, or ``shared`` with others that do the same; the lock goes with the process,
+        however it ends.
 
-        What a killed process left half written is swept; an error that nobody foresaw gets a note of what is kept.
+        Who holds it alone sweeps what killed processes left: half-written files, leases. An error that nobody foresaw
+        gets a note of what is kept.
         """
-        with (self.path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunError(f"another process works on {self.path}; wait for it, or choose another --out") from error
-            sweep(self.path, below=True)
+        with self._lock(".lock", (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
+            if not shared:
+                sweep(self.path, below=True)
+                Leases(self.leases, 0.0).sweep()
+                (self.path / ".begin").unlink(missing_ok=True)
             try:
                 yield
             except LatentReviseError:
@@ -166,6 +181,28 @@ class RunDirectory:
             except Exception as error:
                 error.add_note(f"{self.path} keeps {self.kept()}; the same command goes on from there.")
                 raise
+
+    def beginning(self) -> AbstractContextManager[None]:
+        """For one process at a time: between the look whether a run has begun and its beginning."""
+        return self._lock(".begin", fcntl.LOCK_EX)
+
+    @contextmanager
+    def _lock(self, name: str, kind: int) -> Iterator[None]:
+        held = ExitStack()
+        try:
+            fcntl.flock(held.enter_context((self.path / name).open("a+")), kind)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process works on {self.path}; wait for it, choose another --out, or begin all of them with"
+                " --shard to work on one run together"
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"{self.path / name} cannot be locked ({error.strerror or error}); the run directory must be writable"
+                " and its file system must have locks"
+            ) from error
+        with held:
+            yield
 
     def kept(self) -> str:
         """What was computed, in words."""
@@ -219,9 +256,11 @@ def run_header(model: PreTrainedModel, config: Any, engine: Engine) -> dict[str,
 
     from latentrevise import __version__
 
+    elsewhere = getattr(config, "ELSEWHERE", ())
+    settings = {name: value for name, value in to_dict(config).items() if name not in elsewhere}
     return {
-        "config": to_dict(config),
-        "config_hash": config_hash(config),
+        "config": settings,
+        "config_hash": stable_hash(settings),
         "engine": type(engine).__name__,
         "model": {
             "path": known_place(model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Start, original_prefix
@@ -65,6 +65,20 @@ def new_tokens(setting: int | None, left: int | None) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """resources: of each Ray worker beside or in place of one CPU and, where the cluster has GPUs, one of them; such as
+    ``{CPU: 8, GPU: 2}``, or a name that the cluster's nodes were started with. Torch gets as many threads as CPUs.
+    """
+
+    resources: dict = field(default_factory=dict)  # type: ignore[type-arg]  # of any names
+
+    def __post_init__(self) -> None:
+        for name, amount in self.resources.items():
+            if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount < 0:
+                raise ConfigError(f"ray.resources.{name} = {amount!r}: it must be a number, 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings``, ``PromptSettings`` and
     ``VerifySettings``.
@@ -82,7 +96,11 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
     label: what the report calls this run. chunk: prompts in one part. seed: of everything random. gate: see
     ``GateConfig``. vllm: of that engine, see ``VLLMConfig``.
+    deaths: a part over which so many processes died is set aside, and the run goes on without it. lease_seconds: a
+    process of a shared run that has given no sign of life for so long has died. ray: see ``RayConfig``.
     """
+
+    ELSEWHERE: ClassVar[tuple[str, ...]] = ("deaths", "lease_seconds", "ray")  # who computes, not what
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
     rollouts: int = 16
@@ -103,12 +121,17 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     seed: int = 0
     gate: GateConfig = field(default_factory=GateConfig)
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    deaths: int = 3
+    lease_seconds: float = 120.0
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_verification()
         self.pattern().template(self.answer_template)
-        at_least_one(self, "rollouts", "chunk", "equal_compute_cap")
+        at_least_one(self, "rollouts", "chunk", "equal_compute_cap", "deaths")
+        if not self.lease_seconds > 0:
+            raise ConfigError(f"RecoverConfig.lease_seconds = {self.lease_seconds!r}: it must be a positive number")
         if self.max_new_tokens is not None:
             at_least_one(self, "max_new_tokens")
         for name in self.strategies:

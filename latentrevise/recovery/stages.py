@@ -12,15 +12,14 @@ a part's stages in theirs.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
-
-from tqdm.auto import tqdm
+from typing import Any, Protocol
 
 from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
 from latentrevise.data.records import (
@@ -32,6 +31,7 @@ from latentrevise.data.records import (
     decoded,
     read_records,
     row_seed,
+    write_json,
     write_records,
 )
 from latentrevise.engines import Completion, Request
@@ -39,6 +39,7 @@ from latentrevise.errors import RunError
 from latentrevise.recovery import verdicts
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.job import Job
+from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal, Strategy, Work
@@ -80,12 +81,48 @@ class Stage(Protocol):
     name: str
     folder: str
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None: ...
+    def run(self, job: Job, part: Part, bar: Progress) -> None: ...
 
 
 def output(run: RunDirectory, stage: Stage, part: Part) -> Path:
     """The file that a stage writes of a part; it is there when the part is done."""
     return run.part(stage.folder, part.index, "" if part.arm is None else part.arm.name)
+
+
+ORDER = ("rollouts", "starts", "samples", "verdicts")  # the stages' folders
+
+
+def set_aside(run: RunDirectory, part: Part) -> bool:
+    """Whether a stage gave the part up: then it counts as absent, whatever there is of it."""
+    folders, arm = (ORDER[:1], "") if part.arm is None else (ORDER[1:], part.arm.name)
+    return any(run.aside(folder, part.index, arm).exists() for folder in folders)
+
+
+def settled(run: RunDirectory, stage: Stage, part: Part) -> bool:
+    """Whether nothing is left to do for the part in this stage."""
+    return output(run, stage, part).exists() or set_aside(run, part)
+
+
+def give_up(run: RunDirectory, stage: Stage, part: Part, reasons: Sequence[str]) -> None:
+    """Note that a part is given up, and why."""
+    arm = "" if part.arm is None else part.arm.name
+    path = run.aside(stage.folder, part.index, arm)
+    prompts = [p.id for p in part.prompts] or [case.prompt.id for case in part.cases]
+    note = {"stage": stage.name, "arm": arm, "part": part.index, "prompts": prompts, "reasons": list(reasons)}
+    write_json(path, note)
+    log.warning("%s is set aside: %s", described(note), "; ".join(reasons))
+
+
+def given_up(run: RunDirectory) -> list[dict[str, Any]]:
+    """What was noted of every part that was given up."""
+    found = sorted((run.path / "aside").rglob("part-*.json"))
+    return [dict(json.loads(path.read_text(encoding="utf-8"))) for path in found]
+
+
+def described(note: Mapping[str, Any]) -> str:
+    """A part that was given up, in words."""
+    of = f" of {note['arm']}" if note["arm"] else ""
+    return f"part {note['part']}{of} in {note['stage']} ({len(note['prompts'])} prompts)"
 
 
 def read_output(run: RunDirectory, folder: str, part: Part, command: str) -> Path:
@@ -107,7 +144,7 @@ class Mine:
 
     name, folder = "mine", "rollouts"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         config = job.config
         requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in part.prompts]
         left = [job.tools().left(len(p.ids)) for p in part.prompts]
@@ -131,7 +168,7 @@ class Mine:
             )
             for (prompt, j, completion, text), judgement in zip(flat, judged, strict=True)
         ]
-        write_records(output(job.run, self, part), rows, Rollout)
+        _publish(job, self, part, rows, Rollout)
 
 
 class Propose:
@@ -139,7 +176,7 @@ class Propose:
 
     name, folder = "revise", "starts"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         arm = part.of()
         work = [case.work(arm.wrong) for case in part.cases]
         began = time.perf_counter()
@@ -153,9 +190,7 @@ class Propose:
                 rows.append(start)
                 if proposal.mixture is not None:
                     mixtures[start.start_id] = proposal.mixture
-        path = output(job.run, self, part)
-        write_mixtures(path.with_suffix(".safetensors"), mixtures)
-        write_records(path, rows, Start)
+        _publish(job, self, part, rows, Start, mixtures)
 
 
 class Continue:
@@ -163,7 +198,7 @@ class Continue:
 
     name, folder = "continue", "samples"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         starts, mixtures = read_starts(job.run, part)
         prompts = {case.prompt.id: case.prompt for case in part.cases}
         began = time.perf_counter()
@@ -183,11 +218,11 @@ class Continue:
             for start, completions in zip(starts, found, strict=True)
             for j, completion in enumerate(completions)
         ]
-        write_records(output(job.run, self, part), rows, Sample)
+        _publish(job, self, part, rows, Sample)
 
 
 def continuations(
-    job: Job, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: tqdm
+    job: Job, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: Progress
 ) -> list[list[Completion]]:
     """What is sampled from each start: one round, or several, until one brings a correct continuation. Where the
     model has no position left behind a start, nothing."""
@@ -222,7 +257,7 @@ class Judge:
 
     name, folder = "verify", "verdicts"
 
-    def run(self, job: Job, part: Part, bar: tqdm) -> None:
+    def run(self, job: Job, part: Part, bar: Progress) -> None:
         arm = part.of()
         starts, mixtures = read_starts(job.run, part)
         samples = read_records(read_output(job.run, "samples", part, "continue"), Sample)
@@ -230,7 +265,25 @@ class Judge:
         cases = {case.prompt.id: case for case in part.cases}
         generate = partial(job.generate, bar=bar)
         rows = judge.verdicts(arm.strategy, arm.wrong, cases, starts, mixtures, samples, generate)
-        write_records(output(job.run, self, part), rows, Verdict)
+        _publish(job, self, part, rows, Verdict)
+
+
+def _publish(
+    job: Job,
+    stage: Stage,
+    part: Part,
+    rows: Sequence[Any],
+    cls: type,
+    mixtures: Mapping[str, Mixture] | None = None,
+) -> None:
+    """Write a part's output, unless it is there: then another process took the part over, and its file stays, since
+    others may have read it."""
+    path = output(job.run, stage, part)
+    if path.exists():
+        return
+    if mixtures is not None:
+        write_mixtures(path.with_suffix(".safetensors"), mixtures)
+    write_records(path, rows, cls)
 
 
 def _start(start_id: str, item: Work, proposal: Proposal, seconds: float, shares_prefixes: bool) -> Start:

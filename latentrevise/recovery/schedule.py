@@ -1,0 +1,129 @@
+"""Who runs the parts of a stage: this process alone, or together with others over one run directory.
+
+A part is a pure function of its prompts and the settings and its file is written whole (see ``stages``). So a
+scheduler decides who computes a part and when, never what: it may give a part to anyone, and to two.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from latentrevise.errors import ConfigError
+from latentrevise.recovery.job import Job
+from latentrevise.recovery.leases import Leases
+from latentrevise.recovery.progress import Progress
+from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.stages import Part, Stage, give_up, settled
+
+_LOOK_SECONDS = 0.5  # between two looks at the parts of others
+_ENDED = 128 + signal.SIGTERM  # as shells tell it
+
+
+class Scheduler(Protocol):
+    """Who runs parts. finishes: whether it is also the one that gathers the results."""
+
+    finishes: bool
+
+    def session(self, run: RunDirectory) -> AbstractContextManager[None]:
+        """The run held, against others, for as long as parts are run. Raises RunError where another holds it."""
+        ...
+
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
+        """Have these parts run, of which none was there a moment ago; return when each is, or is set aside. What a
+        part raises is raised."""
+        ...
+
+
+class Alone:
+    """One process, one part after another."""
+
+    finishes = True
+
+    def session(self, run: RunDirectory) -> AbstractContextManager[None]:
+        return run.locked()
+
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
+        for part in parts:
+            run_part(job, stage, part, bar)
+            bar.end(part.size)
+
+
+class Joint:
+    """One of any number of processes that work on one run together, on any machines that see its directory.
+
+    Each takes parts by leases, and waits at the end of a stage for those of others; they may come and go at any time.
+    index, count: this process's place among those that are expected: it only orders which parts it tries first.
+    """
+
+    finishes = False
+
+    def __init__(self, index: int, count: int) -> None:
+        if not 0 <= index < count:
+            raise ConfigError(f"shard {index}/{count}: it counts from 0, so give 0/{count} to {count - 1}/{count}")
+        self.index, self.count = index, count
+        self._ended = False
+
+    @contextmanager
+    def session(self, run: RunDirectory) -> Iterator[None]:
+        with run.locked(shared=True), self._terminable():
+            yield
+
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
+        leases = Leases(job.run.leases, job.config.lease_seconds)
+        waiting = self._preferred(parts)
+        while waiting:
+            if self._ended:
+                sys.exit(_ENDED)
+            left = [part for part in waiting if not self._done(job, stage, part, leases, bar)]
+            if len(left) == len(waiting):
+                time.sleep(_LOOK_SECONDS)
+            waiting = left
+
+    def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: Progress) -> bool:
+        """Whether a part is there or set aside, after running it where nobody else does."""
+        if not settled(job.run, stage, part):
+            with leases.claim(f"{stage.name}.{'' if part.arm is None else part.arm.name}.{part.index:05d}") as dead:
+                if dead is None:
+                    return False
+                if not settled(job.run, stage, part):  # by who gave the lease back a moment ago
+                    if len(dead) >= job.config.deaths:
+                        give_up(job.run, stage, part, [f"{holder} died over it" for holder in dead])
+                    else:
+                        run_part(job, stage, part, bar)
+        bar.end(part.size)
+        return True
+
+    @contextmanager
+    def _terminable(self) -> Iterator[None]:
+        """SIGTERM (a queue that takes the machine back) ends the process by an exception, so that it gives its lease
+        back; where the exception meets code that ignores all, behind the part."""
+
+        def end(*_: object) -> None:
+            self._ended = True
+            sys.exit(_ENDED)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _preferred(self, parts: Sequence[Part]) -> list[Part]:
+        """Its own share first, then the others', each from its end: where their owners come last."""
+        turned = [parts[(self.index + i) % self.count :: self.count] for i in range(self.count)]
+        return [*turned[0], *(part for share in turned[1:] for part in reversed(share))]
+
+
+def run_part(job: Job, stage: Stage, part: Part, bar: Progress) -> None:
+    """One part in this process, shown on the bar."""
+    bar.begin(stage.name if part.arm is None else part.arm.name, part.size)
+    stage.run(job, part, bar)
