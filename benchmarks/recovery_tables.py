@@ -111,7 +111,7 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
         for axes, (family, pooled) in zip(
             drawing.subplots(1, len(study), squeeze=False)[0], study.items(), strict=True
         ):
-            curve = pooled["resampling"]
+            curve, labels = pooled["resampling"], dict[tuple[float, float], list[str]]()
             grey = styles["resample"].colour
             axes.plot([p["passes"] for p in curve], [100 * p["valid"] for p in curve], color=grey, label="resampling")
             for name, row in pooled["strategies"].items():
@@ -127,7 +127,11 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
                     linewidth=1,
                 )
                 if p >= 10:  # the others lie on one another; the table has them
-                    axes.annotate(name, (row["passes"], p), xytext=(5, 3), textcoords="offset points", fontsize=8)
+                    place = next((q for q in labels if abs(q[1] - p) < 2 and 0.9 < q[0] / row["passes"] < 1.1), None)
+                    labels.setdefault(place or (row["passes"], p), []).append(name)
+            for place, names in labels.items():
+                label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+                axes.annotate(label, place, xytext=(5, 3), textcoords="offset points", fontsize=8)
             axes.set(
                 xscale="log",
                 ylim=(-2, 102),

@@ -338,6 +338,9 @@ def test_every_number_of_the_table_is_the_metrics_number(run_dir: Path, page: Pa
         assert cells[7].startswith("{:.1f} % / {:.1f} % {} samples".format(*rates, control["samples"]))
         assert ("equal:" in cells[7]) == (control["wanted"] > control["samples"])
         assert cells[8] == "12.2"
+        same = values["control_seconds"]
+        rates = [100 * same[key][0] for key in ("recovered_rate", "valid_rate")]
+        assert cells[9] == "{:.1f} % / {:.1f} % {} samples".format(*rates, same["samples"])
     assert "equal:" in page.rows["latent"][7], "2300 passes buy more fresh rollouts than the pool has"
     for arm in set(arms) - set(STRATEGIES):
         assert page.rows[arm][2] == shown(arms[arm]["recovered_rate"])
@@ -622,7 +625,10 @@ def test_console_table_fits_a_terminal(run_dir: Path) -> None:
         at = next(index for index, line in enumerate(lines) if line.split()[:1] == [arm])
         rates = [values[key] for key in ("recovered_rate", "valid_rate", "wrong_target_rate")]
         assert lines[at].split()[1:4] == [f"{100 * rate[0]:.1f}" for rate in rates]
-        assert lines[at + 1].split() == [f"{100 * rate[1]:.1f}–{100 * rate[2]:.1f}" for rate in rates]
+        below = lines[at + 1].split()
+        assert below[:3] == [f"{100 * rate[1]:.1f}–{100 * rate[2]:.1f}" for rate in rates]
+        same = [values["control_seconds"][key] for key in ("recovered_rate", "valid_rate")]
+        assert below[3:] == "{:.1f} / {:.1f}".format(*(100 * rate[0] for rate in same)).split()
         assert lines[at].split()[4] == ("–" if values["selectivity"] is None else f"{values['selectivity']:.1f}")
     assert "40 zero-hit prompts of 40" in " ".join(lines)
 

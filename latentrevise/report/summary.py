@@ -37,6 +37,29 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """Plain resampling at what a strategy took."""
+
+    recovered: Rate
+    valid: Rate | None
+    note: str
+
+    @classmethod
+    def read(cls, value: dict[str, Any] | None) -> Resampling | None:
+        """From metrics.json, where there is such a control."""
+        if not value:
+            return None
+        short = f"; equal: {value['wanted']}" if value["wanted"] > value["samples"] else ""
+        note = f"{value['samples']} samples{short}"
+        return cls(Rate(*value["recovered_rate"]), Rate.read(value["valid_rate"]), note)
+
+    @property
+    def both(self) -> str:
+        """Right answer and valid derivation, in per cent."""
+        return f"{self.recovered.percent} / {self.valid.percent if self.valid else '–'}"
+
+
+@dataclass(frozen=True)
 class Row:
     """One arm of metrics.json, ready to be shown. A wrong-target arm has a rate, its compute, and nothing else."""
 
@@ -52,14 +75,12 @@ class Row:
     wrong_target: Rate | None
     selectivity: float | None
     compute: dict[str, float]
-    control_recovered: Rate | None
-    control_valid: Rate | None
-    control_note: str
+    control: Resampling | None
     seconds: float
+    control_seconds: Resampling | None
 
     @classmethod
     def read(cls, arm: str, values: dict[str, Any]) -> Row:
-        control = values.get("control") or {}
         return cls(
             arm=arm,
             strategy=values["strategy"],
@@ -73,10 +94,9 @@ class Row:
             wrong_target=_rate(values, "wrong_target_rate"),
             selectivity=values.get("selectivity"),
             compute=values["compute"],
-            control_recovered=_rate(control, "recovered_rate"),
-            control_valid=_rate(control, "valid_rate"),
-            control_note=_control_note(control),
+            control=Resampling.read(values.get("control")),
             seconds=values["seconds"],
+            control_seconds=Resampling.read(values.get("control_seconds")),
         )
 
     @property
@@ -92,14 +112,6 @@ class Row:
 
 def _rate(values: dict[str, Any], key: str) -> Rate | None:
     return Rate.read(values.get(key))
-
-
-def _control_note(control: dict[str, Any]) -> str:
-    if not control:
-        return ""
-    if control["wanted"] > control["samples"]:
-        return f"{control['samples']} samples; equal: {control['wanted']}"
-    return f"{control['samples']} samples"
 
 
 def rows_of(metrics: dict[str, Any]) -> list[Row]:
@@ -127,10 +139,10 @@ def reading_notes(metrics: dict[str, Any]) -> list[str]:
     if metrics["derivations_checked"]:
         best, rate = max(((row, row.valid) for row in rows if row.valid), key=lambda pair: pair[1].value)
         if rate.value > 0:
-            control = best.control_valid
+            control = best.control
             against = (
-                f"; plain resampling at equal compute ({best.control_note}): {control.percent}\u00a0%"
-                if control
+                f"; plain resampling at equal compute ({control.note}): {control.valid.percent}\u00a0%"
+                if control and control.valid
                 else ""
             )
             notes.append(
@@ -177,7 +189,7 @@ def console_table(metrics: dict[str, Any]) -> Table:
         title=escape(metrics.get("family") or ""),
         caption=f"{metrics['zero_hit']} zero-hit prompts of {metrics['prompts']}; per cent of them, 95 % intervals. "
         "wrong: a random wrong answer is reached; ratio: right over wrong; passes: token passes a prompt; "
-        "equal: resampling at equal passes (answer / valid)",
+        "equal: resampling at equal passes, below at equal seconds (answer / valid)",
         caption_justify="left",
         box=None,
         pad_edge=False,
@@ -188,7 +200,7 @@ def console_table(metrics: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     rows = [row for row in rows_of(metrics) if not row.is_side_arm]
     for row in rows:
-        control = [rate.percent if rate else "–" for rate in (row.control_recovered, row.control_valid)]
+        controls = [control.both if control else "–" for control in (row.control, row.control_seconds)]
         table.add_row(
             row.arm,
             *(
@@ -197,7 +209,7 @@ def console_table(metrics: dict[str, Any]) -> Table:
             ),
             "–" if row.selectivity is None else f"{row.selectivity:.1f}",
             number(row.per_prompt),
-            " / ".join(control) if row.control_recovered else "–",
+            "\n".join(controls),
             number(row.seconds),
         )
     if not rows:
