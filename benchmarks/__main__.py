@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument(
         "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
     )
-    study.add_argument("--families", nargs="+", help="task families; none: the study's own")
+    study.add_argument(
+        "--families", nargs="+", help="task families; none: the study's own; gsm: word problems, a real model"
+    )
     study.add_argument("--strategies", nargs="+", help="recovery; none: the study's own")
     study.add_argument(
         "--models", type=int, nargs="+", help="training seeds; recovery: of the start, 0 is bundled, others are trained"
@@ -107,6 +109,8 @@ def folder(name: str, options: argparse.Namespace) -> Path:
     """Where a study's runs go unless it is said. A smaller or another plan has other runs under the same names."""
     if options.quick:
         return Path(f"{name}-quick")
+    if options.families == ["gsm"]:
+        return Path(f"gsm-{name}-study")
     return Path("variants-study" if name == "recovery" and options.variants else f"{name}-study")
 
 

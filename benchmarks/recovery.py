@@ -35,7 +35,7 @@ import torch
 from benchmarks import harness
 from benchmarks.recovery_tables import figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
-from latentrevise.demo import Family, get_family, make_prompts
+from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
 from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.run import demo_config
 from latentrevise.demo.train import model_for
@@ -77,6 +77,14 @@ PLANS = {
             *("latent-plausible", "latent-window", "dart", "resample"),
         ),
     ),
+    # A real language model and text, see latentrevise.demo.real.
+    "gsm": Plan(
+        (wordproblems.NAME,),
+        (0,),
+        (0,),
+        24,
+        ("latent", "latent-nearest", "latent-random", "resample-rho0.8", "pivot", "branch-mass", "resample"),
+    ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
 }
 
@@ -105,20 +113,30 @@ class Unit:
 def train(job: tuple[str, int], cache: Path) -> None:
     """Train a model that is not there yet; a worker's job."""
     torch.set_num_threads(1)
-    model_for(*job, cache)
+    if job[0] == wordproblems.NAME:
+        real.taught_model(cache / job[0])
+    else:
+        model_for(*job, cache)
 
 
-def run(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Unit, dict[str, Any], float]:
+def run(unit: Unit, out: Path, strategies: tuple[str, ...], dtype: str) -> tuple[Unit, dict[str, Any], float]:
     """Run or take up one unit; a worker's job. Returns its metrics and the seconds this call took."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     note_commit(unit, out)
-    recovery, prompts = recovery_of(unit, out, strategies)
+    recovery, prompts = recovery_of(unit, out, strategies, dtype)
     return unit, recovery.recover(prompts).metrics, time.perf_counter() - began
 
 
-def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Recovery, list[dict[str, Any]]]:
+def recovery_of(
+    unit: Unit, out: Path, strategies: tuple[str, ...], dtype: str = "float32"
+) -> tuple[Recovery, list[dict[str, Any]]]:
     """A unit's run, and its prompts with their reference solutions."""
+    if unit.family == wordproblems.NAME:
+        model, tokenizer = load_model(real.taught_model(out / "models" / unit.family), dtype=dtype, device="cpu")
+        config = replace(real.real_config(unit.seed), strategies=strategies, label=unit.name)
+        prompts = wordproblems.word_problems(unit.prompts, real.STEPS, seed=unit.seed)
+        return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
     family = get_family(unit.family)
     config = replace(
         demo_config(family, unit.seed),
@@ -136,7 +154,7 @@ def recovery_of(unit: Unit, out: Path, strategies: tuple[str, ...]) -> tuple[Rec
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )
-    model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype="float32", device="cpu")
+    model, tokenizer = load_model(model_for(unit.family, unit.model, out / "models"), dtype=dtype, device="cpu")
     prompts = [
         row | {"solution": " ".join(family.solution(family.parse(row["prompt"])))}
         for row in make_prompts(family, unit.prompts, split="report", seed=unit.seed)
@@ -271,9 +289,15 @@ def _judged(run_directory: Path) -> list[tuple[dict[str, float], bool]]:
     return [(v.signals or {}, bool(v.valid)) for v in verdicts if v.verdict == "correct"]
 
 
+def real_text(options: argparse.Namespace) -> bool:
+    """Whether the study is the one on a real language model, which has a plan of its own."""
+    return options.families == [wordproblems.NAME]
+
+
 def refuse_part(options: argparse.Namespace) -> None:
     """Raise ConfigError where ``--publish`` would put less than a whole study into the documents."""
-    changed = [key for key in ("quick", "families", "models", "seeds", "mined", "strategies") if getattr(options, key)]
+    parts = ("quick", "families", "models", "seeds", "mined", "strategies")
+    changed = [key for key in parts if getattr(options, key) and not (key == "families" and real_text(options))]
     if options.publish and changed:
         raise ConfigError(f"--publish puts a whole study into the documents; leave out --{', --'.join(changed)}, or it")
 
@@ -293,6 +317,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks recovery``: see ``--help`` for the options it reads."""
     began = time.perf_counter()
     name = "quick" if options.quick else "variants" if options.variants else "recovery"
+    name = wordproblems.NAME if real_text(options) else name
+    (dtype,) = options.dtype or ["float32"]
     plan = PLANS[name]
     refuse_part(options)
     chosen, models, seeds = (
@@ -312,7 +338,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[tuple[Unit, dict[str, Any]]]] = {family: [] for family in chosen}
     with ProcessPoolExecutor(min(jobs, len(units)), multiprocessing.get_context("spawn")) as workers:
         list(workers.map(partial(train, cache=out / "models"), [(f, m) for f in chosen for m in models]))
-        runs = [workers.submit(run, unit, out, strategies) for unit in units]
+        runs = [workers.submit(run, unit, out, strategies, dtype) for unit in units]
         for count, finished in enumerate(as_completed(runs), 1):
             unit, metrics, seconds = finished.result()
             found[unit.family].append((unit, metrics))
@@ -330,6 +356,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "latentrevise")},
+        "dtype": dtype,
         "units": [asdict(unit) for unit in units],
         "commits": Counter(" and ".join(commits_of(unit, out)) for unit in units),
         "settings": json.loads((out / units[0].name / "run.json").read_text())["config"],

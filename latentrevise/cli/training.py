@@ -37,17 +37,27 @@ def train() -> None:
 @grouped
 def sft(
     given: Settings,
-    run: Annotated[Path, place("A finished recovery.")],
     out: Out,
+    run: Annotated[Path | None, place("A finished recovery.")] = None,
+    rows_of: Annotated[
+        Path | None,
+        place("In place of a run: JSONL, ..., parquet with a prompt and a completion in each row.", "--rows"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Directory or hub id; the run's own model if left out.")] = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Fine-tune on a run's trajectories, mixed with its ordinary correct rollouts."""
-    from latentrevise.train.sft import SFTSettings, sft_dataset, train_sft
+    """Fine-tune on a run's trajectories, mixed with its ordinary correct rollouts, or on the rows of a file."""
+    from latentrevise.train.sft import SFTSettings, file_dataset, sft_dataset, train_sft
 
     chosen = given.load(SFTSettings)
-    policy, tokenizer = _loaded(model or _model_of(run), dtype)
-    rows = sft_dataset(run, chosen, tokenizer)
+    if run is not None and rows_of is None:
+        policy, tokenizer = _loaded(model or _model_of(run), dtype)
+        rows = sft_dataset(run, chosen, tokenizer)
+    elif rows_of is not None and run is None and model is not None:
+        policy, tokenizer = _loaded(model, dtype)
+        rows = file_dataset(rows_of, chosen, tokenizer)
+    else:
+        raise ConfigError("train sft: give either --run, a finished recovery, or --rows with --model")
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["strategy"]] = counts.get(row["strategy"], 0) + 1

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning on recovered trajectories: TRL's SFTTrainer with its log-probs from ``linear_logprob``.
+"""Supervised fine-tuning on recovered trajectories, or on rows of a file: TRL's SFTTrainer with its log-probs from
+``linear_logprob``.
 
 What a row learns is its *rendering* (docs/training.md): the revised prefix as text and in the loss
 (``argmax``), the failed prefix in the loss (``original``), or the revised prefix as context only (``continuation``).
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from latentrevise.data.exports import Row, rollout_row, sft_rows
+from latentrevise.data.chat import Chat, Templater, content_of
+from latentrevise.data.exports import Row, rollout_row, sft_row, sft_rows
 from latentrevise.data.records import (
     PrefixRendering,
     Prompt,
@@ -28,6 +30,7 @@ from latentrevise.data.records import (
     read_records,
     row_seed,
 )
+from latentrevise.data.tables import BadRow, plain, read_rows
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.recovery.rundir import RunDirectory
@@ -54,7 +57,8 @@ class SFTSettings:
     strategies: only the trajectories of these (none named: all). valid_only: only those with a derivation found valid.
     rendering: ``argmax``, ``original`` or ``continuation``. per_prompt: at most so many trajectories of a prompt (0:
     all). mix: ordinary correct rollouts of the same run for each recovered row, spread over its solved prompts.
-    lora: see LoraSettings. holdout: rows kept from training for the loss at each evaluation of the trainer
+    These are for a run's rows; chat, chat_template_kwargs for a file's: see PromptSettings. lora: see LoraSettings.
+    holdout: rows kept from training for the loss at each evaluation of the trainer
     (``trainer.eval_strategy``). eval_prompts: a file of prompts and answers on which the policy is sampled besides;
     evaluation: how. trainer: arguments of TRL's SFTConfig as they are (``packing``, ``learning_rate``, ...); rows are
     cut to ``max_length`` only if it is given. seed: of choosing rows.
@@ -65,6 +69,8 @@ class SFTSettings:
     rendering: PrefixRendering = "argmax"
     per_prompt: int = 0
     mix: float = 1.0
+    chat: Chat = "auto"
+    chat_template_kwargs: dict = field(default_factory=dict)  # type: ignore[type-arg]  # whatever a template reads
     lora: LoraSettings = field(default_factory=LoraSettings)
     holdout: int = 0
     eval_prompts: str | None = None
@@ -127,6 +133,38 @@ def sft_dataset(run: str | os.PathLike[str], settings: SFTSettings, tokenizer: P
     rows += [rollout_row(prompts[r.prompt_id].ids, r, tokenizer, stop) for r in ordinary]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     return [rows[i] for i in order]
+
+
+def file_dataset(path: str | os.PathLike[str], settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows of a file to train on, in its order: ``prompt`` (text or messages, through the tokenizer's chat template
+    as ``settings.chat`` says) is given, ``completion`` (text) and the end-of-sequence token are learned.
+
+    Raises ConfigError for settings that choose among a run's rows, InputError at the first row that cannot be used.
+    """
+    unread = [f.name for f in fields(SFTSettings) if f.name in _OF_A_RUN and getattr(settings, f.name) != f.default]
+    if unread:
+        raise ConfigError(f"{', '.join(unread)}: chosen among the rows of a run; leave it out beside --rows")
+    templater = Templater(tokenizer, settings.chat, settings.chat_template_kwargs, "")
+    rows = []
+    for number, row in read_rows(path):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            cells = plain(row)
+            completion = cells.get("completion")
+            if not isinstance(completion, str) or not completion:
+                raise BadRow("no-completion", "column 'completion' is no text; give each row a prompt and a completion")
+            context = templater.encode(content_of(cells.get("prompt"), "prompt"))
+        except BadRow as error:
+            raise InputError(f"{path}, row {number}: {error} ({error.reason})") from error
+        learned = tokenizer.encode(completion, add_special_tokens=False)
+        rows.append({**sft_row(context, learned, tokenizer, ended=True), "strategy": "given"})
+    if not rows:
+        raise InputError(f"{path} is empty; give at least one row with a prompt and a completion")
+    return rows
+
+
+_OF_A_RUN = ("strategies", "valid_only", "rendering", "per_prompt", "mix")
 
 
 def rendered(trajectories: Iterable[Trajectory], rendering: PrefixRendering, run: RunDirectory) -> list[Trajectory]:
