@@ -78,7 +78,7 @@ class WordProblem:
 
     @property
     def answer(self) -> int:
-        return self.equations[-1][3]
+        return self.equations[-1][3] if self.equations else self.start
 
     @property
     def derivation(self) -> str:
@@ -94,16 +94,12 @@ def sample(rng: random.Random, steps: int) -> tuple[str, WordProblem]:
     if steps < 1:
         raise InputError(f"a problem of {steps} steps: it needs at least one")
     name, items, start = rng.choice(_NAMES), rng.choice(_ITEMS), rng.randint(4, 30)
-    story, events, owned = [_OPENING.format(n=name, x=start, it=items)], [], start
-    while len(events) < 64:
-        left = steps - (len(WordProblem(start, tuple(events)).equations) if events else 0)
-        if not left:
-            break
-        kind, b, c = _event(rng, owned, left)
-        events.append((kind, b, c))
-        owned = WordProblem(start, tuple(events)).answer
+    story, problem = [_OPENING.format(n=name, x=start, it=items)], WordProblem(start, ())
+    while left := steps - len(problem.equations):
+        kind, b, c = _event(rng, problem.answer, left)
+        problem = WordProblem(start, (*problem.events, (kind, b, c)))
         story.append(rng.choice(_EVENTS[kind]).format(n=name, it=items, b=b, c=c))
-    return " ".join([*story, _QUESTION.format(n=name, it=items)]), WordProblem(start, tuple(events))
+    return " ".join([*story, _QUESTION.format(n=name, it=items)]), problem
 
 
 def _event(rng: random.Random, owned: int, left: int) -> tuple[str, int, int]:
@@ -164,7 +160,8 @@ def word_problems(n: int, steps: int, *, split: Split = "report", seed: int = 0)
 
 def lessons(n: int, seed: int = 0) -> list[dict[str, str]]:
     """``n`` rows ``prompt``, ``completion`` of the train split for ``latentrevise train sft --rows``."""
-    rng, rows = random.Random(f"{NAME}/lessons/{seed}"), {}
+    rng = random.Random(f"{NAME}/lessons/{seed}")
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < n:
         prompt, problem = sample(rng, rng.choice(TAUGHT_STEPS))
         if split_of(prompt) == "train":
