@@ -1,7 +1,8 @@
 """The adapters' contracts: what a framework hands over at its hook, and what it must get back.
 
-None of the frameworks can be installed here. Each is stood in for by the fields that its source declares at the hook
-(repository, file and commit are in the adapter's docstring), with ``slots``, so that no other field can be written.
+The frameworks are not installed here (tests/trainers runs two of them). Each is stood in for by the fields that its
+source declares at the hook (repository, file and commit are in the adapter's docstring), with ``slots``, so that no
+other field can be written.
 """
 
 import asyncio

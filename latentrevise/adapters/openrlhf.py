@@ -4,7 +4,8 @@
 
 Hook: ``AgentExecutor.execute`` of the file named so, loaded by ``_load_agent_executor`` and called by
 ``RolloutRayActor.generate_responses`` in openrlhf/trainer/ray/vllm_engine.py; the response's fields as
-``SamplesGenerator._process_response_into_experience`` reads them. OpenRLHF/OpenRLHF at 3c3be62 (v0.11.0, 2026-08-13).
+``SamplesGenerator._process_response_into_experience`` reads them. OpenRLHF/OpenRLHF at 3c3be62 (2026-08-13), run with
+0.11.2.
 ``execute`` sees one sample and is not told how many there are, but all calls for a prompt are made in one go by one
 asyncio task, before any of them runs: that makes the group.
 """

@@ -5,7 +5,7 @@
 
 Hook: ``ReplayBuffer.sample`` of verl/trainer/ppo/v1/replay_buffer.py; ``PPOTrainer._build_replay_buffer``
 (trainer_base.py) makes the class that the two settings name. Fields of a trajectory as ``_agent_loop_postprocess`` of
-agent_loop_tq.py stores them. verl-project/verl at 1dda039 (2026-08-22). A custom sampler is given no
+agent_loop_tq.py stores them. verl-project/verl at 1dda039 (2026-08-22); run with 0.9.1. A custom sampler is given no
 ``algorithm.filter_groups``, so the groups that DAPO's filter would evict arrive here.
 """
 
