@@ -18,6 +18,7 @@ from latentrevise.recovery.guards import (
     signals,
     wilson,
 )
+from latentrevise.recovery.provenance import provenance
 from latentrevise.revise.hull import Mixture
 
 
@@ -99,6 +100,33 @@ def test_the_weakest_token_of_the_steps_and_of_the_answer():
     assert objections(GuardConfig(min_agreement=0.5), agreement=0.25) == ["unstable"]
     assert objections(GuardConfig(min_agreement=0.5), agreement=0.5) == []
     assert "agreement" not in signals(_candidate())
+
+
+@pytest.mark.parametrize(
+    ("question", "steps", "expected"),
+    [
+        # One hidden rule: an example, an input that is asked about.
+        ("61 ?A = 34 ; 5 ?A", "check A6 ; 61 + 73 = 34 ; so A6 ; 5 + 73 = 78 ; so", {"founded": 0, "used": 1}),
+        ("61 ?A = 34 ; 5 ?A", "check A1 ; 61 + 12 = 73 ; so A1 ; 5 + 12 = 17 ; so", {"founded": 0, "used": 2 / 3}),
+        ("61 ?A = 34 ; 5 ?A", "check A6 ; so", {}),
+        ("He had 6 eggs and bought 3.", "83 + 6 = 89. 89 - 6 = 83.", {"founded": 0.5, "used": 0.5}),
+        ("He had 6 eggs and bought 3.", "6 + 3 = 9. 9 * 2 = 18.", {"founded": 1, "used": 1}),
+        ("Two of six?", "2 * 6 = 12", {"founded": 1}),
+    ],
+)
+def test_provenance_says_where_numbers_come_from_and_which_are_used(question, steps, expected):
+    assert provenance(question, steps) == pytest.approx(expected)
+
+
+def test_provenance_and_contrast_object_below_their_thresholds_alone():
+    config = GuardConfig(min_founded=0.5, min_used=1.0, min_contrast=0.0)
+    known = {"founded": 0.5, "used": 1.0}
+    assert objections(config, provenance=known, contrast=0.0) == []
+    assert objections(config) == [], "what was not measured is no objection"
+    worse = {"founded": 0.4, "used": 0.9}
+    wanted = ["undecided", "unfounded-operand", "unused-fact"]
+    assert objections(config, provenance=worse, contrast=-0.1) == wanted
+    assert objections(provenance=worse, contrast=-0.1) == [], "off by default"
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 import dataclasses
 
 import pytest
+import torch
 
 from latentrevise import RecoverConfig, recover
-from latentrevise.data.records import Start, Trajectory, Verdict, read_records
+from latentrevise.data.records import Sample, Start, Trajectory, Verdict, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.guards import GuardConfig, guard, wilson
+from latentrevise.recovery.job import Job
 from latentrevise.recovery.pipeline import Recovery
 
 
@@ -30,7 +32,7 @@ def finished(rule, tmp_path_factory):
         samples=6,
         chunk=8,
         equal_compute_cap=12,
-        guards=GuardConfig(min_agreement=0.25),
+        guards=GuardConfig(min_agreement=0.25, min_contrast=0.5, min_used=0.5),
         select="shortest",
         keep=1,
     )
@@ -118,6 +120,35 @@ def test_signals_are_on_record_and_say_what_the_guards_said(finished):
     assert seen == recovered.metrics["guards"]["valid"] + recovered.metrics["guards"]["invalid"] - sum(
         v.verdict == "correct" for v in read_records(recovered.out / "verdicts" / "resample@equal", Verdict)
     )
+
+
+def test_contrast_is_the_answers_lead_over_the_wrong_ones_at_hand(finished, rule):
+    """By plain passes of the model, over the answers of failed rollouts and the audit's target."""
+    recovered, config, _ = finished
+    model, tokenizer = rule
+    cases = {case.prompt.id: case for case in Job(*rule, config, recovered.out).cases()}
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def score(text, answer):
+        ids, own = torch.tensor([encode(f"{text} so \\boxed{{ {answer}")]), encode(answer)
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, -len(own) - 1 : -1].log_softmax(-1)
+        return float(logprobs.gather(-1, torch.tensor(own)[:, None]).sum())
+
+    starts = {s.start_id: s for s in read_records(recovered.out / "starts" / "latent-plausible", Start)}
+    samples = {s.sample_id: s for s in read_records(recovered.out / "samples" / "latent-plausible", Sample)}
+    verdicts = [v for v in read_records(recovered.out / "verdicts" / "latent-plausible", Verdict) if v.signals]
+    for v in verdicts[:12]:
+        case, sample = cases[v.prompt_id], samples[v.sample_id]
+        steps = sample.completion.partition("so \\boxed{")[0]
+        text = f"{case.prompt.text} {tokenizer.decode(list(starts[v.start_id].plain_ids))} {steps}"
+        others = {r.extracted for r in case.failed if r.extracted} | {case.wrong}
+        lead = score(text, case.prompt.answer) - max(score(text, answer) for answer in others)
+        assert v.signals["contrast"] == pytest.approx(lead, abs=1e-3)
+        assert ("undecided" in (v.guard or "")) is (lead < 0.5)
+    assert verdicts
 
 
 def test_keep_is_none_or_positive():

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from latentrevise.checkers.equations import Equation, equations, plain
+from latentrevise.checkers.equations import Equation, equations, number_texts, plain
 
 _NUMBER_WORDS = {
     word: Fraction(value)
@@ -58,7 +58,7 @@ _NUMBER_WORDS = {
 }
 _SHARES = {"half": 2, "halves": 2, "halved": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5}
 _SHARES |= {"fifths": 5, "fourth": 4, "fourths": 4, "sixth": 6, "eighth": 8, "tenth": 10, "tenths": 10}
-_ALWAYS = {Fraction(1), Fraction(2), Fraction(100)}  # a whole, a double or a half, per cent
+ALWAYS = {Fraction(1), Fraction(2), Fraction(100)}  # a whole, a double or a half, per cent
 # What a question calls for without writing it: word -> numbers.
 _CALLED_FOR = {
     "week": (7,),
@@ -160,8 +160,8 @@ def check_step_once(question: str, before: str, step: str) -> bool | None:
     if holds is not True:
         return holds
     earlier, found = equations(before), equations(step)
-    given = Counter(Fraction(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", plain(question)))
-    results = {equation.result for equation in [*earlier, *found]} | _ALWAYS
+    given = Counter(number_texts(question))
+    results = {equation.result for equation in [*earlier, *found]} | ALWAYS
     used = Counter(operand for equation in [*earlier, *found] for operand in equation.operands)
     new = {operand for equation in found for operand in equation.operands}
     return all(used[number] <= given[number] for number in new if number in given and number not in results)
@@ -182,7 +182,7 @@ def value_of(answer: str) -> Fraction | None:
 def numbers_of(question: str) -> set[Fraction]:
     """Every number that a question gives: digits, words, shares (a third: 1/3 and 3), and what its words call for."""
     text = plain(question).lower()
-    found = {Fraction(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text)}
+    found = set(number_texts(text))
     found |= {Fraction(a) / int(b) for a, b in re.findall(r"(?<![\w.])(\d+)\s*/\s*(\d+)", text) if int(b)}
     for word in re.findall(r"[a-z]+(?:-[a-z]+)?", text):
         parts = word.split("-")
@@ -201,7 +201,7 @@ def numbers_of(question: str) -> set[Fraction]:
 
 def _founded(question: str, found: Iterable[Equation]) -> list[bool]:
     """For each equation whether all its operands are in the question or a result before it."""
-    known = numbers_of(question) | _ALWAYS
+    known = numbers_of(question) | ALWAYS
     verdicts = []
     for equation in found:
         verdicts.append(all(operand in known for operand in equation.operands))

@@ -90,6 +90,11 @@ def plain(text: str) -> str:
     return text
 
 
+def number_texts(text: str) -> list[Fraction]:
+    """Every number that a text writes in digits, in order."""
+    return [Fraction(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", plain(text))]
+
+
 def equations(text: str) -> list[Equation]:
     """Every equation of a text, in order."""
     text = plain(text)

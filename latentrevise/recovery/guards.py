@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,12 @@ class GuardConfig:
         steps must lead to it.
     min_agreement: share of ``agreement_samples`` continuations, drawn anew behind the plain prefix and the steps up to
         ``agreement_cut`` of the continuation, that must come to the same answer (one greedy, the others sampled).
+    min_contrast: nats; by how much the answer must be likelier, behind prefix, steps and answer template, than the
+        likeliest of the wrong answers at hand (those of the prompt's failed rollouts and the audit's target).
+    min_founded: share of the row's equations whose operands are all in the question or results before them;
+    min_used: share of the question's numbers that its equations use (see ``recovery.provenance``). They read digits:
+        for tasks whose derivations are equations over the question's numbers. Of all these a trainer's repair measures
+        neither ``min_agreement`` nor ``min_contrast``.
     max_text_nll: nats a token by which the text that a mixture is written as may be less likely, under the plain model,
         than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv 2606.29938, Eq. 8, does
         that to tables whose rows differ in norm). Our own decision.
@@ -87,6 +93,9 @@ class GuardConfig:
     min_step_logprob: float | None = None
     min_answer_logprob: float | None = None
     min_agreement: float | None = None
+    min_contrast: float | None = None
+    min_founded: float | None = None
+    min_used: float | None = None
     max_text_nll: float | None = 1.0
     told: bool = True
     max_mention: float | None = 0.5
@@ -125,6 +134,8 @@ class Candidate:
     told: bool = False
     agreement: float | None = None
     text_nll: float | None = None
+    provenance: Mapping[str, float] = field(default_factory=dict)
+    contrast: float | None = None
 
 
 _TOLD = re.compile(
@@ -144,6 +155,7 @@ def signals(candidate: Candidate) -> dict[str, float]:
         "leak": _leak(candidate, new) if candidate.aimed else 0.0,
         "derivation": len(candidate.plain_ids) + candidate.before_answer - kept,
         "length": len(candidate.completion_ids),
+        **candidate.provenance,
     }
     logprobs = candidate.plain_logprobs
     steps, answer = logprobs[: candidate.before_answer], logprobs[candidate.before_answer :]
@@ -155,6 +167,8 @@ def signals(candidate: Candidate) -> dict[str, float]:
         found["answer"] = min(answer)
     if candidate.agreement is not None:
         found["agreement"] = candidate.agreement
+    if candidate.contrast is not None:
+        found["contrast"] = candidate.contrast
     if candidate.text_nll is not None:
         found["text"] = candidate.text_nll
     if candidate.told:
@@ -204,6 +218,9 @@ GUARDS: dict[str, Guard] = {
     "doubtful-step": Guard("step", "min_step_logprob", least=True),
     "unfounded-answer": Guard("answer", "min_answer_logprob", least=True),
     "unstable": Guard("agreement", "min_agreement", least=True),
+    "undecided": Guard("contrast", "min_contrast", least=True),
+    "unfounded-operand": Guard("founded", "min_founded", least=True),
+    "unused-fact": Guard("used", "min_used", least=True),
     "broken-text": Guard("text", "max_text_nll", least=False),
     "told": Guard("told", "told", least=False),
     "early-answer": Guard("mention", "max_mention", least=True),

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from latentrevise.checkers.loading import Checker, Derivation, load
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.engines import Completion, Request, SamplingParams
-from latentrevise.model.branches import completion_logprobs
+from latentrevise.model.branches import Branch, completion_logprobs, score_branches
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.guards import Candidate, guard, signals
+from latentrevise.recovery.provenance import provenance
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Strategy, Tools
 from latentrevise.verify.patterns import AnswerPattern
@@ -67,6 +68,7 @@ class Judge:
         judged = [(cases[samples[i].prompt_id].prompt, by_start[samples[i].start_id], samples[i]) for i in correct]
         plain_of = dict(zip(correct, self._plain_logprobs(judged), strict=True))
         agreement_of = dict(zip(correct, self._agreement(judged, generate), strict=True))
+        contrast_of = dict(zip(correct, self._contrast(judged, cases), strict=True))
         text_of = self._text_nll({start.start_id: (prompt, start) for prompt, start, _ in judged if start.latent})
         rows = []
         for i, (sample, judgement) in enumerate(zip(samples, gold, strict=True)):
@@ -74,6 +76,7 @@ class Judge:
             derivation = self._check(case.prompt, start, sample) if judgement.verdict == "correct" else None
             found = None
             if i in plain_of:
+                before = self._before_answer(sample)
                 candidate = Candidate(
                     prompt_ids=case.prompt.ids,
                     original_ids=start.prefix_ids,
@@ -82,14 +85,17 @@ class Judge:
                     answer_ids=case.answer_ids,
                     completion_ids=sample.completion_ids,
                     completion=sample.completion,
-                    before_answer=before_answer(
-                        self.tokenizer, sample.completion_ids, sample.completion, self.verifier.pattern
-                    ),
+                    before_answer=before,
                     plain_logprobs=plain_of[i],
                     aimed=strategy.uses_answer,
                     told=strategy.uses_answer and bool(start.context_ids),
                     agreement=agreement_of[i],
                     text_nll=text_of.get(start.start_id),
+                    provenance=provenance(
+                        case.prompt.text,
+                        decoded(self.tokenizer, (*self.config.rendered(start), *sample.completion_ids[:before])),
+                    ),
+                    contrast=contrast_of[i],
                 )
                 found = signals(candidate)
             rows.append(
@@ -138,9 +144,7 @@ class Judge:
         requests, params = [], []
         for prompt, start, sample in rows:
             ids = sample.completion_ids
-            cut = int(
-                guards.agreement_cut * before_answer(self.tokenizer, ids, sample.completion, self.verifier.pattern)
-            )
+            cut = int(guards.agreement_cut * self._before_answer(sample))
             cut = max((i + 1 for i in range(cut) if ids[i] in self.boundary), default=cut)
             context = (*prompt.ids, *self.config.rendered(start), *ids[:cut])
             left = self.tools.left(len(context))
@@ -155,6 +159,37 @@ class Judge:
         pairs = [(row[0].answer, text) for row, own in zip(rows, texts, strict=True) for text in own]
         judged = iter(self.verifier.verify(pairs))
         return [sum(next(judged).verdict == "correct" for _ in own) / len(own) for own in texts]
+
+    def _before_answer(self, sample: Sample) -> int:
+        return before_answer(self.tokenizer, sample.completion_ids, sample.completion, self.verifier.pattern)
+
+    def _contrast(self, rows: Sequence[tuple[Prompt, Start, Sample]], cases: Mapping[str, Case]) -> list[float | None]:
+        """By how much the answer's log-probability behind each sample's steps exceeds the highest of the wrong answers
+        at hand; None without any, or where no guard asks for it."""
+        if self.config.guards.min_contrast is None:
+            return [None] * len(rows)
+        trunks: list[tuple[int, ...]] = []
+        branches, counts = [], []
+        for prompt, start, sample in rows:
+            case, steps = cases[prompt.id], list(sample.completion_ids[: self._before_answer(sample)])
+            while steps and steps[-1] in case.template_ids:  # what opens the answer is in the template
+                steps.pop()
+            trunk = (*prompt.ids, *self.config.rendered(start), *steps)
+            wrong = {rollout.extracted for rollout in case.failed} | {case.wrong}
+            encoded = {tuple(self.tokenizer.encode(text, add_special_tokens=False)) for text in wrong if text}
+            answers = [case.answer_ids, *sorted(encoded - {()})]
+            if self.tools.left(len(trunk) + len(case.template_ids) + max(map(len, answers))) < 0:
+                answers = []  # there is no room behind this row for an answer
+            branches += [
+                Branch(len(trunks), len(trunk), (*case.template_ids, *ids), scored_from=len(case.template_ids))
+                for ids in answers
+            ]
+            trunks.append(trunk)
+            counts.append(len(answers))
+        scored = score_branches(self.policy, trunks, branches, token_budget=self.config.token_budget)
+        totals = iter(scored.total.tolist())
+        found = [[next(totals) for _ in range(count)] for count in counts]
+        return [own[0] - max(own[1:]) if len(own) > 1 else None for own in found]
 
 
 def _steps(derivation: Derivation) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from latentrevise.model.compute import Compute
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import chosen_cuts, request_of, tokens_with
 from latentrevise.recovery.guards import Candidate, guard, signals
+from latentrevise.recovery.provenance import provenance
 from latentrevise.recovery.settings import CutSettings, at_least_one
 from latentrevise.recovery.verdicts import before_answer
 from latentrevise.strategies import Proposal, Tools, Work, build
@@ -231,6 +232,8 @@ class Repairer:
         for i, logprobs in zip(right, plain[: len(right)], strict=True):
             completion = completions[i]
             text = decoded(self.tokenizer, completion.ids)
+            before = before_answer(self.tokenizer, completion.ids, text, self.verifier.pattern)
+            steps = decoded(self.tokenizer, (*prefix, *completion.ids[:before]))
             found = signals(
                 Candidate(
                     prompt_ids=item.prompt.ids,
@@ -240,11 +243,12 @@ class Repairer:
                     answer_ids=item.answer_ids,
                     completion_ids=completion.ids,
                     completion=text,
-                    before_answer=before_answer(self.tokenizer, completion.ids, text, self.verifier.pattern),
+                    before_answer=before,
                     plain_logprobs=logprobs.tolist(),
                     aimed=self._strategy.uses_answer,
-                    told=bool(proposal.context_ids),
+                    told=self._strategy.uses_answer and bool(proposal.context_ids),
                     text_nll=text_nll,
+                    provenance=provenance(item.prompt.text, steps),
                 )
             )
             objections = guard(found, self.settings.guards)
