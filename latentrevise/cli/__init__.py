@@ -111,6 +111,25 @@ def collect(run: Resumed, jsonl: Jsonl = False) -> None:
     _run(_resumed(run), lambda: None, jsonl)
 
 
+@command()
+def plan(
+    chosen: Begun,
+    prompts: Prompts,
+    sample: Annotated[
+        int | None, typer.Option(help="Prompts to measure, spread over all; one part (`chunk`) if left out.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Say how long so many workers take.")] = 1,
+) -> None:
+    """Say what a recovery will take before it is begun: some of its prompts are run to the end, and thrown away."""
+    import tempfile
+
+    from latentrevise.recovery.estimate import estimate, estimate_text
+
+    with tempfile.TemporaryDirectory(prefix="latentrevise-plan-") as place:
+        found = estimate(_begun(chosen, Path(place) / "run"), prompts, sample)
+    typer.echo(estimate_text(found, workers))
+
+
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")]) -> None:
     """Say what a run is at, while any processes work on it: stages, rates, time left, who holds what, what was given

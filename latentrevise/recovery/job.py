@@ -80,8 +80,7 @@ class Job:
         if source is None:
             _ = self.prompts  # raises where there are none
             return
-        positions, new = self.tools().left(0), self.config.max_new_tokens
-        prompts, errors = self.config.load(source, self.tokenizer, positions, new, self.verifier)
+        prompts, errors = self.read_prompts(source)
         with self.run.once():
             if not self.run.check(self.header):  # again: another process may have begun it meanwhile
                 self._begin(prompts, errors)
@@ -89,6 +88,13 @@ class Job:
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
+
+    def read_prompts(
+        self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+    ) -> tuple[list[Prompt], list[RowError]]:
+        """The usable rows of a file or of rows, and why the others are not."""
+        positions, new = self.tools().left(0), self.config.max_new_tokens
+        return self.config.load(source, self.tokenizer, positions, new, self.verifier)
 
     def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
         for error in errors[:5]:
