@@ -59,10 +59,6 @@ class Round:
     seconds: float
     wrong: list[str]
 
-    @property
-    def strikes(self) -> int:
-        return self.kills + self.terminations + self.stalls
-
 
 def settings(lease_seconds: float = 2.0) -> RecoverConfig:
     """The demo's, small. Any number may die over a part: here it is never the part's fault."""
@@ -211,7 +207,7 @@ def warm() -> Iterator[ForkServerContext]:
 
 
 def add_options(group: Any) -> None:
-    group.add_argument("--kills", type=int, default=100, help="strikes, in as many rounds as they take")
+    group.add_argument("--kills", type=int, default=100, help="kill -9, in as many rounds as they take")
     group.add_argument("--every", type=float, default=1.0, help="seconds between two strikes, on average")
 
 
@@ -222,7 +218,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     expected = undisturbed(place / "undisturbed")
     with warm() as context:
         before = marked()
-        while sum(r.strikes for r in rounds) < options.kills:
+        while sum(r.kills for r in rounds) < options.kills:
             out, began = place / str(len(rounds)), time.monotonic()
             strikes = one_round(context, out, count, options.every, draw)
             wrong = differences(out, expected, before)

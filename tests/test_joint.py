@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_a_part_that_kills_is_set_aside_and_the_run_goes_on(tmp_path, alone):
     assert told.exit_code == 3, told.exception
     assert "set aside: part 1 in mine (1 prompts): process 100000000 on here died over it" in told.output
     # What is mined stays; what came after is done again without the notes.
-    for name in ("aside", "starts", "samples", "verdicts"):
+    for name in ("aside", "starts", "samples", "verdicts", "plan", "targets.json"):
         subprocess.run(["rm", "-r", str(out / name)], check=True)
     assert recovery(out).recover().metrics["set_aside"] == []
     found = chaos.content(out)
@@ -306,3 +307,38 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(OSError, match="its own"), run.locked():
         raise OSError("its own")
+
+
+def test_processes_aim_alike_whatever_one_decides_in_time(tmp_path, monkeypatch):
+    first = joint(tmp_path / "run")
+    aimed = [case.wrong for case in first.cases()]
+    assert any(aimed)
+    monkeypatch.setattr("latentrevise.recovery.job._shuffled", lambda answers, seed: [])  # nothing is decided
+    again = recovery(tmp_path / "run")
+    assert [case.wrong for case in again.cases()] == aimed
+    assert [case.wrong_ids for case in again.cases()] == [case.wrong_ids for case in first.cases()]
+    path = tmp_path / "run" / "targets.json"
+    path.write_text(path.read_text().replace(f'"{aimed[0]}"', '"77"', 1))
+    with pytest.raises(RunError, match=r"targets\.json is damaged"):
+        recovery(tmp_path / "run").cases()
+
+
+def test_one_process_at_a_time_and_nothing_is_left(tmp_path):
+    run, order = RunDirectory(tmp_path), []
+
+    def enter(name):
+        with RunDirectory(tmp_path).once():
+            order.append(f"{name} in")
+            time.sleep(0.05)
+            order.append(f"{name} out")
+
+    threads = [threading.Thread(target=enter, args=(name,)) for name in "abcd"]
+    with run.once():
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        assert order == [], "the others wait"
+    for thread in threads:
+        thread.join()
+    assert [a.split()[0] for a in order[::2]] == [b.split()[0] for b in order[1::2]], "no two at once"
+    assert [p.name for p in tmp_path.iterdir()] == []

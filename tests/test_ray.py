@@ -12,10 +12,13 @@ from benchmarks.chaos import content
 from latentrevise import RecoverConfig, recover
 from latentrevise.cli import app
 from latentrevise.engines import HFEngine
-from latentrevise.errors import ConfigError, InputError
+from latentrevise.errors import ConfigError, InputError, RunError
+from latentrevise.recovery import ray_workers
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.ray_workers import RayWorkers
+from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.settings import RayConfig
+from latentrevise.recovery.stages import Mine, Part
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -104,7 +107,11 @@ def test_what_goes_wrong_in_a_worker_is_told(tmp_path, cluster):
         run.recover(ROWS)
 
 
-def test_misuse_is_told(tmp_path):
+def test_misuse_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_workers, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(ray_workers, "_WAIT_SECONDS", 0.01)
+    with pytest.raises(RunError, match=r"rollouts/part-00000\.parquet, and it is not here; give a --out"):
+        RayWorkers("local", 1)._await_file(RunDirectory(tmp_path), Mine(), Part(0))
     with pytest.raises(ConfigError, match="at least 1"):
         RayWorkers("local", 0)
     with pytest.raises(ConfigError, match=r"ray\.resources\.GPU = '1'"):

@@ -72,12 +72,7 @@ def latentrevise(
 def recover(chosen: Begun, prompts: Prompts, out: Out, by: Workers, jsonl: Jsonl = False) -> None:
     """Mine, revise, continue, verify: the whole job. Prints the table, writes the trajectories, metrics and report."""
     recovery = _begun(chosen, out, by)
-    if recovery.scheduler.finishes:
-        _finish(recovery.recover(prompts), jsonl)
-        return
-    with recovery.session():
-        recovery.work(prompts)
-    typer.echo(f"every part is there; finish with `latentrevise collect --out {out}`")
+    _run(recovery, partial(recovery.work, prompts), jsonl)
 
 
 @command()
@@ -103,21 +98,36 @@ def continue_(run: Resumed, by: Workers) -> None:
 
 
 @command()
-def verify(run: Resumed, jsonl: Jsonl = False) -> None:
+def verify(run: Resumed, by: Workers, jsonl: Jsonl = False) -> None:
     """Judge the continuations, gather what the guards admit, print the table and write the report."""
-    with (recovery := _resumed(run)).session():
-        recovery.verify()
-        recovered = recovery.collect()
-    _finish(recovered, jsonl)
+    recovery = _resumed(run, by)
+    _run(recovery, recovery.verify, jsonl)
 
 
 @command()
 def collect(run: Resumed, jsonl: Jsonl = False) -> None:
     """Finish a run that several processes worked on: gather what the guards admit, print the table, write the report,
     sweep what killed processes left."""
-    with (recovery := _resumed(run)).session():
-        recovered = recovery.collect()
-    _finish(recovered, jsonl)
+    _run(_resumed(run), lambda: None, jsonl)
+
+
+@command()
+def plan(
+    chosen: Begun,
+    prompts: Prompts,
+    sample: Annotated[
+        int | None, typer.Option(help="Prompts to measure, spread over all; one part (`chunk`) if left out.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Say how long so many workers take.")] = 1,
+) -> None:
+    """Say what a recovery will take before it is begun: some of its prompts are run to the end, and thrown away."""
+    import tempfile
+
+    from latentrevise.recovery.estimate import estimate, estimate_text
+
+    with tempfile.TemporaryDirectory(prefix="latentrevise-plan-") as place:
+        found = estimate(_begun(chosen, Path(place) / "run"), prompts, sample)
+    typer.echo(estimate_text(found, workers))
 
 
 @app.command()
@@ -337,6 +347,17 @@ def _loaded(model: str, engine: str, vllm: VLLMConfig, dtype: str, device: str |
     make = engine_factory(engine)  # a wrong name is told before anything is loaded
     policy, tokenizer = load_model(model, dtype=dtype, device=device)
     return policy, tokenizer, make(policy, tokenizer, vllm)
+
+
+def _run(recovery: Recovery, work: Callable[[], None], jsonl: bool) -> None:
+    """Work, and then the end of the run, where that is this process's."""
+    with recovery.session():
+        work()
+        recovered = recovery.collect() if recovery.scheduler.finishes else None
+    if recovered is None:
+        typer.echo(f"every part is there; finish with `latentrevise collect --out {recovery.run.path}`")
+    else:
+        _finish(recovered, jsonl)
 
 
 def _finish(recovered: Any, jsonl: bool) -> None:

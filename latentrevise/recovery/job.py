@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -20,6 +21,8 @@ from latentrevise.data.records import (
     read_jsonl,
     read_records,
     row_seed,
+    stable_hash,
+    write_json,
     write_jsonl,
 )
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
@@ -77,15 +80,21 @@ class Job:
         if source is None:
             _ = self.prompts  # raises where there are none
             return
-        positions, new = self.tools().left(0), self.config.max_new_tokens
-        prompts, errors = self.config.load(source, self.tokenizer, positions, new, self.verifier)
-        with self.run.beginning():
+        prompts, errors = self.read_prompts(source)
+        with self.run.once():
             if not self.run.check(self.header):  # again: another process may have begun it meanwhile
                 self._begin(prompts, errors)
             elif other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
+
+    def read_prompts(
+        self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+    ) -> tuple[list[Prompt], list[RowError]]:
+        """The usable rows of a file or of rows, and why the others are not."""
+        positions, new = self.tools().left(0), self.config.max_new_tokens
+        return self.config.load(source, self.tokenizer, positions, new, self.verifier)
 
     def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
         for error in errors[:5]:
@@ -129,7 +138,7 @@ class Job:
             failed = [name for name in mined if all(r.verdict == "wrong" for r in rollouts[name])]
             long = {name: [r for r in rollouts[name] if len(r.completion_ids) >= 2] for name in failed}
             self._cases = [self.case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
-            self._aim_wrong(self._cases)
+            self._take_targets(self._cases)
             self._report_uncut([name for name, own in long.items() if not own])
             warn_of_missing_answers([r for own in rollouts.values() for r in own], self.verifier.pattern)
         return self._cases
@@ -169,6 +178,29 @@ class Job:
                 f"the answer {answer!r} has no token under this tokenizer; correct the answer or drop the row"
             )
         return ids
+
+    def _take_targets(self, cases: list[Case]) -> None:
+        """Give every case the wrong target that the run has noted: what is not decided in time may be another time, and
+        all processes must aim alike."""
+        if not self.run.targets.exists():
+            with self.run.once():
+                if not self.run.targets.exists():
+                    self._aim_wrong(cases)
+                    chosen = {case.prompt.id: case.wrong for case in cases}
+                    write_json(self.run.targets, {"targets": chosen, "hash": stable_hash(chosen)})
+        try:
+            noted = json.loads(self.run.targets.read_text(encoding="utf-8"))
+            whole = stable_hash(noted["targets"]) == noted["hash"]
+        except (ValueError, LookupError, TypeError):
+            whole = False
+        if not whole or noted["targets"].keys() != {case.prompt.id for case in cases}:
+            raise RunError(
+                f"{self.run.targets} is damaged, or the rollouts are not those it was made for; restore it, or delete"
+                " it and the folders starts, samples and verdicts, and run the command again"
+            )
+        for case in cases:
+            if (wrong := noted["targets"][case.prompt.id]) is not None:
+                case.wrong, case.wrong_ids = wrong, self._answer_ids(wrong)
 
     def _aim_wrong(self, cases: list[Case]) -> None:
         """Give every case a wrong target: another prompt's answer, drawn by the case's seed and verified to differ."""

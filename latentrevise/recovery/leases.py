@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import logging
 import os
@@ -70,16 +71,17 @@ class Leases:
         self.folder, self.seconds = folder, seconds
         self._seen: dict[Path, tuple[int, float]] = {}
 
-    def held(self) -> list[Held]:
-        """All that are there, the dead ones included."""
-        found = (Held.read(path) for path in sorted(self.folder.glob("*.lease")))
+    def held(self, name: str | None = None) -> list[Held]:
+        """All that are there, or those of a name, the dead ones included."""
+        some = "*.lease" if name is None else f"{glob.escape(name)}.*.lease"
+        found = (Held.read(path) for path in sorted(self.folder.glob(some)))
         return [lease for lease in found if lease is not None]
 
     @contextmanager
     def claim(self, name: str) -> Iterator[list[Held] | None]:
         """The lease of ``name`` for the length of a ``with``: those whose holders died over it; None where it is
         another's. Raises RunError where the folder can't be written to."""
-        before = [lease for lease in self.held() if lease.name == name]
+        before = [lease for lease in self.held(name) if lease.name == name]
         newest = max(before, key=lambda lease: lease.deaths, default=None)
         if newest is not None and self.alive(newest):
             yield None

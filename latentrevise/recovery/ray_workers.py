@@ -29,7 +29,7 @@ Load = Callable[[], tuple[Any, Any, Any]]
 """Makes model, tokenizer and engine in a worker."""
 
 _WAIT_SECONDS = 1.0  # for the next part to end, before stragglers are looked for
-_PATIENCE_SECONDS = 60.0  # without any worker, before it is told what is waited for
+_PATIENCE_SECONDS = 60.0  # for a first worker before it is told what is waited for, and for a file to be seen
 _STRAGGLES = 3.0  # times the median of its stage
 
 
@@ -89,7 +89,7 @@ class RayWorkers:
         self.address, self.count, self.load = address, count, load
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, _Task | None]] = {}
-        self._failed_starts = 0
+        self._failed_starts, self._ready_at = 0, 0.0
         self._made: Any = None
 
     @contextmanager
@@ -111,7 +111,7 @@ class RayWorkers:
         waiting, open_parts = deque(parts), {_key(part): part for part in parts}
         deaths: dict[tuple[str, int], list[str]] = defaultdict(list)
         took: list[float] = []
-        last_worker = time.monotonic()
+        self._ready_at = time.monotonic()
         while open_parts:
             self._hire(job)
             while waiting and self._idle:
@@ -119,33 +119,45 @@ class RayWorkers:
             if self._idle and took:
                 self._give_again(stage, open_parts, statistics.median(took))
             for task, death in self._ended():
-                if task.stage is not stage or _key(task.part) not in open_parts:
-                    continue  # a straggler's twin was faster
                 key = _key(task.part)
-                if death is not None:
+                if task.stage is not stage or key not in open_parts:
+                    continue  # a straggler's twin was faster
+                if death is None:
+                    self._await_file(job.run, stage, task.part)
+                    took.append(time.monotonic() - task.since)
+                else:
                     deaths[key].append(death)
-                    log.warning("a worker died over part %d of %s: %s", task.part.index, stage.name, death)
+                    log.warning("a worker died over part %d in %s: %s", task.part.index, stage.name, death)
                     if len(deaths[key]) < job.config.deaths:
                         waiting.appendleft(task.part)
                         continue
-                    if not output(job.run, stage, task.part).exists():
+                    if not settled(job.run, stage, task.part):
                         give_up(job.run, stage, task.part, deaths[key])
-                elif not settled(job.run, stage, task.part):
-                    path = output(job.run, stage, task.part)
-                    raise RunError(
-                        f"a Ray worker wrote {path}, and it is not here; give a --out that all machines of the cluster"
-                        " see under the same path"
-                    )
-                took.append(time.monotonic() - task.since)
                 bar.end(open_parts.pop(key).size)
-            if self._idle or any(task is not None for _, task in self._busy.values()):
-                last_worker = time.monotonic()
-            elif time.monotonic() - last_worker > _PATIENCE_SECONDS:
-                last_worker = time.monotonic()
-                have = {k: v for k, v in self.ray.cluster_resources().items() if k in self._resources(job.config)}
-                wanted = self._resources(job.config)
-                told = "no Ray worker is ready: each loads a model and needs %s, the cluster has %s"
-                log.warning(told, wanted, have)
+            self._tell_of_none(job.config)
+
+    def _await_file(self, run: RunDirectory, stage: Stage, part: Part) -> None:
+        """Network file systems take a while to show a machine what another wrote. Raises RunError where it never
+        comes."""
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not settled(run, stage, part):
+            if time.monotonic() > until:
+                raise RunError(
+                    f"a Ray worker wrote {output(run, stage, part)}, and it is not here; give a --out that all machines"
+                    " of the cluster see under the same path"
+                )
+            time.sleep(_WAIT_SECONDS)
+
+    def _tell_of_none(self, config: RecoverConfig) -> None:
+        """Say what is waited for where no worker has been ready for long."""
+        now = time.monotonic()
+        if self._idle or any(task is not None for _, task in self._busy.values()):
+            self._ready_at = now
+        elif now - self._ready_at > _PATIENCE_SECONDS:
+            self._ready_at = now
+            wanted, have = self._resources(config), self.ray.cluster_resources()
+            told = "no Ray worker is ready: each loads a model and needs %s, the cluster has %s"
+            log.warning(told, wanted, {name: have.get(name, 0) for name in wanted})
 
     # Workers
 
@@ -158,10 +170,10 @@ class RayWorkers:
                 self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:
                 self.ray.init(address=self.address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises this class itself when a node does not start in time
             raise RunError(
                 f"no Ray cluster at {self.address!r} ({' '.join(str(error).split())[:300]}); start one with `ray start"
-                " --head`, or use --ray local"
+                " --head` and name it, try --ray local, or share the work without Ray by --shard"
             ) from error
 
     def _resources(self, config: RecoverConfig) -> dict[str, float]:

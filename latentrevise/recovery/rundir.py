@@ -4,7 +4,8 @@ Work is cut into parts of ``config.chunk`` prompts. A part is written once, atom
 means computing the parts that are not there. Since a part's result depends on its own prompts and on the settings
 alone, a run that was killed and resumed ends with the same rows as one that was not.
 
-Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``, then
+Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``,
+``targets.json`` (the wrong target of each zero-hit prompt), then
 ``starts/``, ``samples/`` and ``verdicts/`` with a folder for each arm, and the results ``trajectories.parquet``,
 ``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured). An evaluation has ``rollouts/``,
 ``scores/`` and its metrics. ``plan/`` says which parts each stage has; while several processes are at work ``leases/``
@@ -20,7 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,10 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def targets(self) -> Path:
+        return self.path / "targets.json"
 
     @property
     def leases(self) -> Path:
@@ -173,7 +178,7 @@ class RunDirectory:
             if not shared:
                 sweep(self.path, below=True)
                 Leases(self.leases, 0.0).sweep()
-                (self.path / ".begin").unlink(missing_ok=True)
+                (self.path / ".once").unlink(missing_ok=True)
             try:
                 yield
             except LatentReviseError:
@@ -182,15 +187,30 @@ class RunDirectory:
                 error.add_note(f"{self.path} keeps {self.kept()}; the same command goes on from there.")
                 raise
 
-    def beginning(self) -> AbstractContextManager[None]:
-        """For one process at a time: between the look whether a run has begun and its beginning."""
-        return self._lock(".begin", fcntl.LOCK_EX)
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """For one process at a time, others wait: between the look whether a file that all share is there and its
+        writing."""
+        path = self.path / ".once"
+        while True:
+            with self._lock(path.name, fcntl.LOCK_EX) as file:
+                try:
+                    if not os.path.samestat(path.stat(), os.fstat(file)):
+                        continue
+                except FileNotFoundError:
+                    continue  # what it waited for is gone; another may hold a new one
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
     @contextmanager
-    def _lock(self, name: str, kind: int) -> Iterator[None]:
+    def _lock(self, name: str, kind: int) -> Iterator[int]:
         held = ExitStack()
         try:
-            fcntl.flock(held.enter_context((self.path / name).open("a+")), kind)
+            file = held.enter_context((self.path / name).open("a+"))
+            fcntl.flock(file, kind)
         except BlockingIOError as error:
             raise RunError(
                 f"another process works on {self.path}; wait for it, choose another --out, or begin all of them with"
@@ -202,7 +222,7 @@ class RunDirectory:
                 " and its file system must have locks"
             ) from error
         with held:
-            yield
+            yield file.fileno()
 
     def kept(self) -> str:
         """What was computed, in words."""

@@ -21,7 +21,7 @@ from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.stages import Part, Stage, give_up, settled
 
-_LOOK_SECONDS = 0.5  # between two looks at the parts of others
+_LOOKS = 60  # at the parts of others in the time after which silence means death; each at most two seconds apart
 _ENDED = 128 + signal.SIGTERM  # as shells tell it
 
 
@@ -82,7 +82,7 @@ class Joint:
                 sys.exit(_ENDED)
             left = [part for part in waiting if not self._done(job, stage, part, leases, bar)]
             if len(left) == len(waiting):
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(min(max(job.config.lease_seconds / _LOOKS, 0.1), 2.0))
             waiting = left
 
     def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: Progress) -> bool:
