@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cubins, harness, ops, screening
+from benchmarks import cubins, estimates, harness, ops, screening
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
     "chaos": "processes that share a run, killed at random: are the rows an undisturbed run's, and is nothing left?",
+    "estimates": "upper bounds on an H100 from the compiled kernels: operations, bytes, issue slots (no GPU needed)",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 # Import transformers, which kernels are measured without.
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name in models:
             document = models[name].main(options)
+        elif name == "estimates":
+            document = estimates.main()
         elif name == "screening":
             document = screening.main(options)
         elif name in ("recovery", "iterates", "training"):

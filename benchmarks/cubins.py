@@ -15,7 +15,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +45,8 @@ class Resources:
     loop: int = 0  # instructions of the main loop, matrix instructions in it, instructions around it
     multiplications: int = 0
     around: int = 0
+    streamed: float = 0.0  # bytes a thread loads from global memory for each instruction of the loop that loads most
+    constants: dict[str, int] = field(default_factory=dict)  # tile sizes and the like; warps
 
     @property
     def fine(self) -> bool:
@@ -74,9 +76,11 @@ def read_launch(launch: launches.Launch) -> Resources:
         command = [str(tools / "cuobjdump"), "-sass", file.name]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     spills, warnings = assemble(asm["ptx"], launch.arch)
+    constants = {name: int(value) for name, value in launch.constants.items() if isinstance(value, int)}
     return Resources(
         f"triton {launch.kernel}", launch.variant, f"sm_{launch.arch}", registers, stack, spills,
-        launch.compiled.metadata.shared, warnings, converted_sums(asm["ttgir"]), *read_loop(sass)
+        launch.compiled.metadata.shared, warnings, converted_sums(asm["ttgir"]), *read_loop(sass), read_stream(sass),
+        constants | {"warps": launch.compiled.metadata.num_warps},
     )  # fmt: skip
 
 
@@ -142,25 +146,46 @@ def _converted(body: list[str]) -> int:
     return sum(bool(m) and bool({m.group(1), m.group(2)} & sums) for m in changes)
 
 
+def disassembled(sass: str) -> tuple[list[tuple[int, str]], set[tuple[int, int]]]:
+    """(address, instruction) of a kernel, and the loops in it as (first, last) addresses."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+?)\s*;", sass)]
+    # Loops end with a branch that may not be taken; one that always is comes back from code out of the way (waits).
+    back = re.compile(r"^@\S+\s+BRA(?:\.\w+)*\s+(?:\S+,\s*)?0x([0-9a-f]+)|^BRA\.U\S*\s+\S+,\s*0x([0-9a-f]+)")
+    ends = [(int(m.group(1) or m.group(2), 16), at) for at, text in code if (m := back.search(text))]
+    return code, {(to, at) for to, at in ends if to < at}
+
+
+def within(first: int, last: int, places: list[int]) -> int:
+    return sum(first <= at <= last for at in places)
+
+
+def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+
+def read_stream(sass: str) -> float:
+    """Bytes that a thread loads from global memory for each instruction, in the innermost loop that loads most."""
+    code, loops = disassembled(sass)
+    loads = [(at, int(m.group(1) or 32) // 8) for at, text in code if (m := re.search(r"\bLDG\.E(?:\.(\d+))?", text))]
+    rates = [
+        (sum(size for at, size in loads if first <= at <= last), within(first, last, [at for at, _ in code]))
+        for first, last in innermost([loop for loop in loops if within(*loop, [at for at, _ in loads])])
+    ] or [(sum(size for _, size in loads), len(code))]
+    loaded, size = max(rates)
+    return loaded / size
+
+
 def read_loop(sass: str) -> tuple[int, int, int]:
     """(instructions of the main loop, matrix instructions in it, instructions of what is around it).
 
     The main loop is the innermost loop with the most matrix instructions; around it is the loop over tiles that
     contains it, or the kernel.
     """
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+?)\s*;", sass)]
+    code, loops = disassembled(sass)
     multiplies = [at for at, text in code if re.search(r"\b(?:HGMMA|HMMA|IMMA|DMMA)\b", text)]
-    # Loops end with a branch that may not be taken; one that always is comes back from code out of the way (waits).
-    back = re.compile(r"^@\S+\s+BRA(?:\.\w+)*\s+(?:\S+,\s*)?0x([0-9a-f]+)|^BRA\.U\S*\s+\S+,\s*0x([0-9a-f]+)")
-    ends = [(int(m.group(1) or m.group(2), 16), at) for at, text in code if (m := back.search(text))]
-    loops = {(to, at) for to, at in ends if to < at}
-
-    def within(first: int, last: int, places: list[int]) -> int:
-        return sum(first <= at <= last for at in places)
-
     places = [at for at, _ in code]
     busy = [loop for loop in loops if within(*loop, multiplies)]
-    inner = [a for a in busy if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in busy)]
+    inner = innermost(busy)
     if not inner:
         return 0, 0, len(code)
     main = max(inner, key=lambda loop: within(*loop, multiplies))
@@ -178,28 +203,42 @@ def read_cubin(tool: str, path: str) -> Iterator[tuple[str, int, int, int]]:
         yield name, int(registers), int(stack), int(shared)
 
 
-def compile_cuda(nvcc: str, only: Sequence[str] = ()) -> Iterator[Resources]:
+def compile_cuda(
+    nvcc: str, only: Sequence[str] = (), architectures: Sequence[str] = ("80", "90a")
+) -> Iterator[Resources]:
     """nvcc with -Xptxas -v, each file (whose name starts with one of ``only``) and architecture by itself."""
 
-    def log(work: tuple[Path, str]) -> str:
+    def log(work: tuple[Path, str]) -> tuple[str, str]:
         source, arch = work
         include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
         with tempfile.TemporaryDirectory() as folder:
             command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *include]
-            command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", f"{folder}/k.o"]
+            command += [f"-arch=sm_{arch}", "-cubin", str(source), "-o", f"{folder}/k.cubin"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
-        return done.stderr
+            if done.returncode:
+                raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
+            tool = find_cuobjdump(nvcc)
+            sass = [tool, "-sass", f"{folder}/k.cubin"]
+            text = subprocess.run(sass, capture_output=True, text=True, check=True).stdout if tool else ""
+        return done.stderr, text
 
     sources = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name.startswith(tuple(only or [""]))]
-    work = [(source, arch) for source in sources for arch in ("80", "90a")]
+    work = [(source, arch) for source in sources for arch in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (source, arch), text in zip(work, pool.map(log, work), strict=True):
-            yield from read_ptxas(source.stem, text, f"sm_{arch}")
+        for (source, arch), (text, sass) in zip(work, pool.map(log, work), strict=True):
+            yield from read_ptxas(source.stem, text, f"sm_{arch}", sass)
 
 
-def read_ptxas(stem: str, log: str, arch: str) -> Iterator[Resources]:
+def find_cuobjdump(nvcc: str) -> str | None:
+    """The toolkit's, or the one that triton brings along."""
+    triton = find_spec("triton")
+    packages = triton.submodule_search_locations or [] if triton else []
+    homes = [str(Path(nvcc).resolve().parent), *(str(Path(path, "backends/nvidia/bin")) for path in packages)]
+    return shutil.which("cuobjdump", path=os.pathsep.join(homes))
+
+
+def read_ptxas(stem: str, log: str, arch: str, sass: str = "") -> Iterator[Resources]:
+    functions = dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.DOTALL))
     pattern = (
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers(?:, used \d+ barriers)?(?:.*?(\d+) bytes smem)?[^\n]*"
@@ -207,7 +246,8 @@ def read_ptxas(stem: str, log: str, arch: str) -> Iterator[Resources]:
     for name, stack, stores, loads, registers, shared in re.findall(pattern, log, re.DOTALL):
         yield Resources(
             f"cuda {stem}", demangle(name), arch, int(registers), int(stack), int(stores) + int(loads),
-            int(shared or 0), bad_warnings(log)
+            int(shared or 0), bad_warnings(log), 0, *read_loop(functions.get(name, "")),
+            read_stream(functions.get(name, "")) if name in functions else 0.0,
         )  # fmt: skip
 
 

@@ -32,6 +32,12 @@ class Launch:
     arch: int
     compiled: Any
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Constants that the kernel was compiled with, by the names of its arguments: tile sizes among them."""
+        source = self.compiled.src
+        return {source.fn.arg_names[place]: value for (place, *_), value in source.constants.items()}
+
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")

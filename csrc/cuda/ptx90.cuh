@@ -38,6 +38,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap &map, in
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// The smaller one; NaN if either is.
+__device__ __forceinline__ float minimum_or_nan(float a, float b) {
+  float c;
+  asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
 template <int kCount>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount)); }
 template <int kCount>

@@ -3,10 +3,12 @@
 // A block is three warpgroups. One thread of the first copies: boxes of 64 coordinates, 128 tokens and 256 table rows, in
 // 128-byte rows that the engine swizzles as wgmma wants them, into a ring of four stages; `full` barriers count the
 // bytes, `empty` ones the two other warpgroups, which own 64 tokens by 256 rows each, 128 sums a thread. The multiplications
-// of a stage run while the next one's are issued; a stage is given back when the group before the last is done.
+// of a stage run while the next one's are issued; a stage is given back when the group before the last is done. The first
+// consumer is kLead stages ahead of the second (`lead`), so that each one's epilogue runs beside the other's products: the
+// tensor cores are idle only where the ring has run dry.
 //
-// A thread compares scores as floats with the best of its two tokens and makes a key only when one is not larger, which is
-// rare: masks, NaN and ties are decided there, by the minimum of keys. Not yet measured on a GPU.
+// The epilogue has no branch that data decides but for NaN and infinity: a thread's least score of each of its two tokens,
+// the first column that has it, one key. Not yet measured on a GPU.
 
 #include "cuda/oracle.cuh"
 #include "cuda/ptx90.cuh"
@@ -16,7 +18,8 @@ namespace {
 
 constexpr int kTokens = 128, kRows = kHopperTile, kDepth = 64, kStages = 4, kThreads = 384;
 constexpr int kTokenBytes = kTokens * kDepth * 2, kStageBytes = kTokenBytes + kRows * kDepth * 2;
-constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStages * 2 * 8;  // the first to align the stages
+constexpr int kSharedBytes = 1024 + kStages * kStageBytes + (kStages * 2 + 1) * 8;  // the first to align the stages
+constexpr int kLead = 2;  // stages that the first consumer is ahead of the second
 
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_parts(lr_oracle_args a, const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap table,
@@ -30,10 +33,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int end = static_cast<int>(min(begin + part_rows, a.vocab));
   const int steps = static_cast<int>((a.dim + kDepth - 1) / kDepth), total = (end - begin + kRows - 1) / kRows * steps;
   const uint32_t stages = (shared_address(shared) + 1023) / 1024 * 1024, full = stages + kStages * kStageBytes;
-  const uint32_t empty = full + kStages * 8;
+  const uint32_t empty = full + kStages * 8, lead = empty + kStages * 8;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, 2);
+    init_barrier(lead, 1);
     publish_barriers();
   }
   __syncthreads();
@@ -54,12 +58,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   take_registers<232>();
   const uint32_t own = (group - 1) * 64 * kDepth * 2;  // this warpgroup's tokens in a stage
-  const bool speaks = threadIdx.x % 128 == 0;
+  const bool speaks = threadIdx.x % 128 == 0, apart = steps > kStages;
   unsigned long long key[2] = {kNothing, kNothing};
-  const float nan = __int_as_float(0x7fc00000), lowest = __int_as_float(0xff800000);
-  float best[2] = {nan, nan};  // every score is "not larger" than NaN: the first makes a key
+  const float infinity = __int_as_float(0x7f800000);
   float acc[128];
   for (int step = 0; step < total;) {
+    if (group == 2 && apart) await_phase(lead, step / steps & 1);
     // Two loops, not one with a condition: sums used in the loop that makes them would be waited for in each round.
     for (int inner = 0; inner < steps; ++inner, ++step) {
       const int stage = step % kStages;
@@ -72,22 +76,35 @@ __global__ void __launch_bounds__(kThreads, 1)
       commit_multiplications();
       await_multiplications<1>();  // the group before
       if (speaks && inner > 0) arrive(empty + 8 * ((step - 1) % kStages));
+      if (speaks && group == 1 && apart && inner == kLead) arrive(lead);
     }
     await_multiplications<0>();
     settle(acc);
     if (speaks) arrive(empty + 8 * ((step - 1) % kStages));
     const int first = begin + (step / steps - 1) * kRows + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 128; ++i) {
-      const int h = i / 2 % 2;
-      if (acc[i] > best[h] || acc[i] == best[h]) continue;  // not "!(<)": NaN on either side goes on
+    const auto valid = [&](int i) {
       const int v = first + i / 4 * 8 + i % 2;
-      if (v >= end || (a.allowed != nullptr && !a.allowed[v])) continue;
-      const unsigned long long found = score_key(acc[i], v);
-      if (found >= key[h]) continue;
-      key[h] = found;
-      best[h] = acc[i] != acc[i] ? lowest : acc[i];
+      return v < end && (a.allowed == nullptr || a.allowed[v]);
+    };
+    if (a.allowed != nullptr || first - lane % 4 * 2 + kRows > end) {
+#pragma unroll
+      for (int i = 0; i < 128; ++i)
+        if (!valid(i)) acc[i] = infinity;
     }
+    float low[2] = {acc[0], acc[2]};
+#pragma unroll
+    for (int i = 1; i < 128; ++i) low[i / 2 % 2] = minimum_or_nan(low[i / 2 % 2], acc[i]);
+    int column[2];  // of the first that is not larger
+#pragma unroll
+    for (int i = 127; i >= 0; --i)
+      if (acc[i] == low[i / 2 % 2]) column[i / 2 % 2] = i / 4 * 8 + i % 2;
+    if (low[0] < infinity && low[1] < infinity) {
+      for (int h = 0; h < 2; ++h) key[h] = min(key[h], score_key(low[h], first + column[h]));
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 128; ++i)  // NaN, or nothing but infinity and what does not compete
+      if (valid(i)) key[i / 2 % 2] = min(key[i / 2 % 2], score_key(acc[i], first + i / 4 * 8 + i % 2));
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

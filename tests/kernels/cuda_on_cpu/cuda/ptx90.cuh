@@ -59,6 +59,8 @@ inline void copy_box(uint32_t to, const CUtensorMap &map, int column, int row, u
     copy(), turn(*b);
 }
 
+inline float minimum_or_nan(float a, float b) { return a != a ? a : b != b ? b : b < a ? b : a; }
+
 template <int>
 void give_registers() {}
 template <int>
