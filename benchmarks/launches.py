@@ -49,10 +49,12 @@ def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
     from latentrevise.kernels.hull_step import triton as hull
     from latentrevise.kernels.linear_logprob import triton as logprob
     from latentrevise.kernels.mixture_embed import triton as mixture
+    from latentrevise.kernels.numerics import Combination, Transform
     from latentrevise.kernels.plausible_vertices import triton as plausible
     from latentrevise.kernels.softmax_mixture import triton as softmax
     from latentrevise.kernels.vertex_oracle import triton as oracle
 
+    combination = Combination(1.0, -0.5, "normalized")
     pairs = ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32))
     for V, (table, given) in itertools.product(VOCABULARIES, pairs):
         E = meta(V, DIM, dtype=table)
@@ -64,7 +66,7 @@ def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
                 label = f"{what} T={T}{' allowed' * (mask is not None)}{' second' * second}"
                 other = (G, E) if second else (None, None)
                 yield "vertex_oracle", label, lambda a=(G, E, mask, *other, None): oracle.vertex_oracle(*a)
-            step = (ids, weights, meta(T), 10, 1.0, -0.5, "normalized")
+            step = (ids, weights, meta(T), 10, combination)
             yield "hull_step", f"{what} T={T}", lambda a=(G, G, E, *step, None, None): hull.hull_step(*a)
         candidates = meta(MANY, 65, dtype=torch.int64)
         yield "vertex_oracle", f"{what} candidates", lambda a=(G, E, None, G, E, candidates): oracle.vertex_oracle(*a)
@@ -72,11 +74,11 @@ def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
         y, bias = meta(MANY, dtype=torch.int64), meta(V)
         for transformed, entropy, gradient in itertools.product((False, True), (False, True), (False, True)):
             label = f"{what}{' bias softcap' * transformed}{' entropy' * entropy}{' gradient' * gradient}"
-            head = (bias, 0.9, 30.0, 1.1) if transformed else (None, 1.0, None, 1.0)
+            head = (bias, Transform(0.9, 30.0, 1.1)) if transformed else (None, Transform(1.0, None, 1.0))
             yield "linear_logprob", label, lambda a=(G, E, y, *head, entropy, gradient): logprob.linear_logprob(*a)
         for transformed, mask in itertools.product((False, True), (None, allowed)):
             label = f"{what}{' bias softcap' * transformed}{' allowed' * (mask is not None)}"
-            head = (bias, 0.9, 30.0, 1.1) if transformed else (None, 1.0, None, 1.0)
+            head = (bias, Transform(0.9, 30.0, 1.1)) if transformed else (None, Transform(1.0, None, 1.0))
             yield (
                 "plausible_vertices",
                 label,
@@ -86,7 +88,7 @@ def calls() -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield (
             "entropic_step",
             what,
-            lambda a=(G, G, E, ids, weights, 1.0, 1.0, -0.5, "normalized", segments): entropic.entropic_step(*a),
+            lambda a=(G, G, E, ids, weights, 1.0, combination, segments): entropic.entropic_step(*a),
         )
         if table == given:
             theta, lse = meta(MANY, V, dtype=given), meta(MANY)

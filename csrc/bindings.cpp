@@ -22,180 +22,104 @@ void raise(int status) {
   throw std::runtime_error(message);
 }
 
-// `where` is the thread count on the CPU and the raw cudaStream_t on CUDA.
-template <typename Args, typename Function>
-void call(Function function, Args &args, intptr_t where) {
+#include "fields.inc"  // csrc/fields.py: visit(f, args) calls f(name, field) for every field of an argument struct
+
+// Keyword arguments into the fields of an argument struct, by name, and the last one: `where`, the thread count on the CPU
+// and the raw cudaStream_t on CUDA. An address, size or dtype that is not named stays zero, which the ABI's checks refuse
+// where it means something; a number without its name, or a name that is no field, is an error here.
+template <typename Args>
+intptr_t read(const py::kwargs &given, Args &args) {
+  size_t used = 1;
+  visit(
+      [&](const char *name, auto &field) {
+        using T = std::remove_reference_t<decltype(field)>;
+        PyObject *value = PyDict_GetItemString(given.ptr(), name);  // borrowed
+        if (value == nullptr) {
+          if (std::is_floating_point_v<T>) throw py::key_error(name);
+          return;
+        }
+        ++used;
+        if constexpr (std::is_pointer_v<T>)
+          field = value == Py_None ? nullptr : reinterpret_cast<T>(py::handle(value).cast<uintptr_t>());
+        else
+          field = py::handle(value).cast<T>();
+      },
+      args);
+  const auto where = given["where"].cast<intptr_t>();
+  if (used != given.size()) throw py::type_error("unexpected keyword arguments");
   args.size = sizeof(Args);
+  return where;
+}
+
+template <typename Args, typename... More>
+void call(int (*function)(const Args *, More...), const Args &args, More... more) {
   int status;
   {
     py::gil_scoped_release release;
-#ifdef LATENTREVISE_CUDA
-    status = function(&args, reinterpret_cast<void *>(where));
-#else
-    args.threads = static_cast<int32_t>(where);
-    status = function(&args);
-#endif
+    status = function(&args, more...);
   }
   raise(status);
 }
 
-// Keyword arguments into the fields of an argument struct, by name; a field that is missing or one too many is an error.
-class Fields {
- public:
-  explicit Fields(const py::kwargs &given) : given_(given) {}
-  template <typename T>
-  Fields &operator()(const char *name, T &field) {
-    const py::object value = given_[name];
-    if constexpr (std::is_pointer_v<T>)
-      field = value.is_none() ? nullptr : reinterpret_cast<T>(value.cast<uintptr_t>());
-    else
-      field = value.cast<T>();
-    ++used_;
-    return *this;
-  }
-  intptr_t where() {  // the last one
-    intptr_t value;
-    (*this)("where", value);
-    if (used_ != given_.size()) throw py::type_error("unexpected keyword arguments");
-    return value;
-  }
-
- private:
-  const py::kwargs &given_;
-  size_t used_ = 0;
-};
-
 #ifdef LATENTREVISE_CUDA
-#define LR_FUNCTION(name) lr_cuda_##name
+#define LR_DEFINE(name) define(m, #name, lr_cuda_##name)
 #define LR_MODULE _cuda
+template <typename Args>
+void run(int (*function)(const Args *, void *), Args &args, intptr_t where) {
+  call(function, args, reinterpret_cast<void *>(where));
+}
 #else
-#define LR_FUNCTION(name) lr_cpu_##name
+#define LR_DEFINE(name) define(m, #name, lr_cpu_##name)
 #define LR_MODULE _cpu
+template <typename Args>
+void run(int (*function)(const Args *), Args &args, intptr_t where) {
+  args.threads = static_cast<int32_t>(where);
+  call(function, args);
+}
 #endif
+
+// A function of the C ABI as one of the module, and the names of its fields as FIELDS[name].
+template <typename Args, typename... Stream>
+void define(py::module_ &m, const char *name, int (*function)(const Args *, Stream...)) {
+  m.def(name, [function](const py::kwargs &given) {
+    Args args{};
+    const intptr_t where = read(given, args);
+    run(function, args, where);
+  });
+  Args args{};
+  py::set fields;
+  visit([&fields](const char *field, auto &) { fields.add(field); }, args);
+  m.attr("FIELDS")[name] = fields;
+}
 
 }  // namespace
 
 PYBIND11_MODULE(LR_MODULE, m) {
-  const auto mixture_fields = [](Fields &f, lr_mixture_args &a) {
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("vocab", a.vocab)("dim", a.dim);
-    f("ids", a.ids)("ids_dtype", a.ids_dtype)("rows", a.rows)("atoms", a.atoms);
-  };
-  m.def("mixture_embed", [mixture_fields](const py::kwargs &kw) {
-    lr_mixture_args a{};
-    Fields f(kw);
-    mixture_fields(f, a);
-    f("weights", a.weights)("z", a.z);
-    call(LR_FUNCTION(mixture_embed), a, f.where());
-  });
-  m.def("mixture_embed_backward", [mixture_fields](const py::kwargs &kw) {
-    lr_mixture_args a{};
-    Fields f(kw);
-    mixture_fields(f, a);
-    f("grad_z", a.z)("grad_weights", a.grad_weights);
-    call(LR_FUNCTION(mixture_embed_backward), a, f.where());
-  });
-  m.def("vertex_oracle", [](const py::kwargs &kw) {
-    lr_oracle_args a{};
-    Fields f(kw);
-    f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
-    f("queries2", a.queries2)("queries2_dtype", a.queries2_dtype)("queries2_stride", a.queries2_stride);
-    f("table2", a.table2)("table2_dtype", a.table2_dtype)("table2_stride", a.table2_stride);
-    f("allowed", a.allowed)("candidates", a.candidates)("candidates_dtype", a.candidates_dtype);
-    f("candidate_count", a.candidate_count)("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("dim2", a.dim2);
-    f("ids", a.ids)("values", a.values)("splits", a.splits)("workspace", a.workspace);
+  m.attr("FIELDS") = py::dict();
+  LR_DEFINE(mixture_embed);
+  LR_DEFINE(mixture_embed_backward);
+  LR_DEFINE(vertex_oracle);
+  LR_DEFINE(linear_logprob);
 #ifdef LATENTREVISE_CUDA
-    f("hopper", a.hopper);
-#endif
-    call(LR_FUNCTION(vertex_oracle), a, f.where());
-  });
-  const auto logprob_fields = [](Fields &f, lr_logprob_args &a) {
-    f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("bias", a.bias);
-    f("targets", a.targets)("logp", a.logp)("entropy", a.entropy)("gradient", a.gradient);
-    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim);
-    f("scale", a.scale)("softcap", a.softcap)("temperature", a.temperature);
-#ifdef LATENTREVISE_CUDA
-    f("blocks", a.blocks)("workspace", a.workspace)("workspace_bytes", a.workspace_bytes);
-#endif
-  };
-  m.def("linear_logprob", [logprob_fields](const py::kwargs &kw) {
-    lr_logprob_args a{};
-    Fields f(kw);
-    logprob_fields(f, a);
-    call(LR_FUNCTION(linear_logprob), a, f.where());
-  });
-#ifdef LATENTREVISE_CUDA
-  m.def("linear_logprob_workspace", [logprob_fields](const py::kwargs &kw) {
-    lr_logprob_args a{};
-    Fields f(kw);
-    logprob_fields(f, a);
+  m.attr("FIELDS")["linear_logprob_workspace"] = m.attr("FIELDS")["linear_logprob"];
+  m.def("linear_logprob_workspace", [](const py::kwargs &given) {
+    lr_logprob_args args{};
     int64_t bytes = 0;
-    call([&](const lr_logprob_args *args, void *) { return lr_cuda_linear_logprob_workspace(args, &bytes); }, a, f.where());
+    read(given, args);
+    call(lr_cuda_linear_logprob_workspace, args, &bytes);
     return bytes;
   });
-#else
-  m.def("plausible_vertices", [](const py::kwargs &kw) {
-    lr_plausible_args a{};
-    Fields f(kw);
-    f("queries", a.queries)("queries_dtype", a.queries_dtype)("queries_stride", a.queries_stride);
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride)("bias", a.bias);
-    f("allowed", a.allowed)("ids", a.ids)("logps", a.logps)("counts", a.counts);
-    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("max_candidates", a.max_candidates);
-    f("scale", a.scale)("softcap", a.softcap)("temperature", a.temperature)("log_p_min", a.log_p_min);
-    call(lr_cpu_plausible_vertices, a, f.where());
-  });
-  const auto softmax_fields = [](Fields &f, lr_softmax_args &a) {
-    f("theta", a.theta)("theta_dtype", a.theta_dtype)("theta_stride", a.theta_stride);
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
-    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("tau", a.tau)("lse", a.lse);
-  };
-  m.def("softmax_mixture", [softmax_fields](const py::kwargs &kw) {
-    lr_softmax_args a{};
-    Fields f(kw);
-    softmax_fields(f, a);
-    f("z", a.z);
-    call(lr_cpu_softmax_mixture, a, f.where());
-  });
-  m.def("softmax_mixture_backward", [softmax_fields](const py::kwargs &kw) {
-    lr_softmax_args a{};
-    Fields f(kw);
-    softmax_fields(f, a);
-    f("grad_z", a.grad_z)("dots", a.dots)("grad_theta", a.grad_theta);
-    call(lr_cpu_softmax_mixture_backward, a, f.where());
-  });
-  m.def("hull_step", [](const py::kwargs &kw) {
-    lr_hull_args a{};
-    Fields f(kw);
-    f("gold", a.gold)("gold_dtype", a.gold_dtype)("gold_stride", a.gold_stride);
-    f("away", a.away)("away_dtype", a.away_dtype)("away_stride", a.away_stride);
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
-    f("ids", a.ids)("ids_dtype", a.ids_dtype)("weights", a.weights)("gamma", a.gamma)("allowed", a.allowed);
-    f("candidates", a.candidates)("candidates_dtype", a.candidates_dtype)("candidate_count", a.candidate_count);
-    f("new_ids", a.new_ids)("new_weights", a.new_weights)("z", a.z)("vertex", a.vertex)("gap", a.gap);
-    f("rows", a.rows)("vocab", a.vocab)("dim", a.dim)("atoms", a.atoms)("slot", a.slot);
-    f("alpha", a.alpha)("beta", a.beta)("normalized", a.normalized);
-    call(lr_cpu_hull_step, a, f.where());
-  });
-  m.def("entropic_step", [](const py::kwargs &kw) {
-    lr_entropic_args a{};
-    Fields f(kw);
-    f("gold", a.gold)("gold_dtype", a.gold_dtype)("gold_stride", a.gold_stride);
-    f("away", a.away)("away_dtype", a.away_dtype)("away_stride", a.away_stride);
-    f("table", a.table)("table_dtype", a.table_dtype)("table_stride", a.table_stride);
-    f("ids", a.ids)("ids_dtype", a.ids_dtype)("weights", a.weights)("segment", a.segment)("segments", a.segments);
-    f("new_weights", a.new_weights)("z", a.z)("gap", a.gap)("rows", a.rows)("vocab", a.vocab)("dim", a.dim);
-    f("atoms", a.atoms)("alpha", a.alpha)("beta", a.beta)("eta", a.eta)("normalized", a.normalized);
-    call(lr_cpu_entropic_step, a, f.where());
-  });
-#endif
-#ifdef LATENTREVISE_CUDA
   m.def("device_count", [] {
     int count = 0;
     raise(lr_cuda_device_count(&count));
     return count;
   });
 #else
+  LR_DEFINE(plausible_vertices);
+  LR_DEFINE(softmax_mixture);
+  LR_DEFINE(softmax_mixture_backward);
+  LR_DEFINE(hull_step);
+  LR_DEFINE(entropic_step);
   m.def("isa", [] { return lr_cpu_isa(); });
   m.def("isas", [] { return lr_cpu_isas(); });
   m.def("rescored", [] { return lr_cpu_rescored(); });

@@ -7,8 +7,10 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -17,6 +19,7 @@ _DTYPE_NAMES = {
     torch.int32: "int32",
     torch.int64: "int64",
 }
+_EMPTY = 64  # an address for tensors without elements, whose own is null, which the libraries read as: none
 
 
 class BackendError(RuntimeError):
@@ -33,11 +36,11 @@ def load(backend: str) -> ModuleType:
         RuntimeError: there is no CUDA device.
     """
     module = import_module(f"{__package__}._{backend}")
+    if not hasattr(module, "FIELDS"):  # the newest of its attributes
+        raise ImportError(f"{module.__file__} is of an earlier version of these sources")
     if backend == "cuda":
         module.device_count()  # raises with the CUDA runtime's own words when there is no device or no driver
         return module
-    if not hasattr(module, "isas"):  # the newest of its functions
-        raise ImportError(f"{module.__file__} is of an earlier version of these sources")
     if (wanted := os.environ.get("LATENTREVISE_ISA")) and module.isa() != wanted:
         known = module.isas().split()
         why = "not supported by this CPU" if wanted in known else f"unknown; choose one of {', '.join(known)}"
@@ -72,35 +75,51 @@ def _missing(backend: str, error: ImportError) -> str:
     return f"the {backend} library was not built ({why}); build it with {remedy}"
 
 
-def dtype_code(module: ModuleType, dtype: torch.dtype) -> int:
-    return module.DTYPES[_DTYPE_NAMES[dtype]]
+@cache
+def _companions(backend: str, function: str) -> dict[str, tuple[str, ...]]:
+    """For each field of the struct of ``function`` the fields with its dtype and its row stride, or "" for either."""
+    fields = load(backend).FIELDS[function]
+    return {x: tuple(x + end if x + end in fields else "" for end in ("_dtype", "_stride")) for x in fields}
 
 
-def matrix(module: ModuleType, name: str, x: torch.Tensor | None) -> dict[str, int | None]:
-    """Address, dtype and row stride of a matrix with contiguous rows, as the native call names them."""
-    if x is None:
-        return {name: None, f"{name}_dtype": module.DTYPES["float32"], f"{name}_stride": 0}
-    return {name: x.data_ptr(), f"{name}_dtype": dtype_code(module, x.dtype), f"{name}_stride": x.stride(0)}
+def call(backend: str, function: str, table: Tensor, **arguments: Tensor | float | None) -> Any:
+    """Run ``function`` of the library of ``backend`` on a table ``[vocab, dim]``.
+
+    The arguments have the names of its struct's fields (csrc/include/latentrevise/kernels.h, the only list of them). A
+    tensor is its address, and its dtype and row stride where the struct has fields for these; None is a null pointer.
+    """
+    companions = _companions(backend, function)
+    given: dict[str, float | None] = {"where": where(backend, table.device)}
+    given["vocab"], given["dim"] = table.shape
+    arguments["table"] = table
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            given[name] = x
+            continue
+        given[name] = x.data_ptr() or _EMPTY
+        dtype, stride = companions[name]
+        if dtype:
+            given[dtype] = _dtype_codes(backend)[x.dtype]
+        if stride:
+            given[stride] = x.stride(0)
+    return getattr(load(backend), function)(**given)
 
 
-def pointer(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+@cache
+def _dtype_codes(backend: str) -> dict[torch.dtype, int]:
+    return {dtype: load(backend).DTYPES[name] for dtype, name in _DTYPE_NAMES.items()}
 
 
-def candidates(module: ModuleType, ids: torch.Tensor | None) -> dict[str, int | None]:
-    """The arguments that describe ``[T, C]`` candidate sets; an empty set must not look like none."""
-    if ids is None:
-        return {"candidates": None, "candidates_dtype": module.DTYPES["int64"], "candidate_count": 0}
-    address = ids.data_ptr() or torch.zeros(1).data_ptr()
-    return {"candidates": address, "candidates_dtype": dtype_code(module, ids.dtype), "candidate_count": ids.shape[1]}
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
+def rows(x: Tensor) -> Tensor:
     """``x`` with contiguous rows that do not overlap (a copy only if it has other strides)."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+def aligned_rows(x: Tensor) -> Tensor:
     """``x`` with contiguous rows that start at multiples of 16 bytes (a copy only if they do not)."""
     x = rows(x)
     fits = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from inspect import signature
+from itertools import islice
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,10 +22,17 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 Function = TypeVar("Function", bound=Callable)
 
 
-def register(schema: str, fake: Callable) -> Callable[[Function], Function]:
-    """Register the decorated function under ``schema`` (``name(Tensor G, ...) -> ...``); it returns no input.
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", str: "str", str | None: "str?",
+           float: "float", float | None: "float?"}  # fmt: skip
 
-    Its first argument is a tensor; the function runs on that tensor's device (kernels are launched on the current one)
+
+def register(name: str, fake: Callable) -> Callable[[Function], Function]:
+    """Register the decorated function under ``name``, with the schema of its signature; it returns no input.
+
+    An argument of a NamedTuple is one of the op for each of its fields. ``fake`` takes those of the op's arguments that
+    it needs, by name, and gives outputs of the right shape and dtype.
+
+    The first argument is a tensor; the function runs on that tensor's device (kernels are launched on the current one)
     and without autocast, which would make half-precision products of the float32 ones it asks for.
     """
 
@@ -39,15 +48,36 @@ def register(schema: str, fake: Callable) -> Callable[[Function], Function]:
                     return function(first, *rest)
             return implementation(first, *rest)
 
-        name = schema.partition("(")[0]
-        _library.define(schema)
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        types = get_type_hints(implementation)
+        outputs = get_args(types.pop("return")) or (Tensor,)
+        tuples = {argument for argument, kind in types.items() if hasattr(kind, "_fields")}
+        leaves: dict[str, Any] = {}  # the op's arguments
+        for argument, kind in types.items():
+            leaves |= get_type_hints(kind) if argument in tuples else {argument: kind}
+        arguments = ", ".join(f"{_SCHEMA[kind]} {argument}" for argument, kind in leaves.items())
+        wanted = signature(fake).parameters
+
+        def run(*given):  # type: ignore[no-untyped-def]
+            rest = iter(given)
+            return function(*(
+                kind._make(islice(rest, len(kind._fields))) if argument in tuples else next(rest)
+                for argument, kind in types.items()
+            ))  # fmt: skip
+
+        def shapes(*given):  # type: ignore[no-untyped-def]
+            return fake(**{argument: x for argument, x in zip(leaves, given, strict=True) if argument in wanted})
+
+        _library.define(f"{name}({arguments}) -> ({', '.join('Tensor' for _ in outputs)})")
+        _library.impl(name, run if tuples else function, "CompositeExplicitAutograd")
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # outputs need no gradient
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=_library)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
         def call(*args):  # type: ignore[no-untyped-def]
-            return op(*args) if torch.compiler.is_compiling() else function(*args)
+            if not torch.compiler.is_compiling():
+                return function(*args)
+            return op(*(x for given, argument in zip(args, types, strict=True)
+                        for x in (given if argument in tuples else (given,))))  # fmt: skip
 
         return call  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..dispatch import Call, choose, implementation
 from ..hull_step import check_mixture_step
-from ..numerics import accumulation_dtype
+from ..numerics import Combination, accumulation_dtype
 from ..registration import register
 
 
@@ -67,23 +67,18 @@ def entropic_step(
     checks.finite("eta", eta)
     if eta < 0:
         raise ValueError(f"eta must be >= 0, got {eta}; to ascend, change the signs of alpha and beta")
-    step = _entropic_step(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments, backend)
+    how = Combination(alpha, beta, combine)
+    step = _entropic_step(G_gold, G_away, E, ids, weights, eta, how, segments, backend)
     return EntropicStep(*step)
 
 
-def _fake(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments, backend):  # type: ignore[no-untyped-def]
-    T = ids.shape[0]
-    return (
-        weights.new_empty(weights.shape),
-        E.new_empty(T, E.shape[1]),
-        weights.new_empty(T, dtype=accumulation_dtype(G_gold, G_away)),
-    )
-
-
 @register(
-    "entropic_step(Tensor G_gold, Tensor? G_away, Tensor E, Tensor ids, Tensor weights, float eta, float alpha, "
-    "float beta, str combine, Tensor? segments, str? backend) -> (Tensor, Tensor, Tensor)",
-    _fake,
+    "entropic_step",
+    lambda G_gold, G_away, E, ids, weights: (
+        weights.new_empty(weights.shape),
+        E.new_empty(ids.shape[0], E.shape[1]),
+        weights.new_empty(ids.shape[0], dtype=accumulation_dtype(G_gold, G_away)),
+    ),
 )
 @torch.no_grad()
 def _entropic_step(
@@ -93,13 +88,11 @@ def _entropic_step(
     ids: Tensor,
     weights: Tensor,
     eta: float,
-    alpha: float,
-    beta: float,
-    combine: str,
+    combination: Combination,
     segments: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.ids_in_table("ids", ids, E.shape[0])
     choice = choose("entropic_step", Call.of(E=E, G_gold=G_gold, G_away=G_away, weights=weights), backend)
     module = implementation("entropic_step", choice.backend)
-    return module.entropic_step(G_gold, G_away, E, ids, weights, eta, alpha, beta, combine, segments)
+    return module.entropic_step(G_gold, G_away, E, ids, weights, eta, combination, segments)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..dispatch import Call, only_dtypes
+from ..numerics import Combination
 
 
 def unsupported(call: Call) -> str | None:
@@ -24,38 +25,17 @@ def entropic_step(
     ids: Tensor,
     weights: Tensor,
     eta: float,
-    alpha: float,
-    beta: float,
-    combine: str,
+    combination: Combination,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = native.load("cpu")
-    gold, away = native.rows(G_gold), None if G_away is None else native.rows(G_away)
-    ids, weights = ids.contiguous(), weights.contiguous()
     labels, segment = (None, None) if segments is None else segments.unique(return_inverse=True)
-    T, A = ids.shape
+    ids, weights, (T, C) = ids.contiguous(), weights.contiguous(), ids.shape
     new_weights, gap = torch.empty_like(weights), torch.empty(T)
     z = torch.empty(T, E.shape[1], dtype=E.dtype)
-    module.entropic_step(
-        **native.matrix(module, "gold", gold),
-        **native.matrix(module, "away", away),
-        **native.matrix(module, "table", E),
-        ids=ids.data_ptr(),
-        ids_dtype=native.dtype_code(module, ids.dtype),
-        weights=weights.data_ptr(),
-        segment=native.pointer(segment),
-        segments=0 if labels is None else len(labels),
-        new_weights=new_weights.data_ptr(),
-        z=z.data_ptr(),
-        gap=gap.data_ptr(),
-        rows=T,
-        vocab=E.shape[0],
-        dim=E.shape[1],
-        atoms=A,
-        alpha=alpha,
-        beta=beta,
-        eta=eta,
-        normalized=int(combine == "normalized"),
-        where=native.where("cpu", E.device),
-    )
+    native.call(
+        "cpu", "entropic_step", E, gold=native.rows(G_gold), away=None if G_away is None else native.rows(G_away),
+        ids=ids, weights=weights, segment=segment, segments=0 if labels is None else len(labels),
+        new_weights=new_weights, z=z, gap=gap, rows=T, atoms=C, eta=eta, alpha=combination.alpha,
+        beta=combination.beta, normalized=combination.combine == "normalized",
+    )  # fmt: skip
     return new_weights, z, gap

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..mixture_embed.reference import mixture_embed
-from ..numerics import combine_gradients
+from ..numerics import Combination, combine_gradients
 
 
 def entropic_step(
-    G_gold: Tensor, G_away: Tensor | None, E: Tensor, ids: Tensor, weights: Tensor, eta: float, alpha: float,
-    beta: float, combine: str, segments: Tensor | None,
+    G_gold: Tensor, G_away: Tensor | None, E: Tensor, ids: Tensor, weights: Tensor, eta: float,
+    combination: Combination, segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    g = combine_gradients(G_gold, G_away, alpha, beta, combine)
+    g = combine_gradients(G_gold, G_away, combination)
     scores = torch.einsum("td,tcd->tc", g, E[ids.long()].to(g.dtype))
     alive = weights > 0
     rel = (scores - (weights * scores).sum(1, keepdim=True)).masked_fill(~alive, 0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..dispatch import Call, only_dtypes
 from ..hull_step.triton import combine
+from ..numerics import Combination
 from ..vertex_oracle.tiles import gathered_scores
 from ..vertex_oracle.triton import BLOCK, CANDIDATES
 
@@ -101,9 +102,7 @@ def entropic_step(
     ids: Tensor,
     weights: Tensor,
     eta: float,
-    alpha: float,
-    beta: float,
-    combine_as: str,
+    combination: Combination,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (T, C), (V, d) = ids.shape, E.shape
@@ -113,7 +112,7 @@ def entropic_step(
     z = torch.empty(T, d, dtype=E.dtype, device=E.device)
     if T == 0:
         return new_weights, z, gap
-    g = combine(G_gold, G_away, alpha, beta, combine_as)
+    g = combine(G_gold, G_away, combination)
     BC = triton.next_power_of_2(C)
     entropic_scores[(T * triton.cdiv(C, CANDIDATES),)](
         g, ids, weights, E, scores, V, d, C, E.stride(0), ROWS=CANDIDATES, BLOCK=BLOCK, num_warps=4

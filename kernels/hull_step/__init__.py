@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
-from ..numerics import accumulation_dtype
+from ..numerics import Combination, accumulation_dtype
 from ..registration import register
 from ..vertex_oracle import check_candidates, check_found
 
@@ -86,26 +86,20 @@ def hull_step(
         gamma = torch.full((T,), gamma, dtype=weights.dtype, device=weights.device)
     checks.same_device(G_gold=G_gold, G_away=G_away, E=E, ids=ids, weights=weights, gamma=gamma, allowed=allowed,
                        candidates=candidates)  # fmt: skip
-    step = _hull_step(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates, backend)
+    how = Combination(alpha, beta, combine)
+    step = _hull_step(G_gold, G_away, E, ids, weights, gamma, slot, how, allowed, candidates, backend)
     return HullStep(*step)
 
 
-def _fake(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates, backend):  # type: ignore[no-untyped-def]  # fmt: skip
-    T = ids.shape[0]
-    return (
+@register(
+    "hull_step",
+    lambda G_gold, G_away, E, ids, weights: (
         ids.new_empty(ids.shape),
         weights.new_empty(weights.shape),
-        E.new_empty(T, E.shape[1]),
-        ids.new_empty(T, dtype=torch.int64),
-        weights.new_empty(T, dtype=accumulation_dtype(G_gold, G_away)),
-    )
-
-
-@register(
-    "hull_step(Tensor G_gold, Tensor? G_away, Tensor E, Tensor ids, Tensor weights, Tensor gamma, SymInt slot, "
-    "float alpha, float beta, str combine, Tensor? allowed, Tensor? candidates, str? backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake,
+        E.new_empty(ids.shape[0], E.shape[1]),
+        ids.new_empty(ids.shape[0], dtype=torch.int64),
+        weights.new_empty(ids.shape[0], dtype=accumulation_dtype(G_gold, G_away)),
+    ),
 )
 @torch.no_grad()
 def _hull_step(
@@ -116,9 +110,7 @@ def _hull_step(
     weights: Tensor,
     gamma: Tensor,
     slot: int,
-    alpha: float,
-    beta: float,
-    combine: str,
+    combination: Combination,
     allowed: Tensor | None,
     candidates: Tensor | None,
     backend: str | None,
@@ -133,7 +125,7 @@ def _hull_step(
             raise ValueError(f"column {slot} of weights is in use; pass the first column whose weights are all 0")
     choice = choose("hull_step", Call.of(E=E, G_gold=G_gold, G_away=G_away, weights=weights), backend)
     module = implementation("hull_step", choice.backend)
-    step = module.hull_step(G_gold, G_away, E, ids, weights, gamma, slot, alpha, beta, combine, allowed, candidates)
+    step = module.hull_step(G_gold, G_away, E, ids, weights, gamma, slot, combination, allowed, candidates)
     check_found(step[3])
     return step
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..dispatch import Call, only_dtypes
+from ..numerics import Combination
 
 
 def unsupported(call: Call) -> str | None:
@@ -25,44 +26,19 @@ def hull_step(
     weights: Tensor,
     gamma: Tensor,
     slot: int,
-    alpha: float,
-    beta: float,
-    combine: str,
+    combination: Combination,
     allowed: Tensor | None,
     candidates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module = native.load("cpu")
-    gold, away = native.rows(G_gold), None if G_away is None else native.rows(G_away)
-    ids, weights, gamma = ids.contiguous(), weights.contiguous(), gamma.float().contiguous()
-    allowed = None if allowed is None else allowed.contiguous()
-    candidates = None if candidates is None else candidates.contiguous()
-    T, A = ids.shape
+    ids, weights, (T, A) = ids.contiguous(), weights.contiguous(), ids.shape
     new_ids, new_weights = torch.empty_like(ids), torch.empty_like(weights)
     z, gap = torch.empty(T, E.shape[1], dtype=E.dtype), torch.empty(T)
     vertex = torch.empty(T, dtype=torch.int64)
-    module.hull_step(
-        **native.matrix(module, "gold", gold),
-        **native.matrix(module, "away", away),
-        **native.matrix(module, "table", E),
-        ids=ids.data_ptr(),
-        ids_dtype=native.dtype_code(module, ids.dtype),
-        weights=weights.data_ptr(),
-        gamma=gamma.data_ptr(),
-        allowed=native.pointer(allowed),
-        **native.candidates(module, candidates),
-        new_ids=new_ids.data_ptr(),
-        new_weights=new_weights.data_ptr(),
-        z=z.data_ptr(),
-        vertex=vertex.data_ptr(),
-        gap=gap.data_ptr(),
-        rows=T,
-        vocab=E.shape[0],
-        dim=E.shape[1],
-        atoms=A,
-        slot=slot,
-        alpha=alpha,
-        beta=beta,
-        normalized=int(combine == "normalized"),
-        where=native.where("cpu", E.device),
-    )
+    native.call(
+        "cpu", "hull_step", E, gold=native.rows(G_gold), away=None if G_away is None else native.rows(G_away), ids=ids,
+        weights=weights, gamma=gamma.float().contiguous(), allowed=native.contiguous(allowed),
+        candidates=native.contiguous(candidates), candidate_count=0 if candidates is None else candidates.shape[1],
+        new_ids=new_ids, new_weights=new_weights, z=z, vertex=vertex, gap=gap, rows=T, atoms=A, slot=slot,
+        alpha=combination.alpha, beta=combination.beta, normalized=combination.combine == "normalized",
+    )  # fmt: skip
     return new_ids, new_weights, z, vertex, gap

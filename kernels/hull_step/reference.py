@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..mixture_embed.reference import mixture_embed
-from ..numerics import combine_gradients
+from ..numerics import Combination, combine_gradients
 from ..vertex_oracle.reference import vertex_oracle
 
 
 def hull_step(
     G_gold: Tensor, G_away: Tensor | None, E: Tensor, ids: Tensor, weights: Tensor, gamma: Tensor, slot: int,
-    alpha: float, beta: float, combine: str, allowed: Tensor | None, candidates: Tensor | None,
+    combination: Combination, allowed: Tensor | None, candidates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    g = combine_gradients(G_gold, G_away, alpha, beta, combine)
+    g = combine_gradients(G_gold, G_away, combination)
     vertex, _ = vertex_oracle(g, E, allowed, None, None, candidates)
     steps = E[ids.long()].to(g.dtype) - E[vertex].to(g.dtype)[:, None]  # [T, A, d]
     gap = (weights.to(g.dtype) * torch.einsum("td,tad->ta", g, steps)).sum(1)

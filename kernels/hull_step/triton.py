@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Call, only_dtypes
+from ..numerics import Combination
 from ..vertex_oracle.tiles import NOTHING
 from ..vertex_oracle.triton import candidate_keys, screened_keys
 
@@ -107,9 +108,10 @@ def unsupported(call: Call) -> str | None:
     return only_dtypes(call, (torch.float32, torch.bfloat16))
 
 
-def combine(G_gold: Tensor, G_away: Tensor | None, alpha: float, beta: float, combine: str) -> Tensor:
+def combine(G_gold: Tensor, G_away: Tensor | None, combination: Combination) -> Tensor:
     """The combined gradient ``[T, d]`` in float32, or the one that there is as it came."""
-    if G_away is None and combine == "sum" and alpha == 1:
+    alpha, beta, kind = combination
+    if G_away is None and kind == "sum" and alpha == 1:
         return G_gold.contiguous()
     T, d = G_gold.shape
     out = torch.empty(T, d, device=G_gold.device)
@@ -117,7 +119,7 @@ def combine(G_gold: Tensor, G_away: Tensor | None, alpha: float, beta: float, co
     away = gold if G_away is None else G_away if G_away.stride(1) == 1 else G_away.contiguous()
     combine_rows[(T,)](
         gold, away, out, d, gold.stride(0), away.stride(0), float(alpha), float(beta), HAS_AWAY=G_away is not None,
-        NORMALIZED=combine == "normalized", BLOCK=BLOCK, num_warps=4,
+        NORMALIZED=kind == "normalized", BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -130,9 +132,7 @@ def hull_step(
     weights: Tensor,
     gamma: Tensor,
     slot: int,
-    alpha: float,
-    beta: float,
-    combine_as: str,
+    combination: Combination,
     allowed: Tensor | None,
     candidates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -144,7 +144,7 @@ def hull_step(
     if T == 0:
         return new_ids, new_weights, z, vertex, gap
     allowed = None if allowed is None else allowed.contiguous()
-    g = combine(G_gold, G_away, alpha, beta, combine_as)
+    g = combine(G_gold, G_away, combination)
     if candidates is None:
         (keys, _), parts = screened_keys(g, E, None, None, allowed), 1
     else:

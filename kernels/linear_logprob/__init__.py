@@ -6,58 +6,38 @@ loss only sets the scalar ``c_n``. NLL, ascent, unlikelihood and policy-gradient
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, chosen, implementation
+from ..numerics import Transform
 from ..registration import differentiable_once, register
 from . import blocked, reference
 
 
+class _Options(TypedDict, total=False):
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int | None
+    backend: str | None
+
+
 @overload
 def linear_logprob(
-    H: Tensor,
-    W: Tensor,
-    y: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    entropy: Literal[False] = ...,
-    ignore_index: int | None = ...,
-    backend: str | None = ...,
+    H: Tensor, W: Tensor, y: Tensor, *, entropy: Literal[False] = ..., **options: Unpack[_Options]
 ) -> Tensor: ...
 @overload
 def linear_logprob(
-    H: Tensor,
-    W: Tensor,
-    y: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    entropy: Literal[True],
-    ignore_index: int | None = ...,
-    backend: str | None = ...,
+    H: Tensor, W: Tensor, y: Tensor, *, entropy: Literal[True], **options: Unpack[_Options]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def linear_logprob(
-    H: Tensor,
-    W: Tensor,
-    y: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    entropy: bool,
-    ignore_index: int | None = ...,
-    backend: str | None = ...,
+    H: Tensor, W: Tensor, y: Tensor, *, entropy: bool, **options: Unpack[_Options]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_logprob(
     H: Tensor,
@@ -127,7 +107,7 @@ def linear_logprob(
         H, y = torch.where(kept[:, None], H, 0), torch.where(kept, y, 0)
     else:
         kept = None
-    logp, entropies = _logprob(H, W, y, bias, scale, softcap, temperature, entropy, backend)
+    logp, entropies = _logprob(H, W, y, bias, Transform(scale, softcap, temperature), entropy, backend)
     if kept is not None:
         logp = torch.where(kept, logp, 0)
         entropies = None if entropies is None else torch.where(kept, entropies, 0)
@@ -139,25 +119,17 @@ def _known(x: Tensor) -> bool:
 
 
 def _logprob(
-    H: Tensor,
-    W: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    entropy: bool,
-    backend: str | None,
+    H: Tensor, W: Tensor, y: Tensor, bias: Tensor | None, transform: Transform, entropy: bool, backend: str | None
 ) -> tuple[Tensor, Tensor | None]:
     call = Call.of(W=W, H=H, bias=bias)
     name = chosen("linear_logprob", call, backend)
     if name == "reference":
         checks.ids_in_table("y", y, W.shape[0])
-        found = reference.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy)
+        found = reference.linear_logprob(H, W, y, bias, transform, entropy)
         return found if isinstance(found, tuple) else (found, None)
     gradient = call.needs_grad == {"H"}  # or else the backward pass has the scores anew, and dlogp/dH with them
     run = _LinearLogprob.apply if call.needs_grad else _forward
-    logp, entropies, *_ = run(H, W, y, bias, scale, softcap, temperature, entropy, gradient, name)
+    logp, entropies, *_ = run(H, W, y, bias, transform, entropy, gradient, name)
     return logp, entropies if entropy else None
 
 
@@ -165,22 +137,11 @@ class _LinearLogprob(torch.autograd.Function):
     """Gradient of the fused implementations, which give ``logp``, ``entropy`` and ``dlogp/dH``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        H: Tensor,
-        W: Tensor,
-        y: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
-        entropy: bool,
-        gradient: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        logp, entropies, gradients = _forward(H, W, y, bias, scale, softcap, temperature, entropy, gradient, backend)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """Those of ``_forward``."""
+        logp, entropies, gradients = _forward(*args)
+        H, W, y, bias, ctx.transform, ctx.entropy, *_ = args
         ctx.save_for_backward(H, W, y, bias, logp, entropies, gradients)
-        ctx.transform, ctx.entropy = (scale, softcap, temperature), entropy
         ctx.set_materialize_grads(False)
         return logp, entropies
 
@@ -195,9 +156,8 @@ class _LinearLogprob(torch.autograd.Function):
         grad_W: Tensor | None = None
         grad_bias: Tensor | None = None
         if need_W or need_bias or grad_entropy is not None or not len(gradients):
-            scale, softcap, temperature = ctx.transform
             grad_H, grad_W, grad_bias = _backward(
-                H, W, y, bias, scale, softcap, temperature, logp, entropies if ctx.entropy else None,
+                H, W, y, bias, ctx.transform, logp, entropies if ctx.entropy else None,
                 torch.zeros_like(logp) if grad_logp is None else grad_logp, grad_entropy, need_H, need_W, need_bias
             )  # fmt: skip
         elif need_H and grad_logp is not None:
@@ -207,57 +167,39 @@ class _LinearLogprob(torch.autograd.Function):
             grad_W if need_W else None,
             None,
             grad_bias if need_bias else None,
-            *[None] * 6,
+            *[None] * 4,
         )
 
 
-_ARGUMENTS = "Tensor H, Tensor W, Tensor y, Tensor? bias, float scale, float? softcap, float temperature"
-
-
-def _fake_forward(H, W, y, bias, scale, softcap, temperature, entropy, gradient, backend):  # type: ignore[no-untyped-def]
-    N, d = H.shape
-    new = W.new_empty
-    return (
-        new(N, dtype=torch.float32),
-        new(N if entropy else 0, dtype=torch.float32),
-        new((N if gradient else 0, d), dtype=torch.float32),
-    )
-
-
 @register(
-    f"linear_logprob({_ARGUMENTS}, bool entropy, bool gradient, str backend) -> (Tensor, Tensor, Tensor)",
-    _fake_forward,
+    "linear_logprob",
+    lambda H, W, entropy, gradient: (
+        W.new_empty(H.shape[0], dtype=torch.float32),
+        W.new_empty(H.shape[0] if entropy else 0, dtype=torch.float32),
+        W.new_empty((H.shape[0] if gradient else 0, H.shape[1]), dtype=torch.float32),
+    ),
 )
 def _forward(
     H: Tensor,
     W: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     entropy: bool,
     gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.ids_in_table("y", y, W.shape[0])
-    module = implementation("linear_logprob", backend)
-    return module.linear_logprob(H, W, y, bias, scale, softcap, temperature, entropy, gradient)
-
-
-def _fake_backward(H, W, y, bias, scale, softcap, temperature, logp, entropy, grad_logp, grad_entropy, need_H, need_W, need_bias):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
-    (N, _), (V, d) = H.shape, W.shape
-    return (
-        H.new_empty(N if need_H else 0, d, dtype=torch.float32),
-        W.new_empty(V if need_W else 0, d),
-        W.new_empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype),
-    )
+    return implementation("linear_logprob", backend).linear_logprob(H, W, y, bias, transform, entropy, gradient)
 
 
 _backward = register(
-    f"linear_logprob_backward({_ARGUMENTS}, Tensor logp, Tensor? entropy, Tensor grad_logp, Tensor? grad_entropy, "
-    "bool need_H, bool need_W, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    _fake_backward,
+    "linear_logprob_backward",
+    lambda H, W, bias, need_H, need_W, need_bias: (
+        H.new_empty(H.shape[0] if need_H else 0, H.shape[1], dtype=torch.float32),
+        W.new_empty(W.shape[0] if need_W else 0, W.shape[1]),
+        W.new_empty(W.shape[0] if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype),
+    ),
 )(blocked.backward)
 
 
@@ -285,6 +227,6 @@ def table_gradient(
     Returns:
         ``[V, d]`` in the dtype of W. 4NVd operations.
     """
-    return _backward(
-        H, W, y, bias, scale, softcap, temperature, logp, entropy, grad_logp, grad_entropy, False, True, False
-    )[1]  # fmt: skip
+    transform = Transform(scale, softcap, temperature)
+    grads = _backward(H, W, y, bias, transform, logp, entropy, grad_logp, grad_entropy, False, True, False)
+    return grads[1]

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..numerics import Transform
+
 # Elements of a block of scores, of which two (with an entropy half a dozen) are alive at once, and bounds for its rows
 # of the table.
 SCORES, FEWEST, MOST = 2**21, 512, 8192
@@ -23,9 +25,7 @@ def backward(
     W: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     logp: Tensor,
     entropy: Tensor | None,
     grad_logp: Tensor,
@@ -44,7 +44,7 @@ def backward(
     )
     grad_W = torch.empty(V if need_W else 0, d, dtype=W.dtype, device=W.device)
     grad_bias = torch.empty(V if need_bias else 0, dtype=W.dtype if bias is None else bias.dtype, device=W.device)
-    target = _logits(H.float(), W, bias, scale, softcap, temperature, y)
+    target = _of(H.float(), W, bias, transform, y)
     lse = target - logp
     block = min(max(SCORES // max(len(H), 1), FEWEST), MOST)
     for start in range(0, V, block):
@@ -53,7 +53,7 @@ def backward(
         raw = product(queries, rows.T)
         if bias is not None:
             raw += bias[start:stop].float()
-        z, slope = transform(raw, scale, softcap, temperature)
+        z, slope = logits(raw, transform)
         del raw
         logps = z.sub_(lse[:, None])
         if grad_entropy is None or entropy is None:
@@ -89,17 +89,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if b.dtype == torch.float32 else torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
 
 
-def transform(raw: Tensor, scale: float, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor | float]:
+def logits(raw: Tensor, transform: Transform) -> tuple[Tensor, Tensor | float]:
     """Logits and their derivative with respect to ``raw`` (bias already added)."""
+    scale, softcap, temperature = transform
     if softcap is None:
         return raw * (scale / temperature), scale / temperature
     tanh = torch.tanh(raw * (scale / softcap))
     return tanh * (softcap / temperature), (1 - tanh * tanh) * (scale / temperature)
 
 
-def _logits(
-    H: Tensor, W: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float, ids: Tensor
-) -> Tensor:
+def _of(H: Tensor, W: Tensor, bias: Tensor | None, transform: Transform, ids: Tensor) -> Tensor:
+    """Logits of one id each."""
     ids = ids.clamp(0, len(W) - 1)  # of one outside the table, on a GPU, logp is NaN, and so is what follows from it
     raw = (H * W[ids].float()).sum(1)
-    return transform(raw if bias is None else raw + bias[ids].float(), scale, softcap, temperature)[0]
+    return logits(raw if bias is None else raw + bias[ids].float(), transform)[0]

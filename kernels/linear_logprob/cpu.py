@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import native
 from ..dispatch import Call, only_dtypes
+from ..numerics import Transform
 
 
 def unsupported(call: Call) -> str | None:
@@ -24,37 +25,16 @@ def unsupported(call: Call) -> str | None:
 
 
 def linear_logprob(
-    H: Tensor,
-    W: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    entropy: bool,
-    gradient: bool,
+    H: Tensor, W: Tensor, y: Tensor, bias: Tensor | None, transform: Transform, entropy: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = native.load("cpu")
     N, d = H.shape
-    H, y = native.rows(H), y.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
     logp = torch.empty(N)
     entropies = torch.empty(N if entropy else 0)
     gradients = torch.empty(N if gradient else 0, d)
-    module.linear_logprob(
-        **native.matrix(module, "queries", H),
-        **native.matrix(module, "table", W),
-        bias=native.pointer(bias),
-        targets=y.data_ptr(),
-        logp=logp.data_ptr(),
-        entropy=entropies.data_ptr() if entropy and N else None,
-        gradient=gradients.data_ptr() if gradient and N else None,
-        rows=N,
-        vocab=W.shape[0],
-        dim=d,
-        scale=scale,
-        softcap=softcap or 0.0,
-        temperature=temperature,
-        where=native.where("cpu", W.device),
-    )
+    native.call(
+        "cpu", "linear_logprob", W, queries=native.rows(H), bias=None if bias is None else bias.float().contiguous(),
+        targets=y.contiguous(), logp=logp, entropy=entropies if entropy else None,
+        gradient=gradients if gradient else None, rows=N, scale=transform.scale, softcap=transform.softcap or 0.0,
+        temperature=transform.temperature,
+    )  # fmt: skip
     return logp, entropies, gradients

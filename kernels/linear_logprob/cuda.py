@@ -7,11 +7,14 @@ measurement says otherwise.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import native
 from ..dispatch import Call
+from ..numerics import Transform
 
 WORKSPACE = 256 << 20  # bytes of exponentials at a time, never fewer than one tile of tokens
 
@@ -26,18 +29,9 @@ def unsupported(call: Call) -> str | None:
 
 
 def linear_logprob(
-    H: Tensor,
-    W: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    entropy: bool,
-    gradient: bool,
+    H: Tensor, W: Tensor, y: Tensor, bias: Tensor | None, transform: Transform, entropy: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module, (V, d) = native.load("cuda"), W.shape
-    H, y, N = native.aligned_rows(H), y.contiguous(), H.shape[0]
+    H, y, (N, d), V = native.aligned_rows(H), y.contiguous(), H.shape, W.shape[0]
     bias = None if bias is None else bias.float().contiguous()
     logp = torch.empty(N, device=W.device)
     entropies = torch.empty(N if entropy else 0, device=W.device)
@@ -46,24 +40,14 @@ def linear_logprob(
     chunk = max(128, WORKSPACE // (2 * V) // 128 * 128) if gradient else 16384
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
-        arguments = {
-            **native.matrix(module, "queries", H[part]),
-            **native.matrix(module, "table", W),
-            "bias": native.pointer(bias),
-            "targets": y[part].data_ptr(),
-            "logp": logp[part].data_ptr(),
-            "entropy": entropies[part].data_ptr() if entropy else None,
-            "gradient": gradients[part].data_ptr() if gradient else None,
-            "rows": H[part].shape[0],
-            "vocab": V,
-            "dim": d,
-            "scale": scale,
-            "softcap": softcap or 0.0,
-            "temperature": temperature,
-            "blocks": 2 * processors,  # a processor holds two blocks of the means, one of the scores
-            "where": native.where("cuda", W.device),
-        }
-        needed = module.linear_logprob_workspace(**arguments, workspace=None, workspace_bytes=0)
+        call = partial(
+            native.call, "cuda", table=W, queries=H[part], bias=bias, targets=y[part], logp=logp[part],
+            entropy=entropies[part] if entropy else None, gradient=gradients[part] if gradient else None,
+            rows=H[part].shape[0], scale=transform.scale, softcap=transform.softcap or 0.0,
+            temperature=transform.temperature,
+            blocks=2 * processors,  # a processor holds two blocks of the means, one of the scores
+        )  # fmt: skip
+        needed = call("linear_logprob_workspace")
         workspace = torch.empty(needed, dtype=torch.uint8, device=W.device)
-        module.linear_logprob(**arguments, workspace=workspace.data_ptr(), workspace_bytes=needed)
+        call("linear_logprob", workspace=workspace, workspace_bytes=needed)
     return logp, entropies, gradients

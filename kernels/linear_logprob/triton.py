@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
+from ..numerics import Transform
 from ..vertex_oracle.tiles import describable, describe, has_copy_engine, split, tile_scores
 
 WORKSPACE = 64  # the part of the device's memory that a chunk's exponentials may take
@@ -261,9 +262,7 @@ def linear_logprob(
     W: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     entropy: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +275,7 @@ def linear_logprob(
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
         _chunk(
-            H[part], W, y[part].contiguous(), bias, scale, softcap, temperature, logp[part],
+            H[part], W, y[part].contiguous(), bias, transform, logp[part],
             entropies[part] if entropy else None, gradients[part] if gradient else None,
         )  # fmt: skip
     return logp, entropies, gradients
@@ -287,9 +286,7 @@ def score(
     W: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     *,
     exps: Tensor | None = None,
     moment: bool = False,
@@ -300,7 +297,7 @@ def score(
     ``x [n, N, d]`` are the terms of the hidden states; a target outside the table leaves nothing out, its logit is NaN.
     ``exps`` receives the scaled exponentials.
     """
-    (n, N, d), V = x.shape, W.shape[0]
+    (n, N, d), V, (scale, softcap, temperature) = x.shape, W.shape[0], transform
     BM, BN, BK, warps, stages, described = config(x, W, plain)
     tiles, blocks = triton.cdiv(V, BN), triton.cdiv(N, BM)
     parts, part_rows = split(blocks, V, BN, W.device)
@@ -331,12 +328,10 @@ def merge(scores: tuple[Tensor, ...], rate: float, logp: Tensor, entropy: Tensor
     return stats
 
 
-def normalisers(
-    x: Tensor, W: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
-) -> tuple[Tensor, Tensor]:
+def normalisers(x: Tensor, W: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor]:
     """The tiles' exponents ``[tiles, N]`` and ``log sum exp`` of all logits ``[N]``."""
     nobody = torch.full((x.shape[1],), -1, dtype=torch.int64, device=W.device)
-    scores = score(x, W, nobody, bias, scale, softcap, temperature)
+    scores = score(x, W, nobody, bias, transform)
     return scores[0], merge(scores, 1.0, logp=torch.empty(x.shape[1], device=W.device))[3]
 
 
@@ -345,20 +340,18 @@ def _chunk(
     W: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     logp: Tensor,
     entropy: Tensor | None,
     gradient: Tensor | None,
 ) -> None:
     N, (V, d) = H.shape[0], W.shape
     x = terms(H, W.dtype)
-    plain = bias is None and softcap is None
+    plain = bias is None and transform.softcap is None
     TILE = config(x, W, plain)[1]
     exps = None if gradient is None else torch.empty(N, triton.cdiv(V, TILE) * TILE, dtype=W.dtype, device=W.device)
-    scores = score(x, W, y, bias, scale, softcap, temperature, exps=exps, moment=entropy is not None, plain=plain)
-    stats = merge(scores, scale / temperature, logp, entropy)
+    scores = score(x, W, y, bias, transform, exps=exps, moment=entropy is not None, plain=plain)
+    stats = merge(scores, transform.scale / transform.temperature, logp, entropy)
     if gradient is None or exps is None:
         return
     BM, BN, BK, warps, stages = MEANS[name(W.dtype)]

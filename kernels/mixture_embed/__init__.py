@@ -67,18 +67,12 @@ class _MixtureEmbed(torch.autograd.Function):
         return None, _backward(ids, grad_z.contiguous(), E, ctx.backend), None, None
 
 
-@register(
-    "mixture_embed(Tensor ids, Tensor weights, Tensor E, str backend) -> Tensor",
-    lambda ids, weights, E, backend: E.new_empty(ids.shape[0], E.shape[1]),
-)
+@register("mixture_embed", lambda ids, E: E.new_empty(ids.shape[0], E.shape[1]))
 def _forward(ids: Tensor, weights: Tensor, E: Tensor, backend: str) -> Tensor:
     checks.ids_in_table("ids", ids, E.shape[0])
     return implementation("mixture_embed", backend).mixture_embed(ids, weights, E)
 
 
-@register(
-    "mixture_embed_backward(Tensor ids, Tensor grad_z, Tensor E, str backend) -> Tensor",
-    lambda ids, grad_z, E, backend: E.new_empty(ids.shape, dtype=torch.float32),
-)
+@register("mixture_embed_backward", lambda ids, E: E.new_empty(ids.shape, dtype=torch.float32))
 def _backward(ids: Tensor, grad_z: Tensor, E: Tensor, backend: str) -> Tensor:
     return implementation("mixture_embed", backend).mixture_embed_backward(ids, grad_z, E)

@@ -20,30 +20,12 @@ def unsupported(call: Call, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 
 def forward(backend: str, ids: Tensor, weights: Tensor, E: Tensor) -> Tensor:
-    z = torch.empty((ids.shape[0], E.shape[1]), dtype=E.dtype, device=E.device)
-    module, arguments = _arguments(backend, ids, E)
-    module.mixture_embed(weights=weights.data_ptr(), z=z.data_ptr(), **arguments)
+    (T, A), z = ids.shape, torch.empty((ids.shape[0], E.shape[1]), dtype=E.dtype, device=E.device)
+    native.call(backend, "mixture_embed", E, ids=ids, weights=weights, z=z, rows=T, atoms=A)
     return z
 
 
 def backward(backend: str, ids: Tensor, grad_z: Tensor, E: Tensor) -> Tensor:
-    grad_weights = torch.empty(ids.shape, dtype=torch.float32, device=E.device)
-    module, arguments = _arguments(backend, ids, E)
-    module.mixture_embed_backward(grad_z=grad_z.data_ptr(), grad_weights=grad_weights.data_ptr(), **arguments)
+    (T, A), grad_weights = ids.shape, torch.empty(ids.shape, dtype=torch.float32, device=E.device)
+    native.call(backend, "mixture_embed_backward", E, ids=ids, z=grad_z, grad_weights=grad_weights, rows=T, atoms=A)
     return grad_weights
-
-
-def _arguments(backend: str, ids: Tensor, E: Tensor) -> tuple:
-    module = native.load(backend)
-    return module, {
-        "table": E.data_ptr(),
-        "table_dtype": native.dtype_code(module, E.dtype),
-        "table_stride": E.stride(0),
-        "vocab": E.shape[0],
-        "dim": E.shape[1],
-        "ids": ids.data_ptr(),
-        "ids_dtype": native.dtype_code(module, ids.dtype),
-        "rows": ids.shape[0],
-        "atoms": ids.shape[1],
-        "where": native.where(backend, E.device),
-    }

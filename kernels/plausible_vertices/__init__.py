@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Call, choose, implementation
-from ..numerics import accumulation_dtype
+from ..numerics import Transform, accumulation_dtype
 from ..registration import register
 
 
@@ -60,24 +60,17 @@ def plausible_vertices(
     checks.finite("scale", scale)
     checks.positive("softcap", softcap)
     checks.positive("temperature", temperature)
-    return _plausible_vertices(
-        H, W, math.log(p_min), max_candidates, bias, scale, softcap, temperature, allowed, backend
-    )
-
-
-def _fake(H, W, log_p_min, max_candidates, bias, scale, softcap, temperature, allowed, backend):  # type: ignore[no-untyped-def]
-    T = H.shape[0]
-    return (
-        W.new_empty((T, max_candidates), dtype=torch.int64),
-        W.new_empty((T, max_candidates), dtype=accumulation_dtype(H, W)),
-        W.new_empty(T, dtype=torch.int64),
-    )
+    transform = Transform(scale, softcap, temperature)
+    return _plausible_vertices(H, W, math.log(p_min), max_candidates, bias, transform, allowed, backend)
 
 
 @register(
-    "plausible_vertices(Tensor H, Tensor W, float log_p_min, SymInt max_candidates, Tensor? bias, float scale, "
-    "float? softcap, float temperature, Tensor? allowed, str? backend) -> (Tensor, Tensor, Tensor)",
-    _fake,
+    "plausible_vertices",
+    lambda H, W, max_candidates: (
+        W.new_empty((H.shape[0], max_candidates), dtype=torch.int64),
+        W.new_empty((H.shape[0], max_candidates), dtype=accumulation_dtype(H, W)),
+        W.new_empty(H.shape[0], dtype=torch.int64),
+    ),
 )
 @torch.no_grad()
 def _plausible_vertices(
@@ -86,12 +79,10 @@ def _plausible_vertices(
     log_p_min: float,
     max_candidates: int,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     allowed: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     choice = choose("plausible_vertices", Call.of(W=W, H=H, bias=bias), backend)
     module = implementation("plausible_vertices", choice.backend)
-    return module.plausible_vertices(H, W, log_p_min, max_candidates, bias, scale, softcap, temperature, allowed)
+    return module.plausible_vertices(H, W, log_p_min, max_candidates, bias, transform, allowed)

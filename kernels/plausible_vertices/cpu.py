@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..dispatch import Call, only_dtypes
+from ..numerics import Transform
 
 
 def unsupported(call: Call) -> str | None:
@@ -24,34 +25,17 @@ def plausible_vertices(
     log_p_min: float,
     max_candidates: int,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = native.load("cpu")
-    H, T = native.rows(H), H.shape[0]
-    bias = None if bias is None else bias.float().contiguous()
-    allowed = None if allowed is None else allowed.contiguous()
+    T = H.shape[0]
     ids = torch.empty(T, max_candidates, dtype=torch.int64)
     logps = torch.empty(T, max_candidates)
     counts = torch.empty(T, dtype=torch.int64)
-    module.plausible_vertices(
-        **native.matrix(module, "queries", H),
-        **native.matrix(module, "table", W),
-        bias=native.pointer(bias),
-        allowed=native.pointer(allowed),
-        ids=ids.data_ptr(),
-        logps=logps.data_ptr(),
-        counts=counts.data_ptr(),
-        rows=T,
-        vocab=W.shape[0],
-        dim=W.shape[1],
-        max_candidates=max_candidates,
-        scale=scale,
-        softcap=softcap or 0.0,
-        temperature=temperature,
-        log_p_min=log_p_min,
-        where=native.where("cpu", W.device),
-    )
+    native.call(
+        "cpu", "plausible_vertices", W, queries=native.rows(H), allowed=native.contiguous(allowed),
+        bias=None if bias is None else bias.float().contiguous(), ids=ids, logps=logps, counts=counts, rows=T,
+        max_candidates=max_candidates, scale=transform.scale, softcap=transform.softcap or 0.0,
+        temperature=transform.temperature, log_p_min=log_p_min,
+    )  # fmt: skip
     return ids, logps, counts

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..numerics import accumulation_dtype, transform_logits
+from ..numerics import Transform, accumulation_dtype, transform_logits
 
 BLOCK = 64  # rows at a time: [T, V] is never whole
 
 
 def plausible_vertices(
-    H: Tensor, W: Tensor, log_p_min: float, max_candidates: int, bias: Tensor | None, scale: float,
-    softcap: float | None, temperature: float, allowed: Tensor | None,
+    H: Tensor, W: Tensor, log_p_min: float, max_candidates: int, bias: Tensor | None,
+    transform: Transform, allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, blocks = accumulation_dtype(H, W), []
     for rows in H.split(BLOCK) if H.shape[0] else [H]:
-        logits = transform_logits(rows.to(dtype) @ W.to(dtype).T, bias, scale, softcap, temperature)
+        logits = transform_logits(rows.to(dtype) @ W.to(dtype).T, bias, transform)
         logp = logits.log_softmax(1)
         above = logp >= log_p_min if allowed is None else (logp >= log_p_min) & allowed
         kept = logp.masked_fill(~above, -torch.inf)

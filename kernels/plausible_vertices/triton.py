@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
 from ..linear_logprob.triton import LN2, config, normalisers, terms, transform_tile
+from ..numerics import Transform
 from ..vertex_oracle.tiles import NOTHING, describe, score_keys, tile_scores
 
 WORKSPACE = 64 << 20
@@ -78,12 +79,10 @@ def plausible_vertices(
     log_p_min: float,
     max_candidates: int,
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T, (V, d) = H.shape[0], W.shape
+    T, (V, d), (scale, softcap, temperature) = H.shape[0], W.shape, transform
     ids = torch.empty(T, max_candidates, dtype=torch.int64, device=H.device)
     logps = torch.empty(T, max_candidates, device=H.device)
     counts = torch.zeros(T, dtype=torch.int32, device=H.device)
@@ -97,17 +96,16 @@ def plausible_vertices(
         part = slice(start, start + chunk)
         x, N = terms(H[part], W.dtype), H[part].shape[0]
         BM, BN, BK, warps, stages, described = config(x, W)
-        exponents, lse = normalisers(x, W, bias, scale, softcap, temperature)
+        exponents, lse = normalisers(x, W, bias, transform)
         keys = torch.full((N, capacity), NOTHING.value, dtype=torch.int64, device=H.device)
         blocks = triton.cdiv(N, BM)
         queries, table = (describe(x.flatten(0, 1), BM, BK), describe(W, BN, BK)) if described else (x, W)
         list_tiles[(blocks * triton.cdiv(V, BN),)](
             queries, table, W if bias is None else bias, W if allowed is None else allowed, exponents, lse, keys,
             counts[part], N, V, d, x.stride(1), x.stride(0), W.stride(0), capacity, blocks, float(scale),
-            float(softcap or 1.0),
-            1.0 / temperature, log_p_min, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-            HAS_ALLOWED=allowed is not None, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK, DESCRIPTORS=described,
-            WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
+            float(softcap or 1.0), 1.0 / temperature, log_p_min, HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None, HAS_ALLOWED=allowed is not None, TERMS=x.shape[0], BM=BM, BN=BN, BK=BK,
+            DESCRIPTORS=described, WIDEN=interpreting_triton(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         best = keys.topk(kept, dim=1, largest=False, sorted=True).values
         ordered = (best >> 32).int()

@@ -62,8 +62,8 @@ class _SoftmaxMixture(torch.autograd.Function):
 
 
 @register(
-    "softmax_mixture(Tensor theta, Tensor E, float tau, str backend) -> (Tensor, Tensor)",
-    lambda theta, E, tau, backend: (
+    "softmax_mixture",
+    lambda theta, E: (
         E.new_empty(theta.shape[0], E.shape[1]),
         E.new_empty(theta.shape[0], dtype=torch.float32),
     ),
@@ -72,11 +72,7 @@ def _forward(theta: Tensor, E: Tensor, tau: float, backend: str) -> tuple[Tensor
     return implementation("softmax_mixture", backend).softmax_mixture(theta, E, tau)
 
 
-@register(
-    "softmax_mixture_backward(Tensor theta, Tensor E, float tau, Tensor lse, Tensor grad_z, Tensor dots, str backend) "
-    "-> Tensor",
-    lambda theta, E, tau, lse, grad_z, dots, backend: theta.new_empty(theta.shape),
-)
+@register("softmax_mixture_backward", lambda theta: theta.new_empty(theta.shape))
 def _backward(theta: Tensor, E: Tensor, tau: float, lse: Tensor, grad_z: Tensor, dots: Tensor, backend: str) -> Tensor:
     """``p * (<grad_z, E_v> - <grad_z, z>) / tau``; ``dots`` is the second product."""
     return implementation("softmax_mixture", backend).softmax_mixture_backward(theta, E, tau, lse, grad_z, dots)

@@ -21,38 +21,16 @@ def unsupported(call: Call) -> str | None:
 
 
 def softmax_mixture(theta: Tensor, E: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    module = native.load("cpu")
-    z = torch.empty(theta.shape[0], E.shape[1], dtype=E.dtype)
-    lse = torch.empty(theta.shape[0])
-    module.softmax_mixture(**_arguments(module, native.rows(theta), E, tau, lse), z=z.data_ptr(), where=_threads(E))
+    T = theta.shape[0]
+    z, lse = torch.empty(T, E.shape[1], dtype=E.dtype), torch.empty(T)
+    native.call("cpu", "softmax_mixture", E, theta=native.rows(theta), rows=T, tau=tau, lse=lse, z=z)
     return z, lse
 
 
 def softmax_mixture_backward(theta: Tensor, E: Tensor, tau: float, lse: Tensor, grad_z: Tensor, dots: Tensor) -> Tensor:
-    module = native.load("cpu")
-    theta = native.rows(theta)
     grad_theta = torch.empty(theta.shape, dtype=theta.dtype)
-    module.softmax_mixture_backward(
-        **_arguments(module, theta, E, tau, lse),
-        grad_z=grad_z.data_ptr(),
-        dots=dots.data_ptr(),
-        grad_theta=grad_theta.data_ptr(),
-        where=_threads(E),
-    )
+    native.call(
+        "cpu", "softmax_mixture_backward", E, theta=native.rows(theta), rows=theta.shape[0], tau=tau, lse=lse,
+        grad_z=grad_z, dots=dots, grad_theta=grad_theta,
+    )  # fmt: skip
     return grad_theta
-
-
-def _arguments(module, theta: Tensor, E: Tensor, tau: float, lse: Tensor) -> dict:  # type: ignore[no-untyped-def]
-    return {
-        **native.matrix(module, "theta", theta),
-        **native.matrix(module, "table", E),
-        "rows": theta.shape[0],
-        "vocab": E.shape[0],
-        "dim": E.shape[1],
-        "tau": tau,
-        "lse": lse.data_ptr(),
-    }
-
-
-def _threads(E: Tensor) -> int:
-    return native.where("cpu", E.device)

@@ -68,15 +68,12 @@ def vertex_oracle(
     return _vertex_oracle(G, E, allowed, Q2, W2, candidates, backend)
 
 
-def _fake(G, E, allowed, Q2, W2, candidates, backend):  # type: ignore[no-untyped-def]
-    T, dtype = G.shape[0], accumulation_dtype(G, E, Q2, W2)
-    return E.new_empty(T, dtype=torch.int64), E.new_empty(T, dtype=dtype)
-
-
 @register(
-    "vertex_oracle(Tensor G, Tensor E, Tensor? allowed, Tensor? Q2, Tensor? W2, Tensor? candidates, str? backend) "
-    "-> (Tensor, Tensor)",
-    _fake,
+    "vertex_oracle",
+    lambda G, E, Q2, W2: (
+        E.new_empty(G.shape[0], dtype=torch.int64),
+        E.new_empty(G.shape[0], dtype=accumulation_dtype(G, E, Q2, W2)),
+    ),
 )
 @torch.no_grad()
 def _vertex_oracle(

@@ -25,27 +25,12 @@ def unsupported(call: Call) -> str | None:
 def vertex_oracle(
     G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    module = native.load("cpu")
-    G, Q2 = native.rows(G), None if Q2 is None else native.rows(Q2)
-    allowed = None if allowed is None else allowed.contiguous()
-    candidates = None if candidates is None else candidates.contiguous()
-    ids = torch.empty(G.shape[0], dtype=torch.int64)
-    values = torch.empty(G.shape[0], dtype=torch.float32)
-    module.vertex_oracle(
-        **native.matrix(module, "queries", G),
-        **native.matrix(module, "table", E),
-        **native.matrix(module, "queries2", Q2),
-        **native.matrix(module, "table2", W2),
-        allowed=native.pointer(allowed),
-        **native.candidates(module, candidates),
-        rows=G.shape[0],
-        vocab=E.shape[0],
-        dim=E.shape[1],
-        dim2=0 if W2 is None else W2.shape[1],
-        ids=ids.data_ptr(),
-        values=values.data_ptr(),
-        splits=0,
-        workspace=None,
-        where=native.where("cpu", E.device),
-    )
+    T = G.shape[0]
+    ids, values = torch.empty(T, dtype=torch.int64), torch.empty(T)
+    native.call(
+        "cpu", "vertex_oracle", E, queries=native.rows(G), queries2=None if Q2 is None else native.rows(Q2), table2=W2,
+        dim2=0 if W2 is None else W2.shape[1], allowed=native.contiguous(allowed),
+        candidates=native.contiguous(candidates), candidate_count=0 if candidates is None else candidates.shape[1],
+        ids=ids, values=values, rows=T,
+    )  # fmt: skip
     return ids, values

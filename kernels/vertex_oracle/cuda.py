@@ -32,9 +32,7 @@ def vertex_oracle(
     *,
     hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    module = native.load("cuda")
-    G, T = native.aligned_rows(G), G.shape[0]
-    allowed = None if allowed is None else allowed.contiguous()
+    T = G.shape[0]
     ids = torch.empty(T, dtype=torch.int64, device=E.device)
     values = torch.empty(T, dtype=torch.float32, device=E.device)
     rows, resident = (256, 1) if hopper else (128, 2)  # of a tile; blocks that a processor holds
@@ -42,22 +40,8 @@ def vertex_oracle(
     processors = torch.cuda.get_device_properties(E.device).multi_processor_count
     splits = max(1, min(tiles, resident * processors // blocks))
     workspace = torch.empty(splits * T, dtype=torch.int64, device=E.device)
-    module.vertex_oracle(
-        **native.matrix(module, "queries", G),
-        **native.matrix(module, "table", E),
-        **native.matrix(module, "queries2", None),
-        **native.matrix(module, "table2", None),
-        allowed=native.pointer(allowed),
-        **native.candidates(module, None),
-        rows=T,
-        vocab=E.shape[0],
-        dim=E.shape[1],
-        dim2=0,
-        ids=ids.data_ptr(),
-        values=values.data_ptr(),
-        splits=splits,
-        workspace=workspace.data_ptr(),
-        hopper=int(hopper),
-        where=native.where("cuda", E.device),
-    )
+    native.call(
+        "cuda", "vertex_oracle", E, queries=native.aligned_rows(G), allowed=native.contiguous(allowed), ids=ids,
+        values=values, rows=T, splits=splits, workspace=workspace, hopper=hopper,
+    )  # fmt: skip
     return ids, values

@@ -143,6 +143,19 @@ def tile_bounds(tile, there, t, norm, rest, norms, rests, norm2, rest2, norms2, 
     return tl.where(bound == 0, 0.0, bound * (1 + 2.0**-20) + 2.0**-100)
 
 
+@triton.jit
+def row_scores(t, ids, there, x, table, x2, table2, allowed, d, d2, x_stride, table_stride, x2_stride, table2_stride,
+               HAS_ALLOWED: tl.constexpr, HAS_SECOND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+               DTYPE: tl.constexpr):  # fmt: skip
+    """Scores of token ``t`` with ROWS rows, and which of them are ``there`` and allowed."""
+    if HAS_ALLOWED:
+        there = there & (tl.load(allowed + ids, mask=there, other=0) != 0)
+    score = gathered_scores(x + t * x_stride, table, ids, there, d, table_stride, ROWS, BLOCK, DTYPE)
+    if HAS_SECOND:
+        score += gathered_scores(x2 + t * x2_stride, table2, ids, there, d2, table2_stride, ROWS, BLOCK, DTYPE)
+    return score, there
+
+
 @triton.jit(do_not_specialize=["T", "tiles"])
 def rescore(lows, columns, seconds, norm, rest, norms, rests, norm2, rest2, norms2, rests2, x, table, x2, table2,
             allowed, keys, rescored, T, V, d, d2, x_stride, table_stride, x2_stride, table2_stride, tiles, gamma,
@@ -194,13 +207,9 @@ def rescore(lows, columns, seconds, norm, rest, norms, rests, norm2, rest2, norm
             count += end - begin
             for row in range(begin, end, ROWS):
                 ids = (row + tl.arange(0, ROWS)).to(tl.int64)
-                rows = ids < end
-                if HAS_ALLOWED:
-                    rows = rows & (tl.load(allowed + ids, mask=rows, other=0) != 0)
-                score = gathered_scores(x + t * x_stride, table, ids, rows, d, table_stride, ROWS, BLOCK, tl.float64)
-                if HAS_SECOND:
-                    score += gathered_scores(x2 + t * x2_stride, table2, ids, rows, d2, table2_stride, ROWS, BLOCK,
-                                             tl.float64)  # fmt: skip
+                score, rows = row_scores(t, ids, ids < end, x, table, x2, table2, allowed, d, d2, x_stride,
+                                         table_stride, x2_stride, table2_stride, HAS_ALLOWED, HAS_SECOND, ROWS, BLOCK,
+                                         tl.float64)  # fmt: skip
                 lowest = tl.min(tl.where(rows & (score == score), score, float("inf")), axis=0)
                 lowest_id = tl.min(tl.where(rows & (score == lowest), ids.to(tl.int32), NOBODY), axis=0)
                 better = tl.where(
@@ -223,12 +232,9 @@ def candidate_parts(x, table, x2, table2, candidates, allowed, keys, T, V, C, d,
     part = (program // T).to(tl.int64)
     c = part * ROWS + tl.arange(0, ROWS)
     ids = tl.load(candidates + t * C + c, mask=c < C, other=-1).to(tl.int64)
-    there = (ids >= 0) & (ids < V)
-    if HAS_ALLOWED:
-        there = there & (tl.load(allowed + ids, mask=there, other=0) != 0)
-    scores = gathered_scores(x + t * x_stride, table, ids, there, d, table_stride, ROWS, BLOCK, tl.float32)
-    if HAS_SECOND:
-        scores += gathered_scores(x2 + t * x2_stride, table2, ids, there, d2, table2_stride, ROWS, BLOCK, tl.float32)
+    scores, there = row_scores(t, ids, (ids >= 0) & (ids < V), x, table, x2, table2, allowed, d, d2, x_stride,
+                               table_stride, x2_stride, table2_stride, HAS_ALLOWED, HAS_SECOND, ROWS, BLOCK,
+                               tl.float32)  # fmt: skip
     tl.store(keys + part * T + t, tl.min(score_keys(scores, ids, there), axis=0))
 
 
@@ -253,13 +259,9 @@ def oracle_finish(keys, ids, values, x, table, x2, table2, allowed, T, V, d, d2,
         first = id * 0 + NOBODY
         for row in range(begin, end, ROWS):
             rows = (row + tl.arange(0, ROWS)).to(tl.int64)
-            there = rows < end
-            if HAS_ALLOWED:
-                there = there & (tl.load(allowed + rows, mask=there, other=0) != 0)
-            score = gathered_scores(x + t * x_stride, table, rows, there, d, table_stride, ROWS, BLOCK, tl.float32)
-            if HAS_SECOND:
-                score += gathered_scores(x2 + t * x2_stride, table2, rows, there, d2, table2_stride, ROWS, BLOCK,
-                                         tl.float32)  # fmt: skip
+            score, there = row_scores(t, rows, rows < end, x, table, x2, table2, allowed, d, d2, x_stride, table_stride,
+                                      x2_stride, table2_stride, HAS_ALLOWED, HAS_SECOND, ROWS, BLOCK,
+                                      tl.float32)  # fmt: skip
             wanted = there & ((score != score) | (value == float("inf")))
             first = tl.minimum(first, tl.min(tl.where(wanted, rows.to(tl.int32), NOBODY), axis=0))
         id = tl.where(infinite, first, tl.where(first < NOBODY, first, id))
@@ -269,17 +271,6 @@ def oracle_finish(keys, ids, values, x, table, x2, table2, allowed, T, V, d, d2,
 
 def unsupported(call: Call) -> str | None:
     return only_dtypes(call, (torch.float32, torch.bfloat16))
-
-
-def terms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[n, T, d]`` in ``dtype`` whose sum over n is ``x``: three bfloat16 hold a float32 exactly."""
-    if x.dtype == dtype or dtype == torch.float32:
-        return x.to(dtype).contiguous()[None]
-    parts = []
-    for _ in range(3):
-        parts.append(x.to(dtype))
-        x = torch.where(x.isfinite(), x - parts[-1].to(x.dtype), 0.0)
-    return torch.stack(parts)
 
 
 _measured: dict[tuple, tuple[StorageWeakRef, Tensor, Tensor]] = {}

@@ -42,6 +42,8 @@ def build(folder: Path) -> Path:
     import pybind11
 
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    fields = [sys.executable, str(ROOT / "csrc/fields.py"), str(ROOT / "csrc/include/latentrevise/kernels.h")]
+    (folder / "fields.inc").write_text(subprocess.run(fields, check=True, capture_output=True, text=True).stdout)
     includes = [HERE / "cuda_on_cpu", ROOT / "csrc", ROOT / "csrc/include", pybind11.get_include()]
     command = ["g++", "-std=c++17", "-O2", "-mf16c", "-fPIC", "-w", "-DLATENTREVISE_CUDA"]
     command += [f"-I{path}" for path in [*includes, sysconfig.get_paths()["include"]]]

@@ -5,6 +5,7 @@ import torch
 
 from latentrevise.kernels import linear_logprob, mixture_embed, softmax_mixture, table_gradient
 from latentrevise.kernels.linear_logprob import blocked
+from latentrevise.kernels.numerics import Transform
 
 OP = "linear_logprob"
 
@@ -125,7 +126,7 @@ def test_gradients_from_bfloat16_products(monkeypatch, transform):
         (c * logp + e * entropy).sum().backward()
         settings = {"scale": 1.0, "softcap": None, "temperature": 1.0} | transform
         found = blocked.backward(
-            queries, W, targets, bias, *settings.values(), logp.detach().float(), entropy.detach().float(), c, e,
+            queries, W, targets, bias, Transform(**settings), logp.detach().float(), entropy.detach().float(), c, e,
             True, True, True,
         )  # fmt: skip
         for mine, right, bound in zip(found, exact, (2**-8, 2**-8, 1e-4), strict=True):

@@ -24,7 +24,11 @@ def test_an_op_runs_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device", switch)
-    where = register("test_where(Tensor x) -> Tensor", lambda x: x)(lambda x: current)
+
+    @register("test_where", lambda x: x)
+    def where(x: torch.Tensor) -> torch.Tensor:
+        return current
+
     assert [where(SimpleNamespace(device=torch.device("cuda", i))) for i in (0, 1)] == [0, 1]
     assert current == 0
 

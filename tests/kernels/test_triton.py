@@ -16,6 +16,7 @@ from latentrevise.kernels import vertex_oracle
 from latentrevise.kernels.dispatch import IMPLEMENTATIONS, interpreting_triton
 from latentrevise.kernels.entropic_step import reference as entropic_reference
 from latentrevise.kernels.linear_logprob import blocked
+from latentrevise.kernels.numerics import Combination, Transform
 
 HERE = os.path.dirname(__file__)
 LEFT_OUT = (
@@ -155,7 +156,7 @@ def test_log_probs_of_more_tiles_than_a_merging_program_has_lanes():
 
     H, W = 4 * rand(2, 4), rand(64 * triton.LANES + 70, 4, seed=1)
     y = torch.tensor([3, len(W) - 1])
-    logp, entropy, gradient = triton.linear_logprob(H, W, y, None, 1.0, None, 1.0, True, True)
+    logp, entropy, gradient = triton.linear_logprob(H, W, y, None, Transform(1.0, None, 1.0), True, True)
     exact = H.double().requires_grad_()
     logps = (exact @ W.double().T).log_softmax(1)
     (grad,) = torch.autograd.grad(logps[[0, 1], y].sum(), exact)
@@ -170,8 +171,9 @@ def test_targets_outside_the_table_are_nan():
     from latentrevise.kernels.linear_logprob import triton
 
     H, W, y = rand(4, 6), rand(150, 6, seed=1), torch.tensor([-100, 7, 150, 149])
-    logp, entropy, gradient = triton.linear_logprob(H, W, y, None, 1.0, 5.0, 1.0, True, True)
-    again = blocked.backward(H, W, y, None, 1.0, 5.0, 1.0, logp, None, torch.ones(4), None, True, False, False)[0]
+    transform = Transform(1.0, 5.0, 1.0)
+    logp, entropy, gradient = triton.linear_logprob(H, W, y, None, transform, True, True)
+    again = blocked.backward(H, W, y, None, transform, logp, None, torch.ones(4), None, True, False, False)[0]
     for x in (logp, entropy, gradient[:, 0], again[:, 0]):
         assert x.isnan().tolist() == [True, False, True, False]
     torch.testing.assert_close(again[[1, 3]], gradient[[1, 3]], rtol=1e-4, atol=1e-5)
@@ -186,9 +188,9 @@ def test_atoms_outside_the_table_are_nan(op):
     G, E, gamma = rand(3, 8), rand(30, 8, seed=1), torch.full((3,), 0.2)
     ids, weights = torch.tensor([[3, 30, 0], [3, 4, -1], [-9, 5, 0]]), torch.tensor([[0.5, 0.5, 0.0]]).repeat(3, 1)
     if op == "hull_step":
-        _, _, z, _, gap = hull.hull_step(G, None, E, ids, weights, gamma, 2, 1.0, 0.0, "sum", None, None)
+        _, _, z, _, gap = hull.hull_step(G, None, E, ids, weights, gamma, 2, Combination(1.0, 0.0, "sum"), None, None)
     else:
-        _, z, gap = entropic.entropic_step(G, None, E, ids, weights, 1.0, 1.0, 0.0, "sum", None)
+        _, z, gap = entropic.entropic_step(G, None, E, ids, weights, 1.0, Combination(1.0, 0.0, "sum"), None)
     assert gap.isnan().tolist() == z.isnan().all(1).tolist() == z.isnan().any(1).tolist() == [True, False, True]
 
 
@@ -200,7 +202,7 @@ def test_nan_and_infinite_gradients():
     G = torch.tensor([[NAN, 1.0], [INF, 1.0], [2.0, 1.0]])
     E, ids = torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.5, 1.0]]), torch.tensor([[0, 1, 2]]).expand(3, -1).contiguous()
     weights = torch.tensor([[0.5, 0.5, 0.0]]).repeat(3, 1)
-    arguments = (G, None, E, ids, weights, 1.0, 1.0, 0.0, "sum")
+    arguments = (G, None, E, ids, weights, 1.0, Combination(1.0, 0.0, "sum"))
     for segments in (None, torch.tensor([0, 1, 0])):
         mine, reference = (x.entropic_step(*arguments, segments) for x in (entropic, entropic_reference))
         for a, b in zip(mine, reference, strict=True):
