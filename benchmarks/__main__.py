@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument(
         "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
     )
+    study.add_argument("--rivals", action="store_true", help="recovery: what people would use instead")
     study.add_argument(
         "--families", nargs="+", help="task families; none: the study's own; gsm: word problems, a real model"
     )
@@ -112,9 +113,9 @@ def folder(name: str, options: argparse.Namespace) -> Path:
     """Where a study's runs go unless it is said. A smaller or another plan has other runs under the same names."""
     if options.quick:
         return Path(f"{name}-quick")
-    if options.families == ["gsm"]:
-        return Path(f"gsm-{name}-study")
-    return Path("variants-study" if name == "recovery" and options.variants else f"{name}-study")
+    if name == "recovery":
+        name = import_module("benchmarks.recovery").study_of(options)
+    return Path(f"{name}-study")
 
 
 def measure(name: str, options: argparse.Namespace) -> dict:

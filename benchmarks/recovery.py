@@ -65,8 +65,13 @@ class Plan:
     strategies: tuple[str, ...]
 
 
+# What people would use instead, on the same inputs; in a study of their own, beside two of the main one.
+RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "resample-new")
 PLANS = {
-    "recovery": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(names())),
+    "recovery": Plan(
+        ("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(name for name in names() if name not in RIVALS)
+    ),
+    "rivals": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, (*RIVALS, "pivot", "resample")),
     "variants": Plan(
         ("far", "pair64", "partial"),
         (0,),
@@ -294,6 +299,16 @@ def real_text(options: argparse.Namespace) -> bool:
     return options.families == [wordproblems.NAME]
 
 
+def study_of(options: argparse.Namespace) -> str:
+    """Which plan the options ask for."""
+    asked = [name for name in ("quick", "variants", "rivals") if getattr(options, name)]
+    if real_text(options):
+        asked.append(wordproblems.NAME)
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} are studies of their own; ask for one")
+    return asked[0] if asked else "recovery"
+
+
 def refuse_part(options: argparse.Namespace) -> None:
     """Raise ConfigError where ``--publish`` would put less than a whole study into the documents."""
     parts = ("quick", "families", "models", "seeds", "mined", "strategies")
@@ -316,8 +331,7 @@ def publish(text: str, document: Path, study: str = "recovery") -> None:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks recovery``: see ``--help`` for the options it reads."""
     began = time.perf_counter()
-    name = "quick" if options.quick else "variants" if options.variants else "recovery"
-    name = wordproblems.NAME if real_text(options) else name
+    name = study_of(options)
     (dtype,) = options.dtype or ["float32"]
     plan = PLANS[name]
     refuse_part(options)

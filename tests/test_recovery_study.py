@@ -128,7 +128,7 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
         recovery.publish("new", page)
 
 
-@pytest.mark.parametrize("study", ["recovery", "variants", "iterates", "training"])
+@pytest.mark.parametrize("study", ["recovery", "rivals", "variants", "iterates", "training"])
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
     document = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))
@@ -149,12 +149,16 @@ def test_the_documents_say_what_the_results_say(study):
 
 def test_a_small_study_has_its_own_folder():
     def where(name, *words):
-        options = argparse.Namespace(quick="quick" in words, variants="variants" in words)
-        return str(folder(name, options))
+        flags = {flag: flag in words for flag in ("quick", "variants", "rivals")}
+        return str(folder(name, argparse.Namespace(families=["gsm"] if "gsm" in words else None, **flags)))
 
     assert where("recovery") == "recovery-study"
     assert where("recovery", "quick") == "recovery-quick"
     assert where("recovery", "variants") == "variants-study"
+    assert where("recovery", "rivals") == "rivals-study"
+    assert where("recovery", "gsm") == "gsm-study"
+    with pytest.raises(ConfigError, match="rivals and gsm are studies of their own"):
+        where("recovery", "rivals", "gsm")
     assert where("training", "quick") == "training-quick"
 
 
