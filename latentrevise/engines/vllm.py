@@ -84,6 +84,8 @@ class VLLMEngine:
 
     _running: ClassVar[VLLMEngine | None] = None
 
+    shares_prefixes = True  # see Engine: prefix caching is on
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -113,11 +115,6 @@ class VLLMEngine:
     def limit(self) -> int | None:
         limits = [limit for limit in (position_limit(self.model), self.config.max_length) if limit is not None]
         return min(limits, default=None)
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """See Engine: vLLM's prefix caching, which is on here."""
-        return True
 
     def generate(
         self,
