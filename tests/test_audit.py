@@ -108,7 +108,7 @@ def test_the_weakest_token_of_the_steps_and_of_the_answer():
         # One hidden rule: an example, an input that is asked about.
         ("61 ?A = 34 ; 5 ?A", "check A6 ; 61 + 73 = 34 ; so A6 ; 5 + 73 = 78 ; so", {"founded": 0, "used": 1}),
         ("61 ?A = 34 ; 5 ?A", "check A1 ; 61 + 12 = 73 ; so A1 ; 5 + 12 = 17 ; so", {"founded": 0, "used": 2 / 3}),
-        ("61 ?A = 34 ; 5 ?A", "check A6 ; so", {}),
+        ("61 ?A = 34 ; 5 ?A", "check A6 ; so", {"used": 0}),
         ("He had 6 eggs and bought 3.", "83 + 6 = 89. 89 - 6 = 83.", {"founded": 0.5, "used": 0.5}),
         ("He had 6 eggs and bought 3.", "6 + 3 = 9. 9 * 2 = 18.", {"founded": 1, "used": 1}),
         ("Two of six?", "2 * 6 = 12", {"founded": 1}),

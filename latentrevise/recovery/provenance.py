@@ -13,18 +13,16 @@ from latentrevise.checkers.equations import equations, number_texts
 
 def provenance(question: str, steps: str) -> dict[str, float]:
     """``founded``: the share of the steps' equations all of whose operands are in the question, a result before, or 1,
-    2 or 100. ``used``: the share of the question's numbers, as digits, that are an operand or a result. Left out is
-    what says nothing: without an equation both, without a number in the question ``used``.
+    2 or 100; left out without an equation. ``used``: the share of the question's numbers, as digits, that are an
+    operand or a result; left out where the question has none.
     """
     found = equations(steps)
-    if not found:
-        return {}
     known, seen, founded = numbers_of(question) | ALWAYS, set(), 0
     for equation in found:
         founded += all(operand in known for operand in equation.operands)
         known.add(equation.result)
         seen |= {*equation.operands, equation.result}
-    signals = {"founded": founded / len(found)}
+    signals = {"founded": founded / len(found)} if found else {}
     if given := set(number_texts(question)):
         signals["used"] = len(given & seen) / len(given)
     return signals
