@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from latentrevise.cli.settings import GROUPS, settings_of
+from latentrevise.cli.settings import GROUPS, meanings, settings_of
 
 PAGE = "reference/settings.md"
 
@@ -24,7 +24,7 @@ def page() -> str:
         "",
         "Each is given by `--set key=value`, or in a YAML file with `--config FILE`; nested ones as `group.key`.",
         "A text is taken as it stands ([Questions](../faq.md)).",
-        "`latentrevise config` prints them with their defaults. What they mean stands above each table.",
+        "`latentrevise config` prints them with their defaults.",
     ]
     told: set[type] = set()
     for command in GROUPS:
@@ -39,27 +39,26 @@ def _tell(cls: type, prefix: str, told: set[type], lines: list[str]) -> None:
     told.add(cls)
     fields = [f for f in dataclasses.fields(cls) if f.init]
     default = {f.name: _default(f) for f in fields}
-    lines += ["", f"### {cls.__name__}", "", *_prose(cls), "", "| setting | default |", "|---|---|"]
-    nested = []
+    lines += ["", f"### {cls.__name__}", "", "| setting | default | |", "|---|---|---|"]
+    nested, meaning = [], {name: _cell(text) for name, text in meanings(cls).items()}
     for field in fields:
         value = default[field.name]
         if dataclasses.is_dataclass(value):
             nested.append((type(value), f"{prefix}{field.name}."))
-            lines.append(f"| `{prefix}{field.name}.*` | see {type(value).__name__} |")
+            text = meaning.get(field.name, f"see {type(value).__name__}")
+            lines.append(f"| `{prefix}{field.name}.*` | | {text} |")
         else:
-            lines.append(f"| `{prefix}{field.name}` | `{value!r}` |".replace("\\n", "\\\\n"))
+            told_default = repr(value).replace("\\n", "\\\\n")
+            lines.append(f"| `{prefix}{field.name}` | `{told_default}` | {meaning.get(field.name, '')} |")
     for kind, path in nested:
         _tell(kind, path, told, lines)
 
 
-def _prose(cls: type) -> list[str]:
-    """The docstrings of the class and of those it inherits settings from."""
-    found = []
-    for base in cls.__mro__:
-        if dataclasses.is_dataclass(base) and base.__doc__ and not base.__doc__.startswith(f"{base.__name__}("):
-            found += [line.strip().replace("<", "&lt;").replace("|", "\\|") for line in base.__doc__.splitlines()]
-            found.append("")
-    return found
+def _cell(text: str) -> str:
+    """A docstring's text in a table: neither HTML nor another cell, but in its code."""
+    pieces = text.replace("``", "`").split("`")
+    pieces[::2] = [piece.replace("<", "&lt;").replace("|", "\\|") for piece in pieces[::2]]
+    return "`".join(pieces)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
