@@ -5,6 +5,7 @@ without it."""
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -20,6 +21,18 @@ import emulated_cuda
 
 if emulated_cuda.installed():
     emulated_cuda.install(os.environ[emulated_cuda.VARIABLE])
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA library for the CPU, built once for all tests, as its command builds it."""
+    folder = tmp_path_factory.mktemp("emulated")
+    environment = {name: value for name, value in os.environ.items() if name != emulated_cuda.VARIABLE}
+    command = [sys.executable, emulated_cuda.__file__, str(folder), "platform"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (library,) = folder.glob("_cuda*.so")
+    return library
 
 
 ON_GPU = ("triton", "cuda", "hopper")

@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,15 +48,22 @@ def build(folder: Path) -> Path:
     includes = [HERE / "cuda_on_cpu", ROOT / "csrc", ROOT / "csrc/include", pybind11.get_include()]
     command = ["g++", "-std=c++17", "-O2", "-mf16c", "-fPIC", "-w", "-DLATENTREVISE_CUDA"]
     command += [f"-I{path}" for path in [*includes, sysconfig.get_paths()["include"]]]
-    objects = []
-    for path in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bindings.cpp"]:
+
+    def compile_one(path: Path) -> str:
         translated = folder / f"{path.stem}.cpp"
         translated.write_text(translate(path.read_text()))
-        objects.append(str(translated.with_suffix(".o")))
-        compile_one = [*command, "-fvisibility=hidden", "-c", str(translated), "-o", objects[-1]]
-        subprocess.run(compile_one, check=True, capture_output=True, text=True)
-    subprocess.run(["g++", "-shared", *objects, "-o", str(module)], check=True, capture_output=True, text=True)
+        made = str(translated.with_suffix(".o"))
+        run([*command, "-fvisibility=hidden", "-c", str(translated), "-o", made])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/bindings.cpp"]))
+    run(["g++", "-shared", *objects, "-o", str(module)])
     return module
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def install(path: str) -> None:
@@ -93,9 +101,10 @@ def environment(module: Path, copies: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run a module of Python on the emulation, which is built into the folder when it is not there yet."""
+    """Run a module of Python on the emulation: the one that the variable names, or else the folder's, which is built
+    when it is not there yet."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = Path(os.environ.get(VARIABLE) or folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         build(folder)

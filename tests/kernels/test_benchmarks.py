@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -184,7 +185,7 @@ def test_the_gpu_script_says_what_had_no_time(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found in PATH")
-def test_a_rehearsal_checks_the_cuda_kernels_in_the_emulation(tmp_path):
+def test_a_rehearsal_checks_the_cuda_kernels_in_the_emulation(tmp_path, emulated_library):
     """And under a sanitizer that finds nothing."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/compute-sanitizer").write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
@@ -192,7 +193,8 @@ def test_a_rehearsal_checks_the_cuda_kernels_in_the_emulation(tmp_path):
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     only = "^check-vertex_oracle-(cuda|hopper)|^memcheck-mixture_embed"
     pieces = ("--rehearse", "build-check", "sanitize", "--only", only)
-    failed, (check, sanitize) = run_pieces(*pieces, results=tmp_path / "out", PATH=path)
+    emulation = {emulated_cuda.VARIABLE: str(emulated_library)}
+    failed, (check, sanitize) = run_pieces(*pieces, results=tmp_path / "out", PATH=path, **emulation)
     assert (failed, steps(check)) == (0, {"check-vertex_oracle-cuda": 0, "check-vertex_oracle-hopper": 0})
     rows = json.load(check.extractfile("./check-vertex_oracle-hopper.json"))["rows"]
     assert rows

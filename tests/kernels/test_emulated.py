@@ -20,19 +20,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
-
-
 @pytest.mark.parametrize("copies", ["late", "early"])
-def test_kernels(module, copies):
+def test_kernels(emulated_library, copies):
     """Copies carried out as late and as early as they may be: a missing wait or barrier shows in one of the two."""
-    run(module, copies, "test_cuda.py")
+    run(emulated_library, copies, "test_cuda.py")
 
 
-def test_contracts(module):
-    run(module, "late", "test_mixture_embed.py", "-k", "cuda and not beyond_two_to_the_31 and not gpu")
+def test_contracts(emulated_library):
+    run(emulated_library, "late", "test_mixture_embed.py", "-k", "cuda and not beyond_two_to_the_31 and not gpu")
 
 
 def run(module: Path, copies: str, file: str, *options: str) -> None:

@@ -5,6 +5,7 @@ that launch thousands of programs are left out for time."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -31,15 +32,16 @@ LEFT_OUT = (
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(interpreting_triton(), reason="this is the interpreter")
-@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "triton"])
-def test_in_the_interpreter(name):
+@pytest.mark.parametrize("names", [tuple(IMPLEMENTATIONS), ("triton",)], ids=["contracts", "triton"])
+def test_in_the_interpreter(names):
     wanted = " and not ".join(("triton", *LEFT_OUT))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", wanted]
-    command.append(os.path.join(HERE, f"test_{name}.py"))
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-k", wanted]
+    command += [os.path.join(HERE, f"test_{name}.py") for name in names]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    for name in names:
+        assert re.search(rf"test_{name}\.py::.* PASSED", done.stdout), done.stdout
 
 
 interpreted = pytest.mark.skipif(not interpreting_triton(), reason="run by test_in_the_interpreter")
