@@ -33,7 +33,7 @@ CALLS = (
 )
 # Kernels of csrc/cuda that multiply by wgmma, by a part of their names. `around`: of the epilogue that is taken but for
 # masks, NaN and infinity, counted in the disassembly from the last wait to the next tile's first.
-HOPPER = {"hopper_parts": {"BM": 128, "BN": 256, "warps": 8, "apart": 1, "around": 470}}
+HOPPER = {"hopper_parts<2>": {"BM": 128, "BN": 256, "warps": 8, "apart": 1, "cluster": 2, "around": 470}}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@
 // consumer is kLead stages ahead of the second (`lead`), so that each one's epilogue runs beside the other's products: the
 // tensor cores are idle only where the ring has run dry.
 //
+// Two blocks of neighbouring tokens are a cluster: each copies half of the table's tile into both, and a stage is given back
+// to both, so that L2 hands out a tile once for 256 tokens. One block of tokens alone has none.
+//
 // The epilogue has no branch that data decides but for NaN and infinity: a thread's least score of each of its two tokens,
 // the first column that has it, one key. Not yet measured on a GPU.
 
@@ -19,8 +22,9 @@ namespace {
 constexpr int kTokens = 128, kRows = kHopperTile, kDepth = 64, kStages = 4, kThreads = 384;
 constexpr int kTokenBytes = kTokens * kDepth * 2, kStageBytes = kTokenBytes + kRows * kDepth * 2;
 constexpr int kSharedBytes = 1024 + kStages * kStageBytes + (kStages * 2 + 1) * 8;  // the first to align the stages
-constexpr int kLead = 2;  // stages that the first consumer is ahead of the second
 
+// kCluster blocks of neighbouring tokens share the table's tiles: each copies its part of one for all of them.
+template <int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_parts(lr_oracle_args a, const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap table,
                  int64_t token_blocks, int64_t part_rows) {
@@ -36,11 +40,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t empty = full + kStages * 8, lead = empty + kStages * 8;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, 2);
+    for (int i = 0; i < kStages; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, 2 * kCluster);
     init_barrier(lead, 1);
     publish_barriers();
   }
-  __syncthreads();
+  if constexpr (kCluster > 1)
+    synchronise_cluster();
+  else
+    __syncthreads();
+  const auto release = [&](int step) {  // the stage, to all who write to it
+    const uint32_t barrier = empty + 8 * (step % kStages);
+    if constexpr (kCluster == 1)
+      arrive(barrier);
+    else
+      for (uint32_t block = 0; block < kCluster; ++block) arrive_at(barrier, block);
+  };
 
   if (group == 0) {
     give_registers<40>();
@@ -51,13 +65,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         await_phase(empty + 8 * stage, (round & 1) ^ 1);  // at once in the first round
         arrive_expecting(full + 8 * stage, kStageBytes);
         copy_box(to, queries, step % steps * kDepth, token, full + 8 * stage);
-        copy_box(to + kTokenBytes, table, step % steps * kDepth, begin + step / steps * kRows, full + 8 * stage);
+        const int column = step % steps * kDepth, row = begin + step / steps * kRows;
+        if constexpr (kCluster == 1) {
+          copy_box(to + kTokenBytes, table, column, row, full + 8 * stage);
+        } else {
+          const int rank = static_cast<int>(cluster_rank()), rows = kRows / kCluster;
+          copy_box_to((1 << kCluster) - 1, to + kTokenBytes + rank * rows * kDepth * 2, table, column, row + rank * rows,
+                      full + 8 * stage);
+        }
       }
     return;
   }
 
   take_registers<232>();
   const uint32_t own = (group - 1) * 64 * kDepth * 2;  // this warpgroup's tokens in a stage
+  constexpr int kLead = 2;  // stages that the first consumer is ahead of the second
   const bool speaks = threadIdx.x % 128 == 0, apart = steps > kStages;
   unsigned long long key[2] = {kNothing, kNothing};
   const float infinity = __int_as_float(0x7f800000);
@@ -75,12 +97,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int k = 0; k < kDepth / 16; ++k) multiply_tiles(acc, tokens + 2 * k, rows + 2 * k, inner > 0 || k > 0);
       commit_multiplications();
       await_multiplications<1>();  // the group before
-      if (speaks && inner > 0) arrive(empty + 8 * ((step - 1) % kStages));
+      if (speaks && inner > 0) release(step - 1);
       if (speaks && group == 1 && apart && inner == kLead) arrive(lead);
     }
     await_multiplications<0>();
     settle(acc);
-    if (speaks) arrive(empty + 8 * ((step - 1) % kStages));
+    if (speaks) release(step - 1);
     const int first = begin + (step / steps - 1) * kRows + lane % 4 * 2;
     const auto valid = [&](int i) {
       const int v = first + i / 4 * 8 + i % 2;
@@ -113,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t t = token + (group - 1) * 64 + threadIdx.x % 128 / 32 * 16 + h * 8 + lane / 4;
     if (lane % 4 == 0 && t < a.rows) static_cast<unsigned long long *>(a.workspace)[part * a.rows + t] = key[h];
   }
+  if constexpr (kCluster > 1) synchronise_cluster();  // nobody writes to a block that has ended
 #else
   __trap();  // the launcher refuses to get here
 #endif
@@ -139,6 +162,25 @@ int describe_matrix(CUtensorMap *map, const void *data, int64_t rows, int64_t di
   return result == CUDA_SUCCESS ? LR_OK : fail(LR_CUDA_ERROR, "cuTensorMapEncodeTiled: error %d", (int)result);
 }
 
+template <int kCluster>
+int launch(const lr_oracle_args &a, int64_t part_rows, int64_t token_blocks, cudaStream_t stream) {
+  CUtensorMap queries, table;
+  if (const int status = describe_matrix(&queries, a.queries, a.rows, a.dim, a.queries_stride, kTokens)) return status;
+  if (const int status = describe_matrix(&table, a.table, a.vocab, a.dim, a.table_stride, kRows / kCluster)) return status;
+  cudaError_t error =
+      cudaFuncSetAttribute(hopper_parts<kCluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = dim3(static_cast<unsigned>(token_blocks * a.splits)), how.blockDim = dim3(kThreads);
+  how.dynamicSmemBytes = kSharedBytes, how.stream = stream, how.attrs = &cluster, how.numAttrs = 1;
+  error = cudaLaunchKernelEx(&how, hopper_parts<kCluster>, a, queries, table, token_blocks, part_rows);
+  return error == cudaSuccess ? launched("vertex_oracle")
+                              : fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
+}
+
 }  // namespace
 
 int launch_hopper_parts(const lr_oracle_args &a, int64_t part_rows, cudaStream_t stream) {
@@ -147,20 +189,14 @@ int launch_hopper_parts(const lr_oracle_args &a, int64_t part_rows, cudaStream_t
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaFuncAttributes attributes{};
-  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, hopper_parts); error != cudaSuccess)
+  if (const cudaError_t error = cudaFuncGetAttributes(&attributes, hopper_parts<2>); error != cudaSuccess)
     return fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
   if (major != 9 || minor != 0 || attributes.ptxVersion < 90)
     return fail(LR_UNSUPPORTED, "the Hopper oracle needs compute capability 9.0 (this is %d.%d) and a build for sm_90a",
                 major, minor);
-  CUtensorMap queries, table;
-  if (const int status = describe_matrix(&queries, a.queries, a.rows, a.dim, a.queries_stride, kTokens)) return status;
-  if (const int status = describe_matrix(&table, a.table, a.vocab, a.dim, a.table_stride, kRows)) return status;
   const int64_t token_blocks = (a.rows + kTokens - 1) / kTokens;
-  const cudaError_t error = cudaFuncSetAttribute(hopper_parts, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
-  hopper_parts<<<static_cast<unsigned>(token_blocks * a.splits), kThreads, kSharedBytes, stream>>>(a, queries, table,
-                                                                                                   token_blocks, part_rows);
-  return launched("vertex_oracle");
+  return token_blocks > 1 ? launch<2>(a, part_rows, (token_blocks + 1) / 2 * 2, stream)
+                          : launch<1>(a, part_rows, token_blocks, stream);
 }
 
 }  // namespace latentrevise::cuda

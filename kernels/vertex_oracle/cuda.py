@@ -37,6 +37,8 @@ def vertex_oracle(
     values = torch.empty(T, dtype=torch.float32, device=E.device)
     rows, resident = (256, 1) if hopper else (128, 2)  # of a tile; blocks that a processor holds
     tiles, blocks = -(-E.shape[0] // rows), max(1, -(-T // 128))
+    if hopper and blocks > 1:
+        blocks += blocks % 2  # pairs of them are clusters
     processors = torch.cuda.get_device_properties(E.device).multi_processor_count
     splits = max(1, min(tiles, resident * processors // blocks))
     workspace = torch.empty(splits * T, dtype=torch.int64, device=E.device)

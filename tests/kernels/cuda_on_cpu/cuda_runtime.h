@@ -1,5 +1,5 @@
-// As much of CUDA as csrc/cuda uses, on one CPU thread: a block's threads are coroutines that run in turn until they
-// wait for others. It proves indices, fragment layouts, barriers and waits, and nothing about speed.
+// As much of CUDA as csrc/cuda uses, on one CPU thread: a block's threads, or those of a cluster's blocks, are coroutines
+// that run in turn until they wait for others. It proves indices, fragment layouts, barriers and waits, and nothing about speed.
 //
 // Shared memory starts as NaN. LATENTREVISE_EMULATED_COPIES says when an asynchronous copy is carried out: "late" (when
 // it is waited for, so that a missing wait is seen) or "early" (at once, so that a buffer refilled too soon is seen).
@@ -31,8 +31,11 @@
 using std::max;
 using std::min;
 
-struct dim3_of_one { unsigned x; };
-inline dim3_of_one threadIdx, blockIdx;
+struct dim3 {
+  unsigned x;
+  dim3(unsigned x = 1) : x(x) {}
+};
+inline dim3 threadIdx, blockIdx;
 
 using cudaStream_t = void *;
 enum cudaError_t { cudaSuccess = 0 };
@@ -111,13 +114,16 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<int> warp_live;
   Barrier all;
-  int live = 0, current = 0;
+  int live = 0, current = 0, rank = 0;  // rank: in its cluster
   void *scheduler;
   std::function<void()> body;
   alignas(1024) unsigned char shared[kSharedBytes];
   alignas(16) unsigned char slots[2][1024][64];  // what a lane shows the others of its warp
 };
-inline Block *block = nullptr;
+inline Block *block = nullptr;         // whose thread runs
+inline std::vector<Block *> cluster;  // the blocks that run together
+inline Barrier all_of_cluster;
+inline int cluster_live = 0;
 
 inline void yield() { emulated_switch(&block->threads[block->current].context, block->scheduler); }
 
@@ -192,40 +198,55 @@ inline void enter() {
   block->body();
   Thread &thread = block->threads[block->current];
   thread.done = true;
-  --block->live;
+  --block->live, --cluster_live;
   --block->warp_live[block->current / kWarp];
   yield();
 }
 
-inline void launch(int64_t blocks, int threads, const std::function<void()> &body) {
-  static Block *const here = new Block;
-  block = here;
-  block->body = body;
-  for (int64_t b = 0; b < blocks; ++b) {
-    blockIdx.x = static_cast<unsigned>(b);
-    std::memset(block->shared, 0xff, kSharedBytes);
-    block->threads.resize(threads);
-    block->warps.assign(threads / kWarp, {});
-    block->warp_live.assign(threads / kWarp, kWarp);
-    block->all = {};
-    block->live = threads;
-    for (Thread &thread : block->threads) {
-      thread.done = false;
-      thread.shown = 0;
-      thread.groups.clear(), thread.open.clear();
-      if (!thread.stack) thread.stack = std::make_unique<char[]>(kStack);
-      auto *top = reinterpret_cast<uint64_t *>(thread.stack.get() + kStack) - 2;  // entered as if by a call
-      *top = reinterpret_cast<uint64_t>(&enter);
-      std::memset(top - 6, 0, 6 * sizeof(*top));
-      thread.context = top - 6;
-    }
+inline void prepare(Block &b, int threads, const std::function<void()> &body) {
+  b.body = body;
+  std::memset(b.shared, 0xff, kSharedBytes);
+  b.threads.resize(threads);
+  b.warps.assign(threads / kWarp, {});
+  b.warp_live.assign(threads / kWarp, kWarp);
+  b.all = {};
+  b.live = threads;
+  for (Thread &thread : b.threads) {
+    thread.done = false;
+    thread.shown = 0;
+    thread.groups.clear(), thread.open.clear();
+    if (!thread.stack) thread.stack = std::make_unique<char[]>(kStack);
+    auto *top = reinterpret_cast<uint64_t *>(thread.stack.get() + kStack) - 2;  // entered as if by a call
+    *top = reinterpret_cast<uint64_t>(&enter);
+    std::memset(top - 6, 0, 6 * sizeof(*top));
+    thread.context = top - 6;
+  }
+}
+
+// The blocks of a cluster run together, clusters one after the other.
+inline void launch(int64_t blocks, int threads, const std::function<void()> &body, int size = 1) {
+  static std::vector<std::unique_ptr<Block>> const here = [] {
+    std::vector<std::unique_ptr<Block>> made;
+    for (int rank = 0; rank < 2; ++rank) made.push_back(std::make_unique<Block>()), made.back()->rank = rank;
+    return made;
+  }();
+  if (size > 2 || blocks % size) std::abort();
+  cluster.clear();
+  for (int rank = 0; rank < size; ++rank) cluster.push_back(here[rank].get());
+  for (int64_t b = 0; b < blocks; b += size) {
+    for (Block *one : cluster) prepare(*one, threads, body);
+    all_of_cluster = {};
+    cluster_live = size * threads;
     // Odd rounds go backwards, so that no thread can rely on being before another.
-    for (int turn = 0; block->live > 0; ++turn)
-      for (int i = 0; i < threads; ++i) {
-        const int t = turn % 2 ? threads - 1 - i : i;
-        if (block->threads[t].done) continue;
+    for (int turn = 0; cluster_live > 0; ++turn)
+      for (int i = 0; i < size * threads; ++i) {
+        const int at = turn % 2 ? size * threads - 1 - i : i, t = at % threads;
+        block = cluster[at / threads];
+        const bool held = size > 1 && at / threads == turn / 16 % 3;  // each block gets ahead of the other for a while
+        if (held || block->threads[t].done) continue;
         block->current = t;
         threadIdx.x = static_cast<unsigned>(t);
+        blockIdx.x = static_cast<unsigned>(b + at / threads);
         emulated_switch(&block->scheduler, block->threads[t].context);
       }
   }

@@ -13,25 +13,35 @@ struct PhaseBarrier {
   int arrivals, pending, bytes, phase;
   std::vector<std::function<void()>> copies;
 };
-inline std::map<uint32_t, PhaseBarrier> phase_barriers;
-inline std::vector<std::vector<std::function<void()>>> multiplications[1024];  // groups of each thread, the last one open
+inline std::map<uint32_t, PhaseBarrier> phase_barriers[2];                         // of each block of a cluster
+inline std::vector<std::vector<std::function<void()>>> multiplications[2][1024];  // groups of each thread, the last open
 
-inline void init_barrier(uint32_t barrier, int arrivals) { phase_barriers[barrier] = {arrivals, arrivals, 0, 0, {}}; }
+inline uint32_t cluster_rank() { return emulated::block->rank; }
+inline PhaseBarrier &barrier_of(uint32_t rank, uint32_t barrier) {
+  if (rank >= emulated::cluster.size() || emulated::cluster[rank]->live == 0) std::abort();  // a block that has ended
+  return phase_barriers[rank].at(barrier);
+}
+inline void synchronise_cluster() { emulated::wait(emulated::all_of_cluster, emulated::cluster_live); }
+
+inline void init_barrier(uint32_t barrier, int arrivals) {
+  phase_barriers[cluster_rank()][barrier] = {arrivals, arrivals, 0, 0, {}};
+}
 inline void publish_barriers() {}
 inline void turn(PhaseBarrier &b) {
   if (b.pending == 0 && b.bytes == 0) b.phase ^= 1, b.pending = b.arrivals;
 }
-inline void arrive(uint32_t barrier) {
-  PhaseBarrier &b = phase_barriers.at(barrier);
+inline void arrive_at(uint32_t barrier, uint32_t rank) {
+  PhaseBarrier &b = barrier_of(rank, barrier);
   if (--b.pending < 0) std::abort();
   turn(b);
 }
+inline void arrive(uint32_t barrier) { arrive_at(barrier, cluster_rank()); }
 inline void arrive_expecting(uint32_t barrier, int bytes) {
-  phase_barriers.at(barrier).bytes += bytes;
+  barrier_of(cluster_rank(), barrier).bytes += bytes;
   arrive(barrier);
 }
 inline void await_phase(uint32_t barrier, int parity) {
-  PhaseBarrier &b = phase_barriers.at(barrier);
+  PhaseBarrier &b = barrier_of(cluster_rank(), barrier);
   while (b.phase == parity) {
     for (const auto &copy : b.copies) copy();
     b.copies.clear();
@@ -40,16 +50,17 @@ inline void await_phase(uint32_t barrier, int parity) {
   }
 }
 
-inline void copy_box(uint32_t to, const CUtensorMap &map, int column, int row, uint32_t barrier) {
+inline void copy_box_into(uint32_t rank, uint32_t to, const CUtensorMap &map, int column, int row, uint32_t barrier) {
   if (to % 1024) std::abort();
-  PhaseBarrier *const b = &phase_barriers.at(barrier);
+  PhaseBarrier *const b = &barrier_of(rank, barrier);
+  unsigned char *const shared = emulated::cluster[rank]->shared;
   const auto copy = [=] {
     for (uint32_t i = 0; i < map.box_rows; ++i)
       for (uint32_t j = 0; j < map.box_columns; ++j) {
         uint16_t value = 0;
         const uint64_t r = row + i, c = column + j;
         if (r < map.rows && c < map.columns) std::memcpy(&value, map.data + r * map.stride + c * 2, 2);
-        std::memcpy(emulated::block->shared + to + i * 128 + (j / 8 ^ (i & 7)) * 16 + j % 8 * 2, &value, 2);
+        std::memcpy(shared + to + i * 128 + (j / 8 ^ (i & 7)) * 16 + j % 8 * 2, &value, 2);
       }
     b->bytes -= static_cast<int>(map.box_rows * map.box_columns * 2);
   };
@@ -57,6 +68,13 @@ inline void copy_box(uint32_t to, const CUtensorMap &map, int column, int row, u
     b->copies.push_back(copy);
   else
     copy(), turn(*b);
+}
+inline void copy_box(uint32_t to, const CUtensorMap &map, int column, int row, uint32_t barrier) {
+  copy_box_into(cluster_rank(), to, map, column, row, barrier);
+}
+inline void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap &map, int column, int row, uint32_t barrier) {
+  for (uint32_t rank = 0; blocks >> rank; ++rank)
+    if (blocks >> rank & 1) copy_box_into(rank, to, map, column, row, barrier);
 }
 
 inline float minimum_or_nan(float a, float b) { return a != a ? a : b != b ? b : b < a ? b : a; }
@@ -78,7 +96,9 @@ inline float element(uint64_t descriptor, int row, int k) {
   return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
 
-inline std::vector<std::vector<std::function<void()>>> &groups() { return multiplications[emulated::block->current]; }
+inline std::vector<std::vector<std::function<void()>>> &groups() {
+  return multiplications[cluster_rank()][emulated::block->current];
+}
 inline void open_multiplications() {
   if (groups().empty()) groups().emplace_back();
 }
