@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from latentrevise.recovery.leases import Leases, kernel
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.recovery.schedule import Alone, Joint
+from latentrevise.recovery.schedule import Alone, Joint, terminable
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(5)]
@@ -223,6 +224,14 @@ def test_who_works_alone_and_who_works_together_keep_apart(tmp_path):
     for wrong in ("1", "a/b", "1/", "-1/2"):
         words = ["recover", "--model", "m", "--prompts", "p", "--out", str(tmp_path / "o"), "--shard", wrong]
         assert "write it as I/N" in str(CliRunner().invoke(app, words).exception)
+
+
+def test_sigterm_ends_by_an_exception_and_is_as_before_afterwards():
+    before, told = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as ended, terminable(lambda: told.append(1)):
+        signal.raise_signal(signal.SIGTERM)
+    assert (ended.value.code, told) == (143, [1])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_every_process_begins_with_its_own_share():

@@ -49,7 +49,12 @@ Deadly.__name__ = "HFEngine"  # of the run's header
 @pytest.fixture(scope="module")
 def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        pytest.skip(f"this machine is too busy for a Ray node, which has 30 s to start: {error}")
     yield
     ray.shutdown()
 

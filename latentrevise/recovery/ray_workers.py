@@ -21,6 +21,7 @@ from latentrevise.errors import ConfigError, RunError
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.schedule import terminable
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.stages import Part, Stage, give_up, output, settled
 
@@ -99,7 +100,8 @@ class RayWorkers:
             if not joined:
                 self._join()
             try:
-                yield
+                with terminable():  # behind Ray's own handler, which aborts
+                    yield
             finally:
                 for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
                     self.ray.kill(worker)

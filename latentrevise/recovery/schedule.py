@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class Joint:
 
     @contextmanager
     def session(self, run: RunDirectory) -> Iterator[None]:
-        with run.locked(shared=True), self._terminable():
+        with run.locked(shared=True), terminable(self._end):
             yield
 
     def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
@@ -99,23 +99,8 @@ class Joint:
         bar.end(part.size)
         return True
 
-    @contextmanager
-    def _terminable(self) -> Iterator[None]:
-        """SIGTERM (a queue that takes the machine back) ends the process by an exception, so that it gives its lease
-        back; where the exception meets code that ignores all, behind the part."""
-
-        def end(*_: object) -> None:
-            self._ended = True
-            sys.exit(_ENDED)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
-            return
-        before = signal.signal(signal.SIGTERM, end)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def _end(self) -> None:
+        self._ended = True
 
     def _preferred(self, parts: Sequence[Part]) -> list[Part]:
         """Its own share first, then the others', each from its end: where their owners come last."""
@@ -127,3 +112,22 @@ def run_part(job: Job, stage: Stage, part: Part, bar: Progress) -> None:
     """One part in this process, shown on the bar."""
     bar.begin(stage.name if part.arm is None else part.arm.name, part.size)
     stage.run(job, part, bar)
+
+
+@contextmanager
+def terminable(told: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """SIGTERM (a queue that takes the machine back) ends the process by an exception, so that what it holds is given
+    back; ``told`` is called first, for where the exception meets code that ignores all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def end(*_: object) -> None:
+        told()
+        sys.exit(_ENDED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
