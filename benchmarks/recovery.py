@@ -139,7 +139,12 @@ def recovery_of(
     """A unit's run, and its prompts with their reference solutions."""
     if unit.family == wordproblems.NAME:
         model, tokenizer = load_model(real.taught_model(out / "models" / unit.family), dtype=dtype, device="cpu")
-        config = replace(real.real_config(unit.seed), strategies=strategies, label=unit.name)
+        config = replace(
+            real.real_config(unit.seed),
+            strategies=strategies,
+            label=unit.name,
+            step_checker="latentrevise.checkers.arithmetic:check_step",
+        )
         prompts = wordproblems.word_problems(unit.prompts, real.STEPS, seed=unit.seed)
         return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
     family = get_family(unit.family)

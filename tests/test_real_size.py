@@ -98,6 +98,8 @@ def call(*words, **settings):
 FEW = {
     "rollouts": 2, "samples": 1, "max_new_tokens": 6, "token_budget": 4096, "audit": "false", "equal_compute": "false",
     "gcg.steps": 1, "gcg.candidates": 4, "pair.exhaustive": 4, "pair.rows": 8,
+    "self_hint.hints": 1, "intervene.corrections": 1, "evocot.rationales": 1,
+    "step_checker": "latentrevise.checkers.arithmetic:check_step",
     **{f"{name}.steps": 2 for name in ("latent", "latent_plausible", "latent_softmax")},
 }  # fmt: skip
 
