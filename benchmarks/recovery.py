@@ -86,9 +86,9 @@ PLANS = {
     "gsm": Plan(
         (wordproblems.NAME,),
         (0,),
-        (0,),
+        (0, 1),
         24,
-        ("latent", "latent-nearest", "latent-random", "resample-rho0.8", "pivot", "branch-mass", "resample"),
+        ("latent", "latent-random", "resample-rho0.8", "pivot", "branch-mass", "resample"),
     ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
 }

@@ -128,7 +128,7 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
         recovery.publish("new", page)
 
 
-@pytest.mark.parametrize("study", ["recovery", "rivals", "variants", "iterates", "training"])
+@pytest.mark.parametrize("study", ["gsm", "recovery", "rivals", "variants", "iterates", "training"])
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
     document = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))
