@@ -57,8 +57,8 @@ class SFTSettings:
     strategies: only the trajectories of these (none named: all). valid_only: only those with a derivation found valid.
     rendering: ``argmax``, ``original`` or ``continuation``. per_prompt: at most so many trajectories of a prompt (0:
     all). mix: ordinary correct rollouts of the same run for each recovered row, spread over its solved prompts.
-    These are for a run's rows; chat, chat_template_kwargs for a file's: see PromptSettings. lora: see LoraSettings.
-    holdout: rows kept from training for the loss at each evaluation of the trainer
+    chat: whether the prompts of a file of rows go through the chat template. chat_template_kwargs: what that is given
+    besides. lora: see LoraSettings. holdout: rows kept from training for the loss at each evaluation of the trainer
     (``trainer.eval_strategy``). eval_prompts: a file of prompts and answers on which the policy is sampled besides;
     evaluation: how. trainer: arguments of TRL's SFTConfig as they are (``packing``, ``learning_rate``, ...); rows are
     cut to ``max_length`` only if it is given. seed: of choosing rows.
