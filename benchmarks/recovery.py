@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.recovery_tables import figure, guard_figure, summary, tables
+from benchmarks.recovery_tables import brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
 from latentrevise.demo.joint import JointFamily
@@ -391,7 +391,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         root = Path(__file__).parent.parent
         figure(study, root / f"docs/figures/{name}.png")
         write_json(root / f"benchmarks/results/{name}.json", document)
-        publish(tables(document), root / "docs/recovery.md", name)
+        publish(brief(document), root / "docs/recovery.md", name)
         if name == "recovery":
             publish(summary(study), root / "README.md")
             if len(seeds) > 1:

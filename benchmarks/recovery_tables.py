@@ -9,40 +9,96 @@ from typing import Any
 from benchmarks import harness
 from latentrevise.data.records import atomic_write
 
+SHOWN = {  # of a study with many rows: those that its page has; all are on the site's page of all rows
+    "recovery": (
+        "hint",
+        "pivot-pair",
+        "pivot-beam",
+        "pivot",
+        "pivot-trie",
+        "latent-plausible",
+        "dart",
+        "branch-mass",
+        "gcg",
+        "resample",
+        "latent",
+        "latent-nearest",
+        "latent-random",
+        "latent-softmax",
+        "resample-rho0.8",
+    )
+}
+
 
 def table(family: str, pooled: dict[str, Any]) -> str:
     """A Markdown table, best valid rate first."""
-
-    def rate(r: Sequence[float]) -> str:
-        return f"{100 * r[0]:.1f} [{100 * r[1]:.0f}, {100 * r[2]:.0f}]"
-
-    def number(value: float | None, digits: int = 1) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
+    rows = pooled["strategies"]
+    several = any(len(row["valid_by_model"]) > 1 for row in rows.values())
+    timed = all("equal_seconds" in row for row in rows.values())  # not in files of before
+    heads = ["strategy", "valid derivation %", *["by model"] * several, "at its passes", *["at its seconds"] * timed]
+    heads += ["right answer %", "wrong target %", "passes", "seconds", "admitted (valid)"]
     lines = [
-        f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} mined prompts, {len(pooled['units'])} runs)",
+        f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} prompts, runs: {len(pooled['units'])})",
         "",
-        "| strategy | valid derivation % | by model | at its passes | at its seconds | right answer % | wrong target % "
-        "| selectivity | passes | seconds | admitted rows (valid) |",
-        "|---" * 11 + "|",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
     ]
-    for name, row in sorted(pooled["strategies"].items(), key=lambda item: -item[1]["valid"][0]):
-        models = " / ".join(f"{100 * v:.0f}" for v in row["valid_by_model"].values())
-        seconds = rate(row["equal_seconds"]["valid"]) if "equal_seconds" in row else "-"  # not in files of before
-        wrong = "-" if row["wrong_target"] is None else f"{100 * row['wrong_target'][0]:.1f}"
-        lines.append(
-            f"| `{name}` | {rate(row['valid'])} | {models} | {rate(row['equal_compute']['valid'])} |"
-            f" {seconds} | {rate(row['answer'])} | {wrong} | {number(row['selectivity'], 2)} |"
-            f" {row['passes']:.0f} | {row['seconds']:.2f} | {row['admitted']} ({row['admitted_valid']}) |"
-        )
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["valid"][0]):
+        cells = [f"`{name}`", _rate(row["valid"])]
+        if several:
+            cells.append(" / ".join(f"{100 * v:.0f}" for v in row["valid_by_model"].values()))
+        cells.append(_rate(row["equal_compute"]["valid"]))
+        if timed:
+            cells.append(_rate(row["equal_seconds"]["valid"]))
+        cells += [_rate(row["answer"]), _percent(row["wrong_target"]), f"{row['passes']:.0f}", f"{row['seconds']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['admitted']} ({row['admitted_valid']}) |")
     return "\n".join(lines)
 
 
 def tables(document: dict[str, Any]) -> str:
-    """What a study's document says, as it stands in docs/: a table a family, and from which code the runs come."""
-    commits = document.get("commits", {harness.NOT_RECORDED: len(document["units"])})
-    found = [table(family, pooled) for family, pooled in document["families"].items()]
-    return "\n\n".join([*found, harness.provenance("runs", commits)])
+    """All rows of a study's document: a table a family, and from which code the runs come."""
+    return "\n\n".join(
+        [table(family, pooled) for family, pooled in document["families"].items()] + [_commits(document)]
+    )
+
+
+def brief(document: dict[str, Any]) -> str:
+    """What a study's document says, as it stands in docs/: of several families the rows that decide, side by side."""
+    families = document["families"]
+    if len(families) == 1:
+        return tables(document)
+    names = SHOWN.get(document["name"]) or tuple(next(iter(families.values()))["strategies"])
+    names = tuple(name for name in names if all(name in pooled["strategies"] for pooled in families.values()))
+    rows = {name: [pooled["strategies"][name] for pooled in families.values()] for name in names}
+    heads = [f"{family} ({pooled['zero_hit']})" for family, pooled in families.items()]
+    lines = [
+        "Valid derivations [95 %]; plain resampling at as many passes; right answers; wrong target. Per cent of the",
+        "zero-hit prompts, whose number is in the head.",
+        "",
+        f"| strategy | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
+    ]
+    for name, own in sorted(rows.items(), key=lambda item: -sum(row["valid"][0] for row in item[1])):
+        lines.append(f"| `{name}` | {' | '.join(map(_cell, own))} |")
+    return "\n".join([*lines, "", _commits(document)])
+
+
+def _cell(row: dict[str, Any]) -> str:
+    valid, low, high = (100 * v for v in row["valid"])
+    others = (row["equal_compute"]["valid"], row["answer"], row["wrong_target"])
+    return f"{valid:.0f} [{low:.0f}, {high:.0f}]; {'; '.join(map(_percent, others))}"
+
+
+def _rate(rate: Sequence[float]) -> str:
+    return f"{100 * rate[0]:.1f} [{100 * rate[1]:.0f}, {100 * rate[2]:.0f}]"
+
+
+def _percent(rate: Sequence[float] | None) -> str:
+    return "-" if rate is None else f"{100 * rate[0]:.0f}"
+
+
+def _commits(document: dict[str, Any]) -> str:
+    return harness.provenance("runs", document.get("commits", {harness.NOT_RECORDED: len(document["units"])}))
 
 
 def summary(study: dict[str, dict[str, Any]]) -> str:

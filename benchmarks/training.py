@@ -47,7 +47,7 @@ import torch
 from benchmarks import harness
 from benchmarks.recovery import publish, refuse_part
 from benchmarks.training_plan import ARMS, QUICK, RLVR, RUNS, SFT, Sizes, plan
-from benchmarks.training_tables import figure, pool, sign_flip, table, tables
+from benchmarks.training_tables import brief, figure, pool, sign_flip, table, tables
 from latentrevise.config import load_config
 from latentrevise.data.exports import Row, rollout_row, sft_rows
 from latentrevise.data.prompts import load_prompts
@@ -64,7 +64,21 @@ from latentrevise.train.rlvr import RLVRSettings, train_rlvr
 from latentrevise.train.settings import begin
 from latentrevise.train.sft import SFTSettings, ordinary_rollouts, rendered, train_sft
 
-__all__ = ["QUICK", "RLVR", "SFT", "Cell", "Sizes", "main", "plan", "pool", "rows_of", "sign_flip", "table", "tables"]
+__all__ = [
+    "QUICK",
+    "RLVR",
+    "SFT",
+    "Cell",
+    "Sizes",
+    "brief",
+    "main",
+    "plan",
+    "pool",
+    "rows_of",
+    "sign_flip",
+    "table",
+    "tables",
+]
 TRAINER = {"logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True}
 
 
@@ -290,5 +304,5 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         root = Path(__file__).parent.parent
         figure(study, root / "docs/figures/training.png")
         write_json(root / "benchmarks/results/training.json", document)
-        publish(tables(document), root / "docs/training.md", "training")
+        publish(brief(document), root / "docs/training.md", "training")
     return document

@@ -63,25 +63,41 @@ def comparison(document: Mapping[str, Any]) -> str:
     families = {name: pooled["arms"] for name, pooled in document["families"].items()}
     if not all(arm in arms for arms in families.values() for arm in PUBLISHED):
         return ""
-    head = "".join(f" {name} hard pass@1 | {name} hard pass@8 | gain, p |" for name in families)
+    head = "".join(f" {name} hard pass@1 | {name} hard pass@8 | gain (p) |" for name in families)
     lines = [f"| training | paper: pass@1 / pass@32 |{head}", "|" + "---|" * (2 + 3 * len(families))]
     for arm, paper in PUBLISHED.items():
         own = ""
         for arms in families.values():
-            rates, p = arms[arm]["rates"], arms[arm].get("p", {})
+            rates = arms[arm]["rates"]
             cells = [f"{100 * rates[k][0]:.1f}" if k in rates else "-" for k in ("hard pass@1", "hard pass@8")]
-            gain, chance = rates.get("hard pass@1 gain"), p.get("hard pass@1 gain")
-            own += f" {cells[0]} | {cells[1]} | " + (f"{100 * gain[0]:+.1f}, {chance:.3f} |" if gain else "- |")
+            gain = rates.get("hard pass@1 gain")
+            told = f"{100 * gain[0]:+.1f}{_chance(arms[arm], 'hard pass@1 gain')}" if gain else "-"
+            own += f" {cells[0]} | {cells[1]} | {told} |"
         lines.append(f"| {arms[arm]['kind']} `{arm}` | {paper[0]:.2f} / {paper[1]:.2f} |{own}")
     return "\n".join(lines)
 
 
-def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
-    """A Markdown table, per cent."""
+SHOWN = (  # the arms that the documents have; all are on the site's page of all rows
+    "start",
+    "ordinary",
+    "fresh-resampled",
+    "smuggled",
+    "latent",
+    "latent-plausible",
+    "pivot",
+    "grpo",
+    "grpo n=16",
+    "grpo + latent",
+    "grpo = latent",
+    "grpo + pivot",
+    "grpo = pivot",
+    "grpo + latent-plausible",
+    "grpo = latent-plausible",
+)
 
-    def rate(row: dict[str, Any], key: str) -> str:
-        found = row["rates"].get(key)
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in found)) if found else "-"
+
+def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
+    """A Markdown table of all arms, per cent."""
 
     def had(row: dict[str, Any]) -> str:
         means = row["means"]
@@ -90,31 +106,66 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
             return f"zero-hit {shares[0]:.0f} → {shares[-1]:.0f}"
         if "different" not in means:
             return "-"
-        valid = f" ({means['valid_rows']:g} valid)" if "valid_rows" in means else ""
-        return f"{means['different']:g} of {sizes.rows} rows{valid}"
+        valid = f" ({means['valid_rows']:.3g} valid)" if "valid_rows" in means else ""
+        return f"{means['different']:.3g} of {sizes.rows} rows{valid}"
 
-    keys = [f"{part} {metric}" for part in ("hard", "solved") for metric in METRICS]
+    keys = ("hard pass@1", "hard pass@8", "solved valid@1")
     lines = [
         f"**{family}** ({pooled['hard']} hard and {pooled['solved']} solved prompts)",
         "",
-        f"| arm | its data | {keys[0]} | gain | by run | {' | '.join(keys[1:])} |",
-        "|" + "---|" * (len(keys) + 4),
+        f"| arm | its data | hard valid@1 | gain | by run | {' | '.join(keys)} |",
+        "|" + "---|" * (len(keys) + 5),
     ]
     for arm, row in pooled["arms"].items():
         runs = " / ".join(f"{100 * v:.1f}" for v in row["runs"])
-        first, gain, *others = (rate(row, key) for key in (keys[0], f"{keys[0]} gain", *keys[1:]))
-        if (chance := row.get("p", {}).get(f"{keys[0]} gain")) is not None:
-            gain += f", p {chance:.3f}"
+        first, *others = (_rate(row, key) for key in ("hard valid@1", *keys))
+        gain = _rate(row, "hard valid@1 gain") + _chance(row, "hard valid@1 gain")
         lines.append(f"| {row['kind']} `{arm}` | {had(row)} | {first} | {gain} | {runs} | {' | '.join(others)} |")
     return "\n".join(lines)
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """What the study's document says, as it stands in docs/: a table a family, and from which code the cells come."""
-    commits = document.get("commits", {harness.NOT_RECORDED: document["cells"]["done"]})
+    """All arms of the study's document: a table a family, and from which code the cells come."""
     sizes = Sizes(**document["sizes"])
-    found = [table(family, pooled, sizes) for family, pooled in document["families"].items()]
-    return "\n\n".join([*filter(None, [comparison(document)]), *found, harness.provenance("cells", commits)])
+    return "\n\n".join([*(table(name, of, sizes) for name, of in document["families"].items()), _commits(document)])
+
+
+def brief(document: Mapping[str, Any]) -> str:
+    """What the study's document says, as it stands in docs/: the paper's comparison, then the arms that decide, the
+    families side by side."""
+    families = document["families"]
+    kinds = {arm: row["kind"] for pooled in families.values() for arm, row in pooled["arms"].items()}
+    heads = [f"{name} ({pooled['hard']} hard, {pooled['solved']} solved)" for name, pooled in families.items()]
+    lines = [f"| arm | {' | '.join(heads)} |", "|" + "---|" * (1 + len(heads))]
+    for arm in (arm for arm in SHOWN if arm in kinds):
+        cells = (_cell(pooled["arms"].get(arm, {"rates": {}})) for pooled in families.values())
+        lines.append(f"| {kinds[arm]} `{arm}` | {' | '.join(cells)} |")
+    said = "Hard valid@1 [95 %]; gain (p); solved valid@1. Per cent."
+    return "\n\n".join([*filter(None, [comparison(document)]), said, "\n".join(lines), _commits(document)])
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if "hard valid@1" not in row["rates"]:
+        return "-"
+    gain = row["rates"].get("hard valid@1 gain")
+    told = f"{100 * gain[0]:+.1f}{_chance(row, 'hard valid@1 gain')}" if gain else "-"
+    solved = row["rates"].get("solved valid@1")
+    return f"{_rate(row, 'hard valid@1')}; {told}; " + (f"{100 * solved[0]:.1f}" if solved else "-")
+
+
+def _rate(row: Mapping[str, Any], key: str) -> str:
+    found = row["rates"].get(key)
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in found)) if found else "-"
+
+
+def _chance(row: Mapping[str, Any], key: str) -> str:
+    """The p of a gain, where the cells were made with one."""
+    p = row.get("p", {}).get(key)
+    return "" if p is None else " (p < 0.001)" if p < 0.001 else f" (p {p:.2g})"
+
+
+def _commits(document: Mapping[str, Any]) -> str:
+    return harness.provenance("cells", document.get("commits", {harness.NOT_RECORDED: document["cells"]["done"]}))
 
 
 def quarters(shares: Sequence[float]) -> list[float]:

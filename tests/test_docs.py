@@ -1,6 +1,7 @@
 """The documentation: the site builds strictly and without network, and what documents name is there."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from latentrevise.recovery.settings import RecoverConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+GENERATED = ("reference/settings.md", "results.md")  # made when the site is built
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -52,11 +54,21 @@ def test_the_reference_lists_every_setting_and_public_name(site):
         assert f">{name}<" in python or f"{name}</" in python, f"{name} is not on the page of Python"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["recovery", "rivals", "variants", "training"])
+def test_all_rows_of_a_study_are_on_a_page(site, study):
+    families = json.loads((ROOT / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))["families"]
+    page = (site / "results.html").read_text(encoding="utf-8")
+    for pooled in families.values():
+        for name in pooled.get("strategies") or pooled["arms"]:
+            assert f"<code>{name}</code>" in page, f"{name} of {study} is not there"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if re.match(r"[a-z]+:", target) or target == "reference/settings.md":  # made when the site is built
+        if re.match(r"[a-z]+:", target) or target.endswith(GENERATED):
             continue
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 

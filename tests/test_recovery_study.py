@@ -58,6 +58,9 @@ def test_runs_are_pooled_by_their_zero_hit_prompts():
     assert row["selectivity"] == pytest.approx(0.6 / ((30 * 0.2 + 10 * 0.4) / 40))
     assert [point["passes"] for point in pooled["resampling"]] == [10.0, 20.0]
     assert "| `pivot` | 40.0 [26, 55] | 50 / 10 |" in recovery_tables.table("rule", pooled)
+    document = {"name": "recovery", "families": {"rule": pooled, "pair": pooled}, "units": units}
+    cell = "40 [26, 55]; 15; 60; 25"
+    assert f"| `pivot` | {cell} | {cell} |" in recovery_tables.brief(document)
 
 
 def test_guards_are_chosen_on_one_set_of_prompts_and_measured_on_the_others(tmp_path):
@@ -138,11 +141,11 @@ def test_the_documents_say_what_the_results_say(study):
         return text.split(f"<!-- {name} study: begin -->\n")[1].split(f"\n<!-- {name} study: end -->")[0]
 
     if study == "training":
-        assert published("docs/training.md", study) == training.tables(document)
+        assert published("docs/training.md", study) == training.brief(document)
     elif study == "iterates":
         assert published("docs/recovery.md", study) == iterates.table(document)
     else:
-        assert published("docs/recovery.md", study) == recovery_tables.tables(document)
+        assert published("docs/recovery.md", study) == recovery_tables.brief(document)
     if study == "recovery":
         assert published("README.md", study) == recovery_tables.summary(document["families"])
 

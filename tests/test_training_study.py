@@ -37,6 +37,8 @@ def test_cells_are_pooled_prompt_by_prompt():
     assert lines[5].startswith("| sft `ordinary` | 4 of 8 rows | 0.0 [0.0, 0.0] | - | 0.0 | 0.0 [0.0, 0.0]")
     assert any(line.startswith("| sft `pivot` | 3 of 8 rows (1.5 valid) | 37.5 [37.5, 37.5] | 37.5") for line in lines)
     assert any(line.startswith("| rlvr `grpo` | zero-hit 100 → 50 |") for line in lines)
+    document = {"families": {"rule": pooled, "chain": pooled}, "cells": {"done": 4}}
+    assert "| rlvr `grpo` | 0.0 [0.0, 0.0]; -; 100.0 | 0.0 [0.0, 0.0]; -; 100.0 |" in training.brief(document)
 
 
 def test_a_paired_test():

@@ -1,0 +1,36 @@
+"""All rows of the studies, made from their results whenever the site is built (a hook of mkdocs)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from benchmarks import recovery_tables, training_tables
+
+PAGE = "results.md"
+RESULTS = Path(__file__).parent.parent / "benchmarks/results"
+STUDIES = {
+    "recovery": ("Recovery", recovery_tables.tables),
+    "rivals": ("What people would use instead", recovery_tables.tables),
+    "variants": ("Harder families", recovery_tables.tables),
+    "training": ("Training", training_tables.tables),
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, PAGE, content=page()))
+    return files
+
+
+def page() -> str:
+    lines = ["---", "hide: [toc]", "---", "", "# All rows", ""]
+    lines += [
+        "The [recovery](recovery.md) and [training](training.md) studies, whole; those pages say what columns are."
+    ]
+    for study, (title, tables) in STUDIES.items():
+        document = json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))
+        lines += ["", f"## {title}", "", f"`benchmarks/results/{study}.json`", "", tables(document)]
+    return "\n".join(lines) + "\n"
