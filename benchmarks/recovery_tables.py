@@ -13,7 +13,6 @@ SHOWN = {  # of a study with many rows: those that its page has; all are on the 
     "recovery": (
         "hint",
         "pivot-pair",
-        "pivot-beam",
         "pivot",
         "pivot-trie",
         "latent-plausible",
@@ -24,9 +23,18 @@ SHOWN = {  # of a study with many rows: those that its page has; all are on the 
         "latent",
         "latent-nearest",
         "latent-random",
-        "latent-softmax",
         "resample-rho0.8",
-    )
+    ),
+    "variants": (
+        "hint",
+        "pivot-pair",
+        "pivot-pair-linear",
+        "pivot-beam",
+        "pair-random",
+        "pivot",
+        "latent-plausible",
+        "resample",
+    ),
 }
 
 
@@ -63,7 +71,8 @@ def tables(document: dict[str, Any]) -> str:
 
 
 def brief(document: dict[str, Any]) -> str:
-    """What a study's document says, as it stands in docs/: of several families the rows that decide, side by side."""
+    """What a study's document says, as it stands in docs/: of several families the rows that decide, side by side. Per
+    cent of zero-hit prompts: valid derivations [95 %]; resampling at as many passes; right answers; wrong target."""
     families = document["families"]
     if len(families) == 1:
         return tables(document)
@@ -71,13 +80,7 @@ def brief(document: dict[str, Any]) -> str:
     names = tuple(name for name in names if all(name in pooled["strategies"] for pooled in families.values()))
     rows = {name: [pooled["strategies"][name] for pooled in families.values()] for name in names}
     heads = [f"{family} ({pooled['zero_hit']})" for family, pooled in families.items()]
-    lines = [
-        "Valid derivations [95 %]; plain resampling at as many passes; right answers; wrong target. Per cent of the",
-        "zero-hit prompts, whose number is in the head.",
-        "",
-        f"| strategy | {' | '.join(heads)} |",
-        "|---" * (1 + len(heads)) + "|",
-    ]
+    lines = [f"| strategy | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for name, own in sorted(rows.items(), key=lambda item: -sum(row["valid"][0] for row in item[1])):
         lines.append(f"| `{name}` | {' | '.join(map(_cell, own))} |")
     return "\n".join([*lines, "", _commits(document)])
