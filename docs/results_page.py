@@ -26,7 +26,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def page() -> str:
-    lines = ["---", "hide: [toc]", "---", "", "# All rows", ""]
+    lines = ["# All rows", ""]
     lines += [
         "The [recovery](recovery.md) and [training](training.md) studies, whole; those pages say what columns are."
     ]
