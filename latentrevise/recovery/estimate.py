@@ -70,7 +70,7 @@ def estimate(
     with recovery.session():
         recovery.run.begin(recovery.job.header, chosen, errors)
         mined = _seconds(recovery.mine)
-        cases = recovery.cases()
+        zero_hit = len(recovery.job.targets)
         recovery.revise()
         recovery.sample()
         verified = _seconds(recovery.verify)
@@ -83,9 +83,9 @@ def estimate(
         spent = cost(recovery.run, parts)
         count = sum(part.size for part in parts)
         costs.append(Cost(arm.name, count * times, spent.passes * times, spent.seconds * times))
-    costs.append(Cost("verify", len(cases) * times, None, verified * times))
+    costs.append(Cost("verify", zero_hit * times, None, verified * times))
     on_disk = sum(path.stat().st_size for path in recovery.run.path.rglob("*") if path.is_file())
-    share = wilson(len(cases), size)
+    share = wilson(zero_hit, size)
     return Estimate(len(usable), len(errors), size, share, costs, on_disk * times, _peak(recovery))
 
 

@@ -289,7 +289,9 @@ def evaluate_run(
                 scores += read_records(part, Score)
                 bar.update(len(chunk))
         rollouts = [r for part in run.parts("rollouts") for r in read_records(part, Rollout)]
-        warn_of_missing_answers(rollouts, verifier.pattern)
+        without = [r for r in rollouts if r.extracted is None]
+        cut = sum(r.finish_reason == "length" for r in without)
+        warn_of_missing_answers(len(without), cut, len(rollouts), verifier.pattern)
         metrics = {
             "data": str(data),
             "model": header["model"]["path"],

@@ -134,7 +134,7 @@ class RayWorkers:
                         waiting.appendleft(task.part)
                         continue
                     if not settled(job.run, stage, task.part):
-                        give_up(job.run, stage, task.part, deaths[key])
+                        give_up(job, stage, task.part, deaths[key])
                 bar.end(open_parts.pop(key).size)
             self._tell_of_none(job.config)
 
