@@ -1,18 +1,25 @@
 """Rows that are read where they are asked for, and the zero-hit prompts of a run, found part by part."""
 
+import os
+import pickle
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
-from latentrevise.data.records import GROUP, Prompt, Rollout, write_records
+from latentrevise import RecoverConfig
+from latentrevise.data.records import GROUP, Prompt, Rollout, write_jsonl, write_records
 from latentrevise.data.stored import Stored
-from latentrevise.errors import InputError
+from latentrevise.errors import InputError, RunError
+from latentrevise.recovery.job import Job
+from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.recovery.stages import Mine, Part, settled, unsettled
-from latentrevise.recovery.targets import ZeroHit
+from latentrevise.recovery.stages import Mine, Part, Propose, settled, unsettled
+from latentrevise.recovery.targets import Target, ZeroHit
 from latentrevise.verify.verifier import Verifier
+from tests.tiny import tiny_model, tiny_tokenizer
 
 COUNT = 3 * GROUP + 5
 
@@ -110,3 +117,48 @@ def test_a_part_beyond_99999_counts(tmp_path):
     assert [settled(run, Mine(), part) for part in parts] == [True, True, False]
     assert unsettled(run, Mine(), parts) == parts[2:]
     assert [path.name for path in run.parts("rollouts")] == ["part-99999.parquet", "part-100000.parquet"]
+
+
+def test_the_file_that_a_run_began_with_is_not_read_again(tmp_path, monkeypatch):
+    path, config = tmp_path / "p.jsonl", RecoverConfig(strategies=("resample",), chat="never")
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(3)]
+
+    def job():
+        return Job(tiny_model(), tiny_tokenizer(), config, tmp_path / "run")
+
+    write_jsonl(path, rows)
+    with (first := job()).verifier:
+        first.take_prompts(path)
+    again = job()
+    monkeypatch.setattr(again, "read_prompts", None)
+    again.take_prompts(str(path))
+    assert [prompt.text for prompt in again.prompts] == [row["prompt"] for row in rows]
+    write_jsonl(path, [*rows, {"prompt": "8+1=", "answer": "9"}])
+    with (other := job()).verifier, pytest.raises(RunError, match="over other prompts"):
+        other.take_prompts(path)
+    write_jsonl(path, [row | {"further": None} for row in rows][::-1])
+    with (other := job()).verifier, pytest.raises(RunError, match="over other prompts"):
+        other.take_prompts(path)
+
+
+def test_a_thousand_parts_are_planned_without_their_rows(tmp_path, monkeypatch):
+    """A part is its place, and what is done is one look at a folder: a plan costs as much whatever stands in the
+    parts, and no process opens them."""
+    run = Recovery(tiny_model(), tiny_tokenizer(), RecoverConfig(strategies=("resample",), chunk=1), tmp_path)
+    targets = [Target(f"p{i}", i, None if i % 2 else "7", 16, 32) for i in range(1000)]
+    write_records(run.run.targets, targets)
+    (arm,) = run.arms()
+    parts = run.parts(arm)
+    assert [part.rows for part in parts[:2]] == [range(1), range(1, 2)]
+    assert len(pickle.dumps(parts)) < 500 * len(parts)
+    for part in parts[::3]:
+        path = run.run.part("starts", part.index, arm.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    looks = []
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or listed(path))
+    assert [part.index for part in unsettled(run.run, Propose(), parts)] == [i for i in range(1000) if i % 3]
+    assert len(looks) <= 4
+    wrong = run.parts(replace(arm, name="resample@wrong", wrong=True))
+    assert [row for part in wrong for row in part.rows] == list(range(0, 1000, 2))

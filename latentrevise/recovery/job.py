@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from latentrevise.data.records import (
     write_records,
 )
 from latentrevise.data.stored import Stored
+from latentrevise.data.tables import file_hash
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
@@ -82,10 +84,14 @@ class Job:
         if source is None:
             _ = self.prompts  # raises where there are none
             return
+        known = file_hash(source) if isinstance(source, (str, os.PathLike)) and Path(source).exists() else None
+        begun = self.run.check(self.header)
+        if begun and known is not None and self.run.read_header().get("source") == known:
+            return  # the same bytes by the same settings
         prompts, errors = self.read_prompts(source)
         with self.run.once():
             if not self.run.check(self.header):  # again: another process may have begun it meanwhile
-                self._begin(prompts, errors)
+                self._begin(prompts, errors, known)
             elif other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
@@ -98,12 +104,12 @@ class Job:
         positions, new = self.tools().left(0), self.config.max_new_tokens
         return self.config.load(source, self.tokenizer, positions, new, self.verifier)
 
-    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
+    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError], source: str | None) -> None:
         for error in errors[:5]:
             log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
         if len(errors) > 5:
             log.warning("%d more rows left out; all are in %s", len(errors) - 5, self.run.errors)
-        self.run.begin(self.header, prompts, errors)
+        self.run.begin({**self.header, "source": source}, prompts, errors)
 
     @property
     def prompts(self) -> Stored[Prompt]:

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 # What may differ between a run and its resumption: it changes no row. A model is known by its weights, not its place,
-# and the data of an evaluation by its rows.
-_VOLATILE = ("created", "versions", "model.path", "data.name")
+# the data of an evaluation by its rows, and so are prompts: their file's hash only spares reading it again.
+_VOLATILE = ("created", "versions", "model.path", "data.name", "source")
 
 
 class RunDirectory:
