@@ -21,7 +21,8 @@ from latentrevise.model.loading import load_model
 from latentrevise.recovery.estimate import Cost, costs_of, estimate
 from latentrevise.recovery.pipeline import Recovery
 
-FAMILIES, PROMPTS, SEED = ("rule", "chain", "pair"), 192, 11
+FAMILIES, PROMPTS, SEED = ("rule", "chain", "pair"), 72, 11
+SMALL = {"rollouts": 8, "samples": 4, "equal_compute_cap": 64}  # of the demo's settings
 BAR = 1.3
 
 
@@ -44,7 +45,7 @@ def compared(planned: list[Cost], taken: list[Cost]) -> list[dict[str, Any]]:
 
 def of_family(name: str, place: Path, count: int, sample: int, strategies: tuple[str, ...]) -> dict[str, Any]:
     family = get_family(name)
-    config = dataclasses.replace(demo_config(family), strategies=strategies)
+    config = dataclasses.replace(demo_config(family), strategies=strategies, **SMALL)
     rows = make_prompts(family, count, split="develop", seed=SEED)
     model = load_model(model_dir(name), dtype="float32", device="cpu")
     found = estimate(Recovery(*model, config, place / f"{name}-plan", progress=False), rows, sample)
@@ -62,7 +63,7 @@ def of_family(name: str, place: Path, count: int, sample: int, strategies: tuple
 
 
 def add_options(group: Any) -> None:
-    group.add_argument("--sample", type=int, default=64, help="plan: prompts that are measured")
+    group.add_argument("--sample", type=int, default=36, help="plan: prompts that are measured")
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
