@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -225,9 +226,6 @@ def plan_again(out: Path, prompts: Path) -> dict[str, Any]:
 def simulate(out: Path, count: int, rate: float) -> dict[str, Any]:
     """``count`` workers, from prompts to verdicts."""
     clock, first = Clock(), recovery(out)
-    for name, stage in stand_ins(clock, rate).items():
-        setattr(pipeline, name, stage)
-    schedule.time = types.SimpleNamespace(sleep=clock.sleep)  # type: ignore[assignment]
 
     def process(index: int) -> Callable[[], None]:
         run = copy.copy(first)
@@ -248,7 +246,9 @@ def simulate(out: Path, count: int, rate: float) -> dict[str, Any]:
         parts = sum(worker.parts for worker in workers)
         return {"makespan": makespan, **total, "parts": parts, "files": files, "bytes": size}
 
-    return measured(all_of_them)
+    asleep = types.SimpleNamespace(sleep=clock.sleep)
+    with patch.multiple(pipeline, **stand_ins(clock, rate)), patch.object(schedule, "time", asleep):
+        return measured(all_of_them)
 
 
 def row(number: int) -> dict[str, str]:
