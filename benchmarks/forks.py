@@ -1,7 +1,7 @@
 """Greedy forks of one rollout at different places against one request, alternately in one run.
 
-A random model of about SmolLM2-135M's shape. What is asked: the engine computes the rollout once, so that the forks
-cost their own tokens and the copies of the rollout's keys and values.
+A random model of about SmolLM2-135M's shape. What is asked: the engine computes the rollout once and keeps its keys and
+values once, so that the forks cost their own tokens.
 """
 
 from __future__ import annotations

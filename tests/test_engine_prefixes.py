@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 import torch
 
-from latentrevise.engines import HFEngine, Request, SamplingParams
+from latentrevise.engines import HFEngine, Request, SamplingParams, lines
 from latentrevise.engines.prefixes import shared_prefixes
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -37,7 +37,10 @@ def fed(model, engine, requests, params):
     def hook(module, args, inputs):
         width = inputs["position_ids"].shape[1]
         mask = inputs["attention_mask"]
-        count.append(inputs["position_ids"].numel() if mask is None else int(mask[:, -width:].sum()))
+        if mask is None:
+            count.append(inputs["position_ids"].numel())
+        else:  # padding is masked, or sees nothing
+            count.append(int(mask[:, -width:].sum() if mask.ndim == 2 else (mask == 0).any(-1).sum()))
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     found = engine.generate(requests, params)
@@ -68,6 +71,42 @@ def test_each_distinct_token_is_fed_once():
     assert HFEngine(model).shares_prefixes
     _, tokens = fed(model, HFEngine(model), [Request(ids) for ids in rows], SamplingParams(max_new_tokens=1))
     assert distinct(rows) + 2 == tokens < sum(map(len, rows)) / 2
+
+
+@pytest.mark.parametrize("crowded", [0, 1e9])
+def test_rows_that_part_from_their_family_go_on_the_same(crowded, monkeypatch):
+    """At once, or never; with rows that end at different steps, and families that end altogether."""
+    model = tiny_model("llama", V, seed=2)
+    engine, params = HFEngine(model, tiny_tokenizer(V)), SamplingParams(n=3, max_new_tokens=24, stop=("1", "a"))
+    requests = [Request([*rows, 5], seed=i) for i, rows in enumerate([*family(), *([9, *row] for row in family())])]
+    alone = [engine.generate([request], params)[0] for request in requests]
+    parted = []
+    monkeypatch.setattr(lines, "_CROWDED", crowded)
+    monkeypatch.setattr(
+        lines.Packed, "parted", lambda self, own=lines.Packed.parted: parted.append(own(self)) or parted[-1]
+    )
+    together = engine.generate(requests, params)
+    assert [[c.ids for c in row] for row in together] == [[c.ids for c in row] for row in alone]
+    assert {len(c.ids) for row in together for c in row} > {1, 24}
+    assert all(isinstance(each, lines.Padded) is (not crowded) for each in parted)
+    assert parted
+
+
+def test_a_model_that_makes_its_own_masks_runs_each_request_whole():
+    model, rows = tiny_model("llama", V, seed=1), family()
+
+    def own(module, args, inputs):
+        if inputs.get("attention_mask") is not None and inputs["attention_mask"].ndim == 4:
+            inputs["attention_mask"] = None
+        return args, inputs
+
+    model.register_forward_pre_hook(own, with_kwargs=True)
+    engine, params = HFEngine(model), SamplingParams(max_new_tokens=5)
+    assert not engine.shares_prefixes
+    whole = engine.generate([Request(ids, seed=i) for i, ids in enumerate(rows)], params)
+    assert [row[0].ids for row in whole] == [
+        engine.generate([Request(ids, seed=i)], params)[0][0].ids for i, ids in enumerate(rows)
+    ]
 
 
 def test_a_sliding_window_runs_each_request_whole():

@@ -49,11 +49,6 @@ def gathered(cached: Tensor, lines: Tensor, slots: Tensor) -> Tensor:
     return cached.transpose(1, 2)[lines[:, None], slots].transpose(1, 2)
 
 
-def roomy(like: Tensor, lines: int, width: int) -> Tensor:
-    """Zeros ``[lines, heads, width, ...]`` as ``like [B, heads, L, ...]``."""
-    return like.new_zeros(lines, like.shape[1], width, like.shape[3])
-
-
 def stored(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer of a cache whose layers keep every position."""
     found = []

@@ -9,12 +9,13 @@ distribution.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from latentrevise.data.records import row_seed
@@ -29,15 +30,30 @@ from latentrevise.engines.base import (
     not_finite,
     stop_ids,
 )
-from latentrevise.engines.cache import GrowingLayer, gathered, roomy, stored
+from latentrevise.engines.cache import GrowingLayer
+from latentrevise.engines.draw import choose, completions, uniform
+from latentrevise.engines.families import Family, Layout, families, lay_out
+from latentrevise.engines.lines import Lines, Packed, Padded, additive
 from latentrevise.engines.prefixes import Shared, row_keys, shared_prefixes
 from latentrevise.errors import ConfigError, ModelError, RunError
-from latentrevise.model.loading import cache_argument, check_model, input_embedding, position_limit, sharded, unwrapped
+from latentrevise.model.loading import (
+    cache_argument,
+    check_model,
+    input_embedding,
+    position_limit,
+    sharded,
+    spread,
+    unwrapped,
+)
 from latentrevise.model.memory import out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
+_MASKED = ("sdpa", "eager")  # implementations of attention that take an additive mask
+_MASK = 1 << 24  # entries of one
 _COMPACT_AT = 0.8  # share of a batch still running at which the finished rows' cache is dropped: a copy of what stays
 
 
@@ -80,7 +96,8 @@ class HFEngine:
                 " use a model with rotary or learned positions"
             )
         self._cache_argument = cache_argument(inner)
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._keeps = "logits_to_keep" in accepted
+        self._shares = self._all_kept() and self._masks_hold()
 
     @property
     def limit(self) -> int | None:
@@ -88,10 +105,13 @@ class HFEngine:
 
     @property
     def shares_prefixes(self) -> bool:
-        """See Engine: whether a position's keys and values depend on nothing but the positions up to it, and all are
-        kept. Not so with sliding windows and recurrent states, nor where rotary frequencies follow the length of the
-        pass; there each request is run whole.
+        """See Engine: whether a position's keys and values depend on nothing but the positions up to it, all are kept,
+        and the model follows a mask of ours. Not so with sliding windows and recurrent states, nor where rotary
+        frequencies follow the length of the pass; there each request is run whole.
         """
+        return self._shares
+
+    def _all_kept(self) -> bool:
         config = self.model.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         varying = {rope.get("rope_type"), rope.get("type")} & {"dynamic", "longrope"}
@@ -120,11 +140,10 @@ class HFEngine:
         done: dict[tuple[int, int], Completion] = {}
         with evaluating(self.model), torch.inference_mode():
             for shared, rows in groups.items():
-                # The longest first: if memory does not suffice, it is known at once.
-                rows.sort(key=lambda row: (-row.length, -row.most, row.request, row.sample))
-                for batch, completions in self._batches(requests, rows, shared, progress):
-                    for row, completion in zip(batch, completions, strict=True):
-                        done[row.request, row.sample] = completion
+                for own in self._by_family(requests, rows):
+                    for batch, completions in self._batches(requests, own, shared, progress):
+                        for row, completion in zip(batch, completions, strict=True):
+                            done[row.request, row.sample] = completion
         return [[done[index, sample] for sample in range(p.n)] for index, p in enumerate(per_request)]
 
     def update(self, model: PreTrainedModel) -> None:
@@ -134,6 +153,23 @@ class HFEngine:
 
     def sleep(self) -> None:
         """See Engine: between calls nothing is held but the model, and that is the policy's own."""
+
+    def _by_family(self, requests: Sequence[Request], rows: list[_Row]) -> list[list[_Row]]:
+        """The rows of requests that share prefixes, families together, and the rows of those that share none. The
+        longest first: if memory does not suffice, it is known at once."""
+        used = list(dict.fromkeys(row.request for row in rows))
+        found, shared = self._families([requests[i] for i in used])
+        rank: dict[int, tuple[int, int]] = {}
+        for number, family in enumerate(found):
+            if len(family.members) > 1:
+                longest = max(requests[used[i]].length for i in family.members)
+                rank.update((used[i], (-longest, number)) for i in family.members)
+        for i, s in enumerate(shared):
+            if s.same and used[s.owner] in rank:
+                rank[used[i]] = rank[used[s.owner]]
+        rows.sort(key=lambda row: (rank.get(row.request, (0, 0)), -row.length, -row.most, row.request, row.sample))
+        parts = [[row for row in rows if (row.request in rank) is together] for together in (True, False)]
+        return [part for part in parts if part]
 
     def _batches(
         self, requests: Sequence[Request], rows: list[_Row], params: SamplingParams, progress: Progress | None
@@ -170,10 +206,10 @@ class HFEngine:
 
     def _fitting(self, rows: Sequence[_Row]) -> list[_Row]:
         """As many of the first rows as the budget holds, padded to the longest prompt and the highest limit."""
-        most = 0
+        longest = most = 0
         for count, row in enumerate(rows, 1):
-            most = max(most, row.most)
-            if count > 1 and count * (rows[0].length + most) > self.token_budget:
+            longest, most = max(longest, row.length), max(most, row.most)
+            if count > 1 and count * (longest + most) > self.token_budget:
                 return list(rows[: count - 1])
         return list(rows)
 
@@ -186,13 +222,9 @@ class HFEngine:
         reported: list[int],
     ) -> list[Completion]:
         device = self._embedding.weight.device
-        unique = list(dict.fromkeys(row.request for row in batch))
-        logits, cache, mask, lengths, lines = self._prefill([requests[i] for i in unique])
-        place = dict(zip(unique, lines.tolist(), strict=True))
-        parents = torch.tensor([place[row.request] for row in batch], device=device)
-        logits, lengths = logits[parents], lengths[parents]
-        mask = None if mask is None else mask[parents]
-        cache.batch_select_indices(parents)
+        used = list(dict.fromkeys(row.request for row in batch))
+        lines, logits = self._begun([requests[i] for i in used], [used.index(row.request) for row in batch])
+        lengths = torch.tensor([row.length for row in batch], device=device)
 
         most = torch.tensor([row.most for row in batch], device=device)
         count, steps, together = len(batch), max(row.most for row in batch), sharded(self.model)
@@ -201,7 +233,8 @@ class HFEngine:
         produced = most.clone()  # tokens that are kept
         ended = torch.zeros(count, dtype=torch.bool, device=device)
         closed = torch.zeros(count, dtype=torch.bool, device=device)  # by a token behind those that are kept
-        uniform = None if params.temperature == 0 else _uniform(batch).to(device)
+        drawn = None if params.temperature == 0 else uniform(batch).to(device)
+        rows = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
         stops = torch.tensor(stop_ids(self.model, self.tokenizer, params), dtype=torch.long, device=device)
         held = torch.arange(count, device=device)  # which row each line of the cache belongs to
         for step in range(steps):
@@ -210,7 +243,7 @@ class HFEngine:
             if not good.all():
                 broken = batch[int(held[~good][0])]
                 raise not_finite(broken.request, step)
-            tokens = self._choose(logits, params, None if uniform is None else uniform[held, step])
+            tokens = choose(logits, params, None if drawn is None else drawn[held, step], rows)
             if together:
                 torch.distributed.broadcast(tokens, 0)
             ids[held, step] = tokens
@@ -233,101 +266,106 @@ class HFEngine:
                 break
             if remaining <= _COMPACT_AT * len(held):
                 keep = left.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                lines.keep(keep)
                 held, tokens, lengths = held[keep], tokens[keep], lengths[keep]
-                mask = None if mask is None else mask[keep]
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
+            lines = lines.parted()
             # A line at its limit runs along until it is dropped, but not on to positions that the model may not have.
             at = lengths + (most[held] - 1).clamp(max=step)
-            logits = self._forward(cache, mask, at[:, None], input_ids=tokens[:, None])
-        return _completions(ids, logprobs, produced, ended, closed, params.logprobs)
+            logits = lines.feed(tokens, at)
+        return completions(ids, logprobs, produced, ended, closed, params.logprobs)
 
-    def _prefill(self, requests: list[Request]) -> tuple[Tensor, Cache, Tensor | None, Tensor, Tensor]:
-        """Next token's logits ``[U, V]``, cache, mask ``[U, L]`` (None: nothing is padded), lengths ``[U]``, and the
-        line of each request ``[len(requests)]``: equal requests have one."""
-        device = self._embedding.weight.device
-        shared = [Shared(i, 0, 0) for i in range(len(requests))]
-        if self.shares_prefixes:
-            if any(request.embeddings is not None for request in requests):
-                shared = shared_prefixes(row_keys([self._embedded(request) for request in requests]))
-            else:
-                shared = shared_prefixes([request.ids or () for request in requests])
-        kept = [i for i, s in enumerate(shared) if not s.same]
-        place = {i: line for line, i in enumerate(kept)}
-        lines = torch.tensor([place[s.owner if s.same else i] for i, s in enumerate(shared)], device=device)
-        lengths = torch.tensor([requests[i].length for i in kept], device=device)
+    def _families(self, requests: list[Request]) -> tuple[list[Family], list[Shared]]:
+        """Which of the requests share prefixes, as far as the model lets them."""
+        if not self.shares_prefixes:
+            shared = [Shared(i, 0, 0) for i in range(len(requests))]
+        elif any(request.embeddings is not None for request in requests):
+            shared = shared_prefixes(row_keys([self._embedded(request) for request in requests]))
+        else:
+            shared = shared_prefixes([request.ids or () for request in requests])
+        return families([request.length for request in requests], shared), shared
+
+    def _begun(self, requests: list[Request], rows: list[int]) -> tuple[Lines, Tensor]:
+        """The rows behind their prompts, and the next token's logits ``[B, V]``. rows: the request of each."""
+        found, shared = self._families(requests)
+        if any(len(family.members) > 1 for family in found):
+            return self._packed(requests, lay_out(found, shared, [r.length for r in requests]), rows)
+        members = [i for family in found for i in family.members]
+        owners = [members.index(shared[i].owner) for i in rows]
+        parents = torch.tensor(owners, device=self._embedding.weight.device)
+        cache = self._empty_cache()
+        logits, mask = self._padded(cache, [requests[i] for i in members])
+        if self._shares and len(members) < len(rows):
+            sees = torch.ones(len(members), cache.get_seq_length(), device=parents.device) if mask is None else mask
+            return self._in_lines(cache, parents, sees[parents].bool()), logits[parents]
+        cache.batch_select_indices(parents)
+        return Padded(self._forward, cache, None if mask is None else mask[parents]), logits[parents]
+
+    def _in_lines(self, cache: Cache, family: Tensor, sees: Tensor) -> Packed:
+        return Packed(self._forward, self._empty_cache, cache, family, sees, self._embedding.weight.dtype)
+
+    def _padded(self, cache: Cache, requests: list[Request]) -> tuple[Tensor, Tensor | None]:
+        """Fill the cache, a line a request, padded on the left: logits ``[U, V]``, mask ``[U, L]`` (None: no pads)."""
+        table = self._embedding.weight
+        lengths = torch.tensor([request.length for request in requests], device=table.device)
         width = int(lengths.max())
-        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        padding = None if bool((lengths == width).all()) else mask
-        if not any(shared[i].length for i in kept):
-            logits, cache = self._run([requests[i] for i in kept], [0] * len(kept), None)
-            return logits, cache, padding, lengths, lines
+        embeddings = table.new_zeros(len(requests), width, table.shape[1])
+        for line, request in zip(embeddings, requests, strict=True):
+            line[width - request.length :] = self._embedded(request)
+        mask = (torch.arange(width, device=table.device) >= width - lengths[:, None]).long()
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)
+        padding = None if bool(mask.all()) else mask
+        return self._forward(cache, padding, positions, inputs_embeds=embeddings)[:, 0], padding
 
-        logits = torch.empty(0)
-        whole: list[tuple[Tensor, Tensor]] = []  # keys and values of every line, padded on the left
-        for part in self._parts(requests, kept, shared):
-            at = torch.tensor([place[i] for i in part], device=device)
-            taken = [shared[i].length for i in part]
-            behind = None
-            if most := max(taken):
-                owners = torch.tensor([place[shared[i].owner] for i in part], device=device)
-                reused = torch.tensor(taken, device=device)
-                slots = width - lengths[owners] + reused
-                slots = (slots[:, None] + torch.arange(-most, 0, device=device)).clamp(min=0)
-                behind = [(gathered(k, owners, slots), gathered(v, owners, slots)) for k, v in whole]
-            part_logits, cache = self._run([requests[i] for i in part], taken, behind)
-            if not whole:
-                logits = part_logits.new_empty(len(kept), part_logits.shape[1])
-                whole = [(roomy(k, len(kept), width), roomy(v, len(kept), width)) for k, v in stored(cache)]
-            logits[at] = part_logits
-            reused, own = torch.tensor(taken, device=device), cache.get_seq_length()
-            offset = torch.arange(width, device=device) - width + lengths[at][:, None]  # position of each slot
-            source = torch.where(
-                offset < reused[:, None], most - reused[:, None] + offset, own - lengths[at][:, None] + offset
-            ).clamp(min=0)
-            every = torch.arange(len(part), device=device)
-            for (keys, values), (k, v) in zip(stored(cache), whole, strict=True):
-                k[at.to(k.device)] = gathered(keys, every, source)
-                v[at.to(v.device)] = gathered(values, every, source)
-        cache = self._empty_cache()
-        for index in range(len(whole)):
-            cache.update(*whole.pop(0), index)  # freed before the next layer's buffer is made
-        return logits, cache, padding, lengths, lines
+    def _packed(self, requests: list[Request], layout: Layout, rows: list[int]) -> tuple[Lines, Tensor]:
+        """See ``_begun``: a line a family, as ``layout`` says."""
+        table, cache = self._embedding.weight, self._empty_cache()
+        layout = layout.to(table.device)
+        count, width = layout.owner.shape
+        embeddings = table.new_zeros(count, width, table.shape[1])
+        for member, (line, columns) in zip(layout.members, layout.places, strict=True):
+            request = requests[member]
+            embeddings[line, columns] = self._embedded(request, request.length - len(columns))
+        # No more of a mask at once than is cheap beside the pass; all last tokens in one pass, for their logits.
+        stop, step = 0, max(layout.wanted, _MASK // (count * width))
+        logits = table.new_empty(0)
+        while stop < width:
+            start, stop = stop, stop + step
+            if stop > width - layout.wanted:
+                stop = width
+            logits = self._forward(
+                cache,
+                additive(layout.mask(start, stop), table.dtype),
+                layout.position[:, start:stop],
+                layout.wanted if stop == width else 1,
+                inputs_embeds=embeddings[:, start:stop],
+            )
+        members = torch.tensor([layout.same[i] for i in rows], device=table.device)
+        family = layout.line[members]
+        return self._in_lines(cache, family, layout.sees[members]), logits[family, layout.slot[members]]
 
-    def _parts(self, requests: list[Request], kept: list[int], shared: list[Shared]) -> Iterator[list[int]]:
-        """Requests that are run together: of one level, and as many as the token budget holds."""
-        order = sorted(kept, key=lambda i: (shared[i].level, shared[i].length - requests[i].length, i))
-        part: list[int] = []
-        for i in order:
-            trial = [*part, i]
-            width = max(shared[j].length for j in trial) + max(requests[j].length - shared[j].length for j in trial)
-            if part and (shared[i].level != shared[part[0]].level or len(trial) * width > self.token_budget):
-                yield part
-                trial = [i]
-            part = trial
-        yield part
-
-    def _run(
-        self, requests: list[Request], taken: list[int], behind: list[tuple[Tensor, Tensor]] | None
-    ) -> tuple[Tensor, Cache]:
-        """Logits ``[U, V]`` and cache of the requests' positions from ``taken`` on, behind the keys and values there
-        are (both padded on the left)."""
-        device, dtype = self._embedding.weight.device, self._embedding.weight.dtype
-        before = torch.tensor(taken, device=device)
-        own = torch.tensor([request.length for request in requests], device=device) - before
-        most, width = max(taken), int(own.max())
-        embeddings = torch.zeros(len(requests), width, self._embedding.weight.shape[1], dtype=dtype, device=device)
-        for i, (request, start) in enumerate(zip(requests, taken, strict=True)):
-            embeddings[i, width - (request.length - start) :] = self._embedded(request, start)
-        new = (torch.arange(width, device=device) >= width - own[:, None]).long()
-        old = (torch.arange(most, device=device) >= most - before[:, None]).long()
-        positions = (before[:, None] + new.cumsum(1) - 1).clamp_(min=0)
-        mask = torch.cat([old, new], dim=1)
-        cache = self._empty_cache()
-        for index, (keys, values) in enumerate(behind or ()):
-            cache.update(keys, values, index)
-        return self._forward(cache, None if bool(mask.all()) else mask, positions, inputs_embeds=embeddings), cache
+    def _masks_hold(self) -> bool:
+        """Whether requests packed into one line give what each gives alone: the masks are ours, and a model may read
+        its own from them. Tried on a few tokens."""
+        if getattr(self.model.config.get_text_config(decoder=True), "_attn_implementation", None) not in _MASKED:
+            return False
+        rows = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
+        ids = spread(rows, 9, repeat=True)
+        requests = [Request(ids[:6]), Request([*ids[:3], *ids[6:]])]
+        shared = [Shared(0, 0, 0), Shared(0, 3, 1)]
+        layout = lay_out(families([6, 6], shared), shared, [6, 6])
+        with evaluating(self.model), torch.inference_mode():
+            wanted, _ = self._padded(self._empty_cache(), requests)
+            try:
+                _, found = self._packed(requests, layout, [0, 1])
+            except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and out_of_memory(error):
+                    raise
+                log.info(
+                    "%s takes no masks of ours (%s); requests are run one by one", type(self.model).__name__, error
+                )
+                return False
+        off = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-6)
+        return bool((off < (1e-3 if self._embedding.weight.dtype == torch.float32 else 5e-2)).all())
 
     def _embedded(self, request: Request, start: int = 0) -> Tensor:
         """The request's rows from ``start`` on, as the model reads them."""
@@ -342,40 +380,19 @@ class HFEngine:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
-    def _forward(self, cache: Cache, mask: Tensor | None, positions: Tensor, **inputs: Tensor) -> Tensor:
-        """Logits ``[B, V]`` of the last position, float32 on the embedding's device."""
+    def _forward(
+        self, cache: Cache, mask: Tensor | None, positions: Tensor, count: int = 1, **inputs: Tensor
+    ) -> Tensor:
+        """See ``lines.Forward``; float32, on the embedding's device."""
         output = self.model(
             **inputs,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
             **{self._cache_argument: cache},
-            **self._last_only,
+            **({"logits_to_keep": count} if self._keeps else {}),
         )
-        return output.logits[:, -1].to(self._embedding.weight.device, torch.float32)
-
-    def _choose(self, logits: Tensor, params: SamplingParams, uniform: Tensor | None) -> Tensor:
-        """One token id a row of ``logits [B, V]``."""
-        if self.tokenizer is not None and len(self.tokenizer) < logits.shape[1]:
-            logits = logits.clone()
-            logits[:, len(self.tokenizer) :] = -torch.inf
-        if uniform is None:
-            return logits.argmax(dim=-1)
-        probs = torch.softmax(logits / params.temperature, dim=-1)
-        if params.top_k is not None and params.top_k < probs.shape[1]:
-            least = probs.topk(params.top_k, dim=-1).values[:, -1:]
-            probs = probs.masked_fill(probs < least, 0.0)
-        if params.top_p < 1:
-            ordered = probs.sort(dim=-1, descending=True).values
-            before = ordered.cumsum(dim=-1) - ordered
-            inside = before < params.top_p * ordered.sum(dim=-1, keepdim=True)
-            least = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
-            probs = probs.masked_fill(probs < least, 0.0)
-        cumulative = probs.cumsum(dim=-1)
-        total = cumulative[:, -1:]
-        # Strictly below the total, or rounding could land behind the last token that has any probability.
-        target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, target, right=True)[:, 0]
+        return output.logits[:, -count:].to(self._embedding.weight.device, torch.float32)
 
     def _ends_in_stop(
         self, ids: Tensor, held: Tensor, candidates: Tensor, step: int, stop: tuple[str, ...], produced: Tensor
@@ -400,24 +417,3 @@ class _Row:
     seed: int
     length: int
     most: int  # new tokens
-
-
-def _uniform(batch: list[_Row]) -> Tensor:
-    """``[B, steps]`` in [0, 1): each row's own stream, zeros behind its end."""
-    streams = [torch.rand(row.most, generator=torch.Generator().manual_seed(row.seed)) for row in batch]
-    return nn.utils.rnn.pad_sequence(streams, batch_first=True)
-
-
-def _completions(
-    ids: Tensor, logprobs: Tensor, produced: Tensor, ended: Tensor, closed: Tensor, with_logprobs: bool
-) -> list[Completion]:
-    rows = zip(*(t.tolist() for t in (ids, logprobs, produced, ended, closed)), strict=True)
-    return [
-        Completion(
-            tuple(i[:n]),
-            tuple(p[:n]) if with_logprobs else None,
-            "stop" if stopped else "length",
-            (i[n], p[n]) if by_token else None,
-        )
-        for i, p, n, stopped, by_token in rows
-    ]

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORTH = 16  # positions; a shorter shared prefix is run again, since each level of the trie is a pass more
+WORTH = 4, 8  # a shared prefix of fewer positions, or of less than an eighth of what stands behind it, is run again
 
 
 @dataclass(frozen=True)
 class Shared:
     """owner: the request whose keys and values are taken over. length: of how many leading positions (0: none).
 
-    level: requests of one level are run together, behind those of the levels below. same: the owner is the same
-    request, and nothing is run.
+    level: how many owners it takes to come to the root. same: the owner is the same request, and nothing is run.
     """
 
     owner: int
@@ -29,8 +28,8 @@ def shared_prefixes(rows: Sequence[Sequence[Hashable]]) -> list[Shared]:
     """What each of ``rows`` takes over from another. Our own decision; the published method has no counterpart.
 
     A row that is the beginning of another runs its last position again, for the logits behind it. All other nodes of
-    the trie are computed once, but for prefixes below ``WORTH``. The order of rows makes no difference to what is
-    shared: the longest are inserted first. O(total positions) dictionary operations.
+    the trie are computed once, but for prefixes that are not ``WORTH`` it. The order of rows makes no difference to
+    what is shared: the longest are inserted first. O(total positions) dictionary operations.
     """
     nodes: dict[tuple[int, Hashable], tuple[int, int]] = {}  # parent node and key: node and the row that owns it
     found: dict[int, Shared] = {}
@@ -49,7 +48,7 @@ def shared_prefixes(rows: Sequence[Sequence[Hashable]]) -> list[Shared]:
             nodes[node, key] = (fresh, index)
             node = fresh
         length = min(depth, len(rows[index]) - 1)
-        if length < WORTH:
+        if length < WORTH[0] or length * WORTH[1] < len(rows[index]) - length:
             found[index] = Shared(index, 0, 0)
         else:
             found[index] = Shared(owner, length, found[owner].level + 1)
