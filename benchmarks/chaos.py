@@ -42,11 +42,20 @@ from latentrevise.model.loading import load_model
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.schedule import Alone, Joint, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
+from latentrevise.recovery.targets import Target
 
 FAMILY, PROMPTS, SEED = "rule", 24, 4
 SIGNALS = {"kills": signal.SIGKILL, "terminations": signal.SIGTERM, "stalls": signal.SIGSTOP}
 _MARK = "LATENTREVISE_CHAOS"  # in the environment of all processes of a run of this benchmark
-_KINDS = {"rollouts": Rollout, "starts": Start, "samples": Sample, "verdicts": Verdict}
+_KINDS = {
+    "prompts": Prompt,
+    "rollouts": Rollout,
+    "targets": Target,
+    "starts": Start,
+    "samples": Sample,
+    "verdicts": Verdict,
+    "trajectories": Trajectory,
+}
 
 
 @dataclasses.dataclass
@@ -95,7 +104,7 @@ def content(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*.parquet")):
         name = str(path.relative_to(out))
-        kind = _KINDS.get(name.split("/")[0], Trajectory if name == "trajectories.parquet" else Prompt)
+        kind = _KINDS[name.split("/")[0].removesuffix(".parquet")]
         rows = [dataclasses.asdict(row) for row in read_records(path, kind)]
         found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     for path in sorted(out.rglob("*.safetensors")):

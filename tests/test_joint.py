@@ -21,7 +21,7 @@ from benchmarks import chaos
 from latentrevise import RecoverConfig
 from latentrevise.cli import app
 from latentrevise.engines import HFEngine
-from latentrevise.errors import ConfigError, RunError
+from latentrevise.errors import ConfigError, InputError, RunError
 from latentrevise.recovery.leases import Leases, kernel
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
@@ -198,7 +198,7 @@ def test_a_part_that_kills_is_set_aside_and_the_run_goes_on(tmp_path, alone):
     assert told.exit_code == 3, told.exception
     assert "set aside: part 1 in mine (1 prompts): process 100000000 on here died over it" in told.output
     # What is mined stays; what came after is done again without the notes.
-    for name in ("aside", "starts", "samples", "verdicts", "plan", "targets.json"):
+    for name in ("aside", "starts", "samples", "verdicts", "plan", "targets.parquet"):
         subprocess.run(["rm", "-r", str(out / name)], check=True)
     assert recovery(out).recover().metrics["set_aside"] == []
     found = chaos.content(out)
@@ -247,7 +247,7 @@ def test_a_part_that_two_have_done_stays_as_the_first_left_it(tmp_path, alone):
     from latentrevise.recovery.stages import Continue, Judge, Mine, Part, Propose
 
     with run.session():
-        Mine().run(run.job, Part(0, run.prompts[:1]), Progress())
+        Mine().run(run.job, Part(0, range(1)), Progress())
         for stage in (Propose(), Continue(), Judge()):
             stage.run(run.job, run.parts(run.arms()[0])[0], Progress())
     assert {p: p.stat().st_mtime_ns for p in run.run.path.rglob("part-*") if p.is_file()} == before
@@ -322,13 +322,13 @@ def test_processes_aim_alike_whatever_one_decides_in_time(tmp_path, monkeypatch)
     first = joint(tmp_path / "run")
     aimed = [case.wrong for case in first.cases()]
     assert any(aimed)
-    monkeypatch.setattr("latentrevise.recovery.job._shuffled", lambda answers, seed: [])  # nothing is decided
+    monkeypatch.setattr("latentrevise.recovery.targets._shuffled", lambda answers, seed: [])  # nothing is decided
     again = recovery(tmp_path / "run")
     assert [case.wrong for case in again.cases()] == aimed
     assert [case.wrong_ids for case in again.cases()] == [case.wrong_ids for case in first.cases()]
-    path = tmp_path / "run" / "targets.json"
-    path.write_text(path.read_text().replace(f'"{aimed[0]}"', '"77"', 1))
-    with pytest.raises(RunError, match=r"targets\.json is damaged"):
+    path = tmp_path / "run" / "targets.parquet"
+    path.write_bytes(path.read_bytes().replace(aimed[0].encode(), b"77", 1))
+    with pytest.raises(InputError, match=r"targets\.parquet: not a readable parquet file .*; restore it, or delete it"):
         recovery(tmp_path / "run").cases()
 
 

@@ -116,7 +116,7 @@ def test_misuse_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_workers, "_PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(ray_workers, "_WAIT_SECONDS", 0.01)
     with pytest.raises(RunError, match=r"rollouts/part-00000\.parquet, and it is not here; give a --out"):
-        RayWorkers("local", 1)._await_file(RunDirectory(tmp_path), Mine(), Part(0))
+        RayWorkers("local", 1)._await_file(RunDirectory(tmp_path), Mine(), Part(0, range(1)))
     with pytest.raises(ConfigError, match="at least 1"):
         RayWorkers("local", 0)
     with pytest.raises(ConfigError, match=r"ray\.resources\.GPU = '1'"):

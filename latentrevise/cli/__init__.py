@@ -80,7 +80,7 @@ def mine(chosen: Begun, prompts: Prompts, out: Out, by: Workers) -> None:
     """Sample and verify rollouts; find the prompts that no rollout solves. Starts a run that the next steps take up."""
     with (recovery := _begun(chosen, out, by)).session():
         recovery.mine(prompts)
-        typer.echo(f"{len(recovery.cases())} of {len(recovery.prompts)} prompts are zero-hit")
+        typer.echo(f"{len(recovery.job.targets)} of {len(recovery.prompts)} prompts are zero-hit")
 
 
 @command()

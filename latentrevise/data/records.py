@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -32,6 +33,7 @@ FinishReason = Literal["stop", "length"]
 PrefixRendering = Literal["original", "argmax", "continuation"]
 
 Record = TypeVar("Record")
+GROUP = 1024  # rows that are written, and may be read, at a time
 
 
 def _column(name: str) -> Any:
@@ -306,7 +308,7 @@ def read_table(
     remedy: str = "delete it and run again",
 ) -> pa.Table:
     """A parquet file; the pages that have checksums are held against them. Raises InputError with the remedy."""
-    try:
+    with readable(path, remedy):
         table = pq.read_table(
             path,
             columns=list(columns) if columns else None,
@@ -316,21 +318,41 @@ def read_table(
         )
         _ = table.column_names  # decoded only when they are asked for
         return table
+
+
+@contextmanager
+def readable(path: str | os.PathLike[str], remedy: str = "delete it and run again") -> Iterator[None]:
+    """What goes wrong while a parquet file is read, as an InputError with the remedy."""
+    try:
+        yield
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         told = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a readable parquet file ({told}); {remedy}") from error
 
 
-def write_records(path: str | os.PathLike[str], rows: Sequence[Record], cls: type[Record] | None = None) -> None:
-    """Write dataclass rows to one parquet file. ``cls`` is needed only when there may be no rows."""
+def write_records(path: str | os.PathLike[str], rows: Iterable[Record], cls: type[Record] | None = None) -> None:
+    """Write dataclass rows to one parquet file, in groups of ``GROUP`` rows, of which no more than one is held.
+    ``cls`` is needed only when there may be no rows."""
+    left = iter(rows)
+    group = list(islice(left, GROUP))
     if cls is None:
-        if not rows:
+        if not group:
             raise ValueError("write_records needs cls to write a file without rows")
-        cls = type(rows[0])
-    columns = _columns(cls)
-    arrays = [pa.array([_store(getattr(row, c.attribute), c.json) for row in rows], type=c.arrow) for c in columns]
-    table = pa.Table.from_arrays(arrays, schema=schema(cls))
-    write_table(path, table)
+        cls = type(group[0])
+    with (
+        atomic_write(path) as temporary,
+        pq.ParquetWriter(temporary, schema(cls), compression="zstd", write_page_checksum=True) as out,
+    ):
+        while group:
+            out.write_table(_table(group, cls))
+            group = list(islice(left, GROUP))
+
+
+def _table(rows: Sequence[Any], cls: type) -> pa.Table:
+    arrays = [
+        pa.array([_store(getattr(row, c.attribute), c.json) for row in rows], type=c.arrow) for c in _columns(cls)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema(cls))
 
 
 def read_records(path: str | os.PathLike[str], cls: type[Record]) -> list[Record]:
@@ -345,7 +367,11 @@ def read_records(path: str | os.PathLike[str], cls: type[Record]) -> list[Record
         return [row for part in parts for row in read_records(part, cls)]
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a parquet file of {cls.__name__} rows or a folder of them")
-    table = read_table(path)
+    return records_of(read_table(path), cls, path)
+
+
+def records_of(table: pa.Table, cls: type[Record], path: str | os.PathLike[str]) -> list[Record]:
+    """The rows of a table that was read from ``path``. Raises InputError where it doesn't hold ``cls``."""
     columns = _columns(cls)
     missing = [c.name for c in columns if c.name not in table.column_names]
     if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -56,6 +57,16 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
         rows = rows if make is None else getattr(rows, make)(*_TABLES[make])
     for number, row in enumerate(rows):
         yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", "the row is not a mapping of columns")
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, or of those of a folder's files. Raises OSError."""
+    path, digest = Path(path).expanduser(), hashlib.sha256()
+    for one in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        with one.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

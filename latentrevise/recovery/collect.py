@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow.compute as pc
+
 from latentrevise.data.records import (
     Prompt,
     Sample,
@@ -15,6 +17,7 @@ from latentrevise.data.records import (
     Verdict,
     read_jsonl,
     read_records,
+    read_table,
     write_json,
     write_records,
 )
@@ -27,6 +30,8 @@ from latentrevise.recovery.selection import select
 from latentrevise.recovery.stages import Arm, Part, given_up, read_output, read_starts, write_mixtures
 from latentrevise.revise.hull import Mixture
 
+_STARTS = ("forward_tokens", "backward_tokens", "decoded_tokens", "seconds")
+_SAMPLES = ("completion_ids", "finish_reason", "seconds")
 Result = tuple[Start, Sample, Verdict]
 
 
@@ -55,10 +60,12 @@ def cost(run: RunDirectory, parts: Iterable[Part]) -> Compute:
     """What parts of an arm cost, from their starts and samples on disk."""
     total = Compute()
     for part in parts:
-        for start in read_records(read_output(run, "starts", part, "revise"), Start):
-            total += Compute(start.forward_tokens, start.backward_tokens, start.decoded_tokens, start.seconds)
-        for sample in read_records(read_output(run, "samples", part, "continue"), Sample):
-            total += Compute(0, 0, decoded_tokens(sample.completion_ids, sample.finish_reason), sample.seconds)
+        starts = read_table(read_output(run, "starts", part, "revise"), _STARTS)
+        samples = read_table(read_output(run, "samples", part, "continue"), _SAMPLES)
+        total += Compute(*(pc.sum(starts[name]).as_py() or 0 for name in _STARTS))
+        ended = pc.sum(pc.equal(samples["finish_reason"], "stop")).as_py() or 0
+        tokens = pc.sum(pc.list_value_length(samples["completion_ids"])).as_py() or 0
+        total += Compute(0, 0, tokens + ended, pc.sum(samples["seconds"]).as_py() or 0.0)
     return total
 
 
@@ -93,7 +100,7 @@ def collect(
                 arm.strategy.name,
                 arm.strategy.uses_answer,
                 arm.wrong,
-                [case.prompt.id for part in parts[arm.name] for case in part.cases],
+                [name for part in parts[arm.name] for name in part.names(job)],
                 cost(job.run, parts[arm.name]),
                 found[arm.name],
                 0 if arm.wrong else count[arm.name],
@@ -101,8 +108,8 @@ def collect(
             for arm in arms
         ],
         rollouts=job.rollouts(),
-        zero_hit=[case.prompt.id for case in job.cases()],
-        aimed_wrong=[case.prompt.id for case in job.cases() if case.wrong is not None],
+        zero_hit=job.targets["prompt_id"].to_pylist(),
+        aimed_wrong=job.targets.filter(pc.is_valid(job.targets["wrong"]))["prompt_id"].to_pylist(),
         left_out=len(read_jsonl(job.run.errors)),
         checked=job.checker is not None,
         chained=job.config.stop_at_success,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from latentrevise.engines import Request
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.collect import cost, decoded_tokens
 from latentrevise.recovery.guards import wilson
@@ -69,24 +70,39 @@ def estimate(
         torch.cuda.reset_peak_memory_stats()
     with recovery.session():
         recovery.run.begin(recovery.job.header, chosen, errors)
-        mined = _seconds(recovery.mine)
-        cases = recovery.cases()
-        recovery.revise()
-        recovery.sample()
-        verified = _seconds(recovery.verify)
-    times = len(usable) / size
+        _warm(recovery)
+        taken = costs_of(recovery)
+    times, zero_hit = len(usable) / size, len(recovery.job.targets)
+    costs = [
+        Cost(c.name, c.prompts * times, None if c.passes is None else c.passes * times, c.seconds * times)
+        for c in taken
+    ]
+    on_disk = sum(path.stat().st_size for path in recovery.run.path.rglob("*") if path.is_file())
+    share = wilson(zero_hit, size)
+    return Estimate(len(usable), len(errors), size, share, costs, on_disk * times, _peak(recovery))
+
+
+def costs_of(recovery: Recovery) -> list[Cost]:
+    """Run a recovery that has its prompts and nothing else from stage to stage, to its end: what each took."""
+    mined = _seconds(recovery.mine)
+    recovery.revise()
+    recovery.sample()
+    verified = _seconds(recovery.verify)
     rollouts = [r for own in recovery.rollouts().values() for r in own]
     decoded = sum(decoded_tokens(r.completion_ids, r.finish_reason) for r in rollouts)
-    costs = [Cost("mine", float(len(usable)), decoded * times, mined * times)]
+    costs = [Cost("mine", len(recovery.prompts), decoded, mined)]
     for arm in recovery.all_arms():
         parts = recovery.parts(arm)
         spent = cost(recovery.run, parts)
-        count = sum(part.size for part in parts)
-        costs.append(Cost(arm.name, count * times, spent.passes * times, spent.seconds * times))
-    costs.append(Cost("verify", len(cases) * times, None, verified * times))
-    on_disk = sum(path.stat().st_size for path in recovery.run.path.rglob("*") if path.is_file())
-    share = wilson(len(cases), size)
-    return Estimate(len(usable), len(errors), size, share, costs, on_disk * times, _peak(recovery))
+        costs.append(Cost(arm.name, sum(part.size for part in parts), spent.passes, spent.seconds))
+    return [*costs, Cost("verify", len(recovery.job.targets), None, verified)]
+
+
+def _warm(recovery: Recovery) -> None:
+    """What a process does once, however many prompts there are: workers of the verifier, buffers, compilation."""
+    job, first = recovery.job, recovery.prompts[0]
+    recovery.engine.generate([Request(first.ids, seed=0)], [job.config.sampling(1, left=1)])
+    job.verifier.verify([(r"\frac{\sqrt{8}}{2}", r"\boxed{2^{1/2}}")])  # it takes a worker to tell
 
 
 def _seconds(stage: Any) -> float:

@@ -6,7 +6,6 @@ lighteval; see docs/training.md.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from latentrevise.data.records import (
     write_json,
     write_records,
 )
+from latentrevise.data.tables import file_hash
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.loading import sharded, unwrapped
@@ -289,7 +289,9 @@ def evaluate_run(
                 scores += read_records(part, Score)
                 bar.update(len(chunk))
         rollouts = [r for part in run.parts("rollouts") for r in read_records(part, Rollout)]
-        warn_of_missing_answers(rollouts, verifier.pattern)
+        without = [r for r in rollouts if r.extracted is None]
+        cut = sum(r.finish_reason == "length" for r in without)
+        warn_of_missing_answers(len(without), cut, len(rollouts), verifier.pattern)
         metrics = {
             "data": str(data),
             "model": header["model"]["path"],
@@ -313,14 +315,8 @@ def _instruction(config: EvalRunConfig) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    """Of a file's bytes, or of a folder's."""
     try:
-        path = path.expanduser()
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()[:16]
+        return file_hash(path)
     except OSError as error:
         raise InputError(
             f"{path} is neither a file that can be read ({error.strerror or error}) nor one of {', '.join(BENCHMARKS)};"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import pyarrow as pa
 
 from latentrevise.data.records import (
     Prompt,
@@ -20,11 +20,14 @@ from latentrevise.data.records import (
     Start,
     read_jsonl,
     read_records,
+    read_table,
+    records_of,
     row_seed,
-    stable_hash,
-    write_json,
     write_jsonl,
+    write_records,
 )
+from latentrevise.data.stored import Stored
+from latentrevise.data.tables import file_hash
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
@@ -32,6 +35,7 @@ from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_wi
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.settings import RecoverConfig
+from latentrevise.recovery.targets import Target, ZeroHit, case_seed
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Tools
@@ -68,8 +72,8 @@ class Job:
         self.template_ids = tuple(tokenizer.encode(template, add_special_tokens=False))
         self.header = run_header(model, config, self.engine)
         self.run.check(self.header)
-        self._prompts: list[Prompt] | None = None
-        self._cases: list[Case] | None = None
+        self._prompts: Stored[Prompt] | None = None
+        self._targets: pa.Table | None = None
         boundary = config.prefix_boundary
         self.boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
 
@@ -80,10 +84,14 @@ class Job:
         if source is None:
             _ = self.prompts  # raises where there are none
             return
+        known = file_hash(source) if isinstance(source, (str, os.PathLike)) and Path(source).exists() else None
+        begun = self.run.check(self.header)
+        if begun and known is not None and self.run.read_header().get("source") == known:
+            return  # the same bytes by the same settings
         prompts, errors = self.read_prompts(source)
         with self.run.once():
             if not self.run.check(self.header):  # again: another process may have begun it meanwhile
-                self._begin(prompts, errors)
+                self._begin(prompts, errors, known)
             elif other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
@@ -96,71 +104,95 @@ class Job:
         positions, new = self.tools().left(0), self.config.max_new_tokens
         return self.config.load(source, self.tokenizer, positions, new, self.verifier)
 
-    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
+    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError], source: str | None) -> None:
         for error in errors[:5]:
             log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
         if len(errors) > 5:
             log.warning("%d more rows left out; all are in %s", len(errors) - 5, self.run.errors)
-        self.run.begin(self.header, prompts, errors)
+        self.run.begin({**self.header, "source": source}, prompts, errors)
 
     @property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> Stored[Prompt]:
         if self._prompts is None:
             if not self.run.prompts.exists():
                 raise RunError(f"{self.run.path} has no prompts yet; run `latentrevise mine --prompts FILE` first")
-            self._prompts = read_records(self.run.prompts, Prompt)
+            self._prompts = Stored(self.run.prompts, Prompt)
         return self._prompts
 
-    def rollouts(self) -> dict[str, list[Rollout]]:
-        """The mined rollouts of each prompt. Raises RunError while mining is not complete."""
-        expected = range(math.ceil(len(self.prompts) / self.config.chunk))
-        kept = [i for i in expected if not self.run.aside("rollouts", i).exists()]
-        parts = [self.run.part("rollouts", i) for i in kept]
-        if missing := sum(not part.exists() for part in parts):
+    def mined(self) -> list[int]:
+        """The parts that are mined, without those that were given up. Raises RunError while some are missing."""
+        there, aside = self.run.there("rollouts"), self.run.given_up("rollouts")
+        kept = [i for i in range(math.ceil(len(self.prompts) / self.config.chunk)) if i not in aside]
+        if missing := sum(i not in there for i in kept):
             raise RunError(
-                f"{self.run.path}: {len(parts) - missing} of {len(parts)} parts are mined; finish with"
+                f"{self.run.path}: {len(kept) - missing} of {len(kept)} parts are mined; finish with"
                 " `latentrevise mine`"
             )
+        return kept
+
+    def rollouts(self) -> dict[str, list[Rollout]]:
+        """The mined rollouts of each prompt, all of them. Raises RunError while mining is not complete."""
         found: dict[str, list[Rollout]] = defaultdict(list)
-        for part in parts:
-            for rollout in read_records(part, Rollout):
+        for index in self.mined():
+            for rollout in read_records(self.run.part("rollouts", index), Rollout):
                 found[rollout.prompt_id].append(rollout)
         return found
 
+    @property
+    def targets(self) -> pa.Table:
+        """The zero-hit prompts, rows of ``Target``: every rollout verified wrong, at least one long enough to be cut.
+        Found when they are first asked for. Raises RunError while mining is not complete."""
+        if self._targets is None:
+            if not self.run.targets.exists():
+                with self.run.once():
+                    if not self.run.targets.exists():
+                        self._find_targets()
+            remedy = "restore it, or delete it and the folders starts, samples and verdicts, and run the command again"
+            self._targets = read_table(self.run.targets, remedy=remedy)
+        return self._targets
+
+    def _find_targets(self) -> None:
+        prompts, config = self.prompts, self.config
+        found = ZeroHit(self.run, self.mined(), config.chunk, prompts.column("prompt_id"))
+        if found.uncut:  # they go to the file of left-out rows
+            log.warning("%d zero-hit prompts left out: %s", len(found.uncut), found.uncut[0].message)
+            before = [row for row in read_jsonl(self.run.errors) if row["reason"] != found.uncut[0].reason]
+            write_jsonl(self.run.errors, [*before, *map(asdict, found.uncut)])
+        warn_of_missing_answers(found.without, found.cut, found.rollouts, self.verifier.pattern)
+        write_records(self.run.targets, found.aimed(config.seed, prompts.column("answer"), self.verifier), Target)
+
     def cases(self) -> list[Case]:
-        """The zero-hit prompts: every rollout verified wrong, at least one of them long enough to be cut.
+        """All zero-hit prompts."""
+        return self.cases_at(range(len(self.targets)))
 
-        A prompt with an undecided rollout is left out: it may have been solved.
-        """
-        if self._cases is None:
-            rollouts = self.rollouts()
-            mined = [p.id for p in self.prompts if p.id in rollouts]  # without those of parts that were given up
-            failed = [name for name in mined if all(r.verdict == "wrong" for r in rollouts[name])]
-            long = {name: [r for r in rollouts[name] if len(r.completion_ids) >= 2] for name in failed}
-            self._cases = [self.case(p, long[p.id]) for p in self.prompts if long.get(p.id)]
-            self._take_targets(self._cases)
-            self._report_uncut([name for name, own in long.items() if not own])
-            warn_of_missing_answers([r for own in rollouts.values() for r in own], self.verifier.pattern)
-        return self._cases
+    def zero_hit_at(self, rows: Sequence[int]) -> list[Prompt]:
+        """The prompts in these rows of ``targets``."""
+        return [self.prompts[row] for row in self.targets["row"].take(pa.array(rows, pa.int64())).to_pylist()]
 
-    def _report_uncut(self, prompts: Sequence[str]) -> None:
-        """Zero-hit prompts of which nothing can be cut go to the file of left-out rows."""
-        code = "short-rollouts"
-        kept = [row for row in read_jsonl(self.run.errors) if row["reason"] != code]
-        place = {prompt.id: i for i, prompt in enumerate(self.prompts)}
-        told = (
-            "no failed rollout has two tokens, so there is no prefix to revise; check the stop tokens and the template"
-        )
-        rows = [asdict(RowError(place[name], name, code, told)) for name in prompts]
-        if rows:
-            log.warning("%d zero-hit prompts left out: %s", len(rows), told)
-            write_jsonl(self.run.errors, [*kept, *rows])
+    def cases_at(self, rows: Sequence[int]) -> list[Case]:
+        """The zero-hit prompts in these rows of ``targets``, with their rollouts."""
+        chosen = self.targets.take(pa.array(rows, pa.int64())).to_pylist()
+        names: dict[int, list[str]] = defaultdict(list)
+        for target in chosen:
+            names[target["row"] // self.config.chunk].append(target["prompt_id"])
+        failed: dict[str, list[Rollout]] = defaultdict(list)
+        for index, own in names.items():
+            path = self.run.part("rollouts", index)
+            for rollout in records_of(read_table(path, filters=[("prompt_id", "in", own)]), Rollout, path):
+                if len(rollout.completion_ids) >= 2:
+                    failed[rollout.prompt_id].append(rollout)
+        prompts = self.zero_hit_at(rows)
+        cases = [self.case(prompt, failed[prompt.id]) for prompt in prompts]
+        for case, target in zip(cases, chosen, strict=True):
+            if (wrong := target["wrong"]) is not None:
+                case.wrong, case.wrong_ids = wrong, self._answer_ids(wrong)
+        return cases
 
     # What a stage works with
 
     def case(self, prompt: Prompt, failed: list[Rollout]) -> Case:
         """A prompt with all that its arms share; failed: the rollouts that may be cut."""
-        seed = row_seed(self.config.seed, "case", prompt.id)
+        seed = case_seed(self.config.seed, prompt.id)
         config = self.config
         return Case(
             prompt=prompt,
@@ -178,41 +210,6 @@ class Job:
                 f"the answer {answer!r} has no token under this tokenizer; correct the answer or drop the row"
             )
         return ids
-
-    def _take_targets(self, cases: list[Case]) -> None:
-        """Give every case the wrong target that the run has noted: what is not decided in time may be another time, and
-        all processes must aim alike."""
-        if not self.run.targets.exists():
-            with self.run.once():
-                if not self.run.targets.exists():
-                    self._aim_wrong(cases)
-                    chosen = {case.prompt.id: case.wrong for case in cases}
-                    write_json(self.run.targets, {"targets": chosen, "hash": stable_hash(chosen)})
-        try:
-            noted = json.loads(self.run.targets.read_text(encoding="utf-8"))
-            whole = stable_hash(noted["targets"]) == noted["hash"]
-        except (ValueError, LookupError, TypeError):
-            whole = False
-        if not whole or noted["targets"].keys() != {case.prompt.id for case in cases}:
-            raise RunError(
-                f"{self.run.targets} is damaged, or the rollouts are not those it was made for; restore it, or delete"
-                " it and the folders starts, samples and verdicts, and run the command again"
-            )
-        for case in cases:
-            if (wrong := noted["targets"][case.prompt.id]) is not None:
-                case.wrong, case.wrong_ids = wrong, self._answer_ids(wrong)
-
-    def _aim_wrong(self, cases: list[Case]) -> None:
-        """Give every case a wrong target: another prompt's answer, drawn by the case's seed and verified to differ."""
-        answers = sorted({p.answer for p in self.prompts})
-        waiting = [(case, _shuffled(answers, case.seed)) for case in cases]
-        while waiting:
-            tried = [(case, rest.pop()) for case, rest in waiting if rest]
-            judged = self.verifier.compare([(case.prompt.answer, answer) for case, answer in tried])
-            for (case, answer), judgement in zip(tried, judged, strict=True):
-                if judgement.verdict == "wrong":
-                    case.wrong, case.wrong_ids = answer, self._answer_ids(answer)
-            waiting = [(case, rest) for case, rest in waiting if rest and case.wrong is None]
 
     def succeed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether each (answer, text) is verified correct."""
@@ -249,8 +246,3 @@ class Job:
             self.config.prefix_boundary,
             self.config.chat_template_kwargs,
         )
-
-
-def _shuffled(items: Sequence[str], seed: int) -> list[str]:
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[i] for i in order.tolist()]

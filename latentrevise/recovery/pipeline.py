@@ -22,11 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json
 from latentrevise.engines import Engine
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.cases import Case
-from latentrevise.recovery.collect import admitted, collect, cost, decoded_tokens, results
+from latentrevise.recovery.collect import admitted, collect, cost, results
 from latentrevise.recovery.gate import implicit_value
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import POOL, WRONG
@@ -34,7 +37,7 @@ from latentrevise.recovery.progress import Progress, Shown
 from latentrevise.recovery.ray_workers import RayWorkers
 from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, settled
+from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, unsettled
 from latentrevise.strategies import build
 
 if TYPE_CHECKING:
@@ -85,8 +88,8 @@ class Recovery:
         prompts: a file, or rows with a prompt and an answer; None when the run has its prompts already.
         """
         self.job.take_prompts(prompts)
-        chunks = _chunks(self.prompts, self.config.chunk)
-        self._stage(Mine(), {"": [Part(index, chunk) for index, chunk in enumerate(chunks)]})
+        chunks = _chunks(range(len(self.prompts)), self.config.chunk)
+        self._stage(Mine(), {"": [Part(index, rows) for index, rows in enumerate(chunks)]})
 
     def revise(self) -> None:
         """Let every strategy propose its prefixes, for the right target and for a wrong one.
@@ -144,7 +147,7 @@ class Recovery:
     # What there is
 
     @property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> Sequence[Prompt]:
         return self.job.prompts
 
     def rollouts(self) -> dict[str, list[Rollout]]:
@@ -186,17 +189,17 @@ class Recovery:
     def pool(self) -> Arm | None:
         """The equal-compute control: as many fresh rollouts a prompt as the dearest strategy, or all of a chain
         together, could have paid for."""
-        if self._pool is not None or not self.config.equal_compute or not self.cases():
+        targets = self.job.targets
+        if self._pool is not None or not self.config.equal_compute or not len(targets):
             return self._pool
-        costs = [cost(self.run, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
-        dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(self.cases())
-        rollouts = self.rollouts()
-        lengths = [
-            decoded_tokens(r.completion_ids, r.finish_reason) for case in self.cases() for r in rollouts[case.prompt.id]
-        ]
-        fresh = sum(lengths) / len(lengths)
-        count = min(self.config.equal_compute_cap, math.ceil(dearest / fresh))
-        self._pool = Arm(POOL, build("resample", self.config), False, max(count, self.config.samples))
+        if not self.run.control.exists():
+            costs = [cost(self.run, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
+            dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(targets)
+            fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
+            count = max(min(self.config.equal_compute_cap, math.ceil(dearest / fresh)), self.config.samples)
+            write_json(self.run.control, {"samples": count})
+        count = json.loads(self.run.control.read_text(encoding="utf-8"))["samples"]
+        self._pool = Arm(POOL, build("resample", self.config), False, count)
         return self._pool
 
     def all_arms(self) -> list[Arm]:
@@ -205,9 +208,8 @@ class Recovery:
 
     def parts(self, arm: Arm) -> list[Part]:
         """The pieces of an arm's work, without those that were set aside."""
-        chunks = _chunks(self._cases_of(arm), self.config.chunk)
-        parts = [Part(index, arm=arm, cases=chunk) for index, chunk in enumerate(chunks)]
-        return [part for part in parts if not set_aside(self.run, part)]
+        chunks, aside = _chunks(self._rows_of(arm), self.config.chunk), set_aside(self.run, arm)
+        return [Part(index, rows, arm) for index, rows in enumerate(chunks) if index not in aside]
 
     def _parts_of(self, arms: Sequence[Arm]) -> dict[str, list[Part]]:
         return {arm.name: self.parts(arm) for arm in arms}
@@ -219,21 +221,24 @@ class Recovery:
             plan = self.run.plan(stage.folder, arm)
             if own and not plan.exists():
                 write_json(plan, {"stage": name, "sizes": {part.index: part.size for part in own}})
-        every = [part for own in parts.values() for part in own]
-        missing = [part for part in every if not settled(self.run, stage, part)]
-        total, left = (sum(part.size for part in some) for some in (every, missing))
+        missing = [part for own in parts.values() for part in unsettled(self.run, stage, own)]
+        total = sum(part.size for own in parts.values() for part in own)
+        left = sum(part.size for part in missing)
         with Progress(name, total, total - left, self.shown).showing(self.job.policy.body) as bar:
             self.scheduler.run(self.job, stage, missing, bar)
 
-    def _cases_of(self, arm: Arm) -> list[Case]:
-        """The prompts an arm is given; a wrong-target arm gets those of its strategy that have a wrong target."""
-        done: set[str] = set()
+    def _rows_of(self, arm: Arm) -> Sequence[int]:
+        """The prompts an arm is given, as rows of ``Job.targets``; a wrong-target arm gets those of its strategy that
+        have a wrong target."""
+        targets, keep = self.job.targets, None
+        if arm.wrong:
+            keep = pc.is_valid(targets["wrong"])
         if self.config.stop_at_success and arm.name != POOL:
             before = self.config.strategies[: self.config.strategies.index(arm.strategy.name)]
-            done = set().union(*(self._recovered_by(name) for name in before))
-        return [
-            case for case in self.cases() if case.prompt.id not in done and (case.wrong is not None or not arm.wrong)
-        ]
+            done: set[str] = set().union(*(self._recovered_by(name) for name in before))
+            left = pc.invert(pc.is_in(targets["prompt_id"], pa.array(sorted(done), pa.string())))
+            keep = left if keep is None else pc.and_(keep, left)
+        return range(len(targets)) if keep is None else pc.indices_nonzero(keep).to_pylist()
 
     def _recovered_by(self, name: str) -> set[str]:
         """The prompts of which this strategy brought an admitted trajectory. Raises RunError before it is verified."""

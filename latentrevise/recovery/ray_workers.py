@@ -134,7 +134,7 @@ class RayWorkers:
                         waiting.appendleft(task.part)
                         continue
                     if not settled(job.run, stage, task.part):
-                        give_up(job.run, stage, task.part, deaths[key])
+                        give_up(job, stage, task.part, deaths[key])
                 bar.end(open_parts.pop(key).size)
             self._tell_of_none(job.config)
 
@@ -168,6 +168,7 @@ class RayWorkers:
         try:
             if self.address == "local":
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported home
+                os.environ.setdefault("RAY_worker_niceness", "0")  # else they give way to all else on the machine
                 cpus = max(self.count, os.cpu_count() or 1)
                 self.ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
             else:

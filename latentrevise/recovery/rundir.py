@@ -5,7 +5,8 @@ means computing the parts that are not there. Since a part's result depends on i
 alone, a run that was killed and resumed ends with the same rows as one that was not.
 
 Layout: ``run.json`` (settings, model, versions), ``prompts.parquet``, ``errors.jsonl``, ``rollouts/``,
-``targets.json`` (the wrong target of each zero-hit prompt), then
+``targets.parquet`` (the zero-hit prompts and their wrong targets), ``control.json`` (samples of the equal-compute
+control),
 ``starts/``, ``samples/`` and ``verdicts/`` with a folder for each arm, and the results ``trajectories.parquet``,
 ``atoms.safetensors``, ``metrics.json`` (and ``gate.json``, where it was measured). An evaluation has ``rollouts/``,
 ``scores/`` and its metrics. ``plan/`` says which parts each stage has; while several processes are at work ``leases/``
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 # What may differ between a run and its resumption: it changes no row. A model is known by its weights, not its place,
-# and the data of an evaluation by its rows.
-_VOLATILE = ("created", "versions", "model.path", "data.name")
+# the data of an evaluation by its rows, and so are prompts: their file's hash only spares reading it again.
+_VOLATILE = ("created", "versions", "model.path", "data.name", "source")
 
 
 class RunDirectory:
@@ -83,7 +85,11 @@ class RunDirectory:
 
     @property
     def targets(self) -> Path:
-        return self.path / "targets.json"
+        return self.path / "targets.parquet"
+
+    @property
+    def control(self) -> Path:
+        return self.path / "control.json"
 
     @property
     def leases(self) -> Path:
@@ -101,7 +107,15 @@ class RunDirectory:
         return self.path / stage / arm / f"part-{index:05d}.parquet"
 
     def parts(self, stage: str, arm: str = "") -> list[Path]:
-        return sorted((self.path / stage / arm).glob("part-?????.parquet"))
+        return [self.part(stage, index, arm) for index in sorted(self.there(stage, arm))]
+
+    def there(self, stage: str, arm: str = "") -> set[int]:
+        """Which parts of a stage are done, by one look at their folder."""
+        return _numbers(self.path / stage / arm, ".parquet")
+
+    def given_up(self, stage: str, arm: str = "") -> set[int]:
+        """Which parts of a stage were given up."""
+        return _numbers(self.path / "aside" / stage / arm, ".json")
 
     def read_header(self) -> dict[str, Any]:
         if not self.header.is_file():
@@ -227,9 +241,14 @@ class RunDirectory:
     def kept(self) -> str:
         """What was computed, in words."""
         stages = ("rollouts", "starts", "samples", "verdicts", "scores")
-        counts = {stage: len(list((self.path / stage).rglob("part-?????.parquet"))) for stage in stages}
+        counts = {stage: len(list((self.path / stage).rglob("part-*.parquet"))) for stage in stages}
         parts = [f"{n} parts of {stage}" for stage, n in counts.items() if n]
         return ", ".join(["its prompts" if self.prompts.exists() else "nothing yet", *parts])
+
+
+def _numbers(folder: Path, suffix: str) -> set[int]:
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {int(n[5 : -len(suffix)]) for n in names if n.startswith("part-") and n.endswith(suffix)}
 
 
 def _complete(header: dict[str, Any]) -> dict[str, Any]:
@@ -251,10 +270,10 @@ def other_prompts(
         row["id"] for row in stored_out if row["reason"] in ("unparsable-answer", "over-long-prompt")
     }
 
-    def rows(prompts: Sequence[Prompt]) -> list[Prompt]:
-        return [replace(p, ids=()) for p in prompts if p.id not in doubtful]
+    def rows(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+        return (replace(p, ids=()) for p in prompts if p.id not in doubtful)
 
-    return rows(read) != rows(stored)
+    return any(a != b for a, b in zip_longest(rows(read), rows(stored)))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:

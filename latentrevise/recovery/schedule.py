@@ -93,7 +93,7 @@ class Joint:
                     return False
                 if not settled(job.run, stage, part):  # by who gave the lease back a moment ago
                     if len(dead) >= job.config.deaths:
-                        give_up(job.run, stage, part, [f"{holder} died over it" for holder in dead])
+                        give_up(job, stage, part, [f"{holder} died over it" for holder in dead])
                     else:
                         run_part(job, stage, part, bar)
         bar.end(part.size)

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
 from latentrevise.data.records import (
     Prompt,
@@ -37,7 +39,6 @@ from latentrevise.data.records import (
 from latentrevise.engines import Completion, Request
 from latentrevise.errors import RunError
 from latentrevise.recovery import verdicts
-from latentrevise.recovery.cases import Case
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
@@ -59,16 +60,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of work: the ``index``-th of an arm (of the run itself, while mining), with its prompts or cases."""
+    """One piece of work: the ``index``-th of an arm (of the run itself, while mining). rows: of the prompts while
+    mining, else of the zero-hit prompts (``Job.targets``); what stands in them is read by who runs the part."""
 
     index: int
-    prompts: Sequence[Prompt] = ()
+    rows: Sequence[int]
     arm: Arm | None = None
-    cases: Sequence[Case] = ()
 
     @property
     def size(self) -> int:
-        return len(self.cases or self.prompts)
+        return len(self.rows)
+
+    def names(self, job: Job) -> list[str]:
+        """The ids of its prompts."""
+        if self.arm is None:
+            return [job.prompts[row].id for row in self.rows]
+        return list(job.targets.column("prompt_id").take(pa.array(self.rows, pa.int64())).to_pylist())
 
     def of(self) -> Arm:
         assert self.arm is not None  # only a part of mining has none
@@ -92,23 +99,29 @@ def output(run: RunDirectory, stage: Stage, part: Part) -> Path:
 ORDER = ("rollouts", "starts", "samples", "verdicts")  # the stages' folders
 
 
-def set_aside(run: RunDirectory, part: Part) -> bool:
-    """Whether a stage gave the part up: then it counts as absent, whatever there is of it."""
-    folders, arm = (ORDER[:1], "") if part.arm is None else (ORDER[1:], part.arm.name)
-    return any(run.aside(folder, part.index, arm).exists() for folder in folders)
+def set_aside(run: RunDirectory, arm: Arm | None) -> set[int]:
+    """The parts of an arm that a stage gave up: they count as absent, whatever there is of them."""
+    folders, name = (ORDER[:1], "") if arm is None else (ORDER[1:], arm.name)
+    return set().union(*(run.given_up(folder, name) for folder in folders))
 
 
 def settled(run: RunDirectory, stage: Stage, part: Part) -> bool:
     """Whether nothing is left to do for the part in this stage."""
-    return output(run, stage, part).exists() or set_aside(run, part)
+    return output(run, stage, part).exists() or part.index in set_aside(run, part.arm)
 
 
-def give_up(run: RunDirectory, stage: Stage, part: Part, reasons: Sequence[str]) -> None:
+def unsettled(run: RunDirectory, stage: Stage, parts: Sequence[Part]) -> list[Part]:
+    """Those of one arm's parts of which something is left to do: two looks at folders, however many there are."""
+    arm = parts[0].arm if parts else None
+    done = run.there(stage.folder, "" if arm is None else arm.name) | set_aside(run, arm)
+    return [part for part in parts if part.index not in done]
+
+
+def give_up(job: Job, stage: Stage, part: Part, reasons: Sequence[str]) -> None:
     """Note that a part is given up, and why."""
     arm = "" if part.arm is None else part.arm.name
-    path = run.aside(stage.folder, part.index, arm)
-    prompts = [p.id for p in part.prompts] or [case.prompt.id for case in part.cases]
-    note = {"stage": stage.name, "arm": arm, "part": part.index, "prompts": prompts, "reasons": list(reasons)}
+    path = job.run.aside(stage.folder, part.index, arm)
+    note = {"stage": stage.name, "arm": arm, "part": part.index, "prompts": part.names(job), "reasons": list(reasons)}
     write_json(path, note)
     log.warning("%s is set aside: %s", described(note), "; ".join(reasons))
 
@@ -145,13 +158,13 @@ class Mine:
     name, folder = "mine", "rollouts"
 
     def run(self, job: Job, part: Part, bar: Progress) -> None:
-        config = job.config
-        requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in part.prompts]
-        left = [job.tools().left(len(p.ids)) for p in part.prompts]
+        config, prompts = job.config, [job.prompts[row] for row in part.rows]
+        requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in prompts]
+        left = [job.tools().left(len(p.ids)) for p in prompts]
         found = job.generate(requests, [config.sampling(config.rollouts, left=room) for room in left], bar)
         flat = [
             (prompt, j, completion, decoded(job.tokenizer, completion.ids))
-            for prompt, own in zip(part.prompts, found, strict=True)
+            for prompt, own in zip(prompts, found, strict=True)
             for j, completion in enumerate(own)
         ]
         judged = job.verifier.verify([(prompt.answer, text) for prompt, _, _, text in flat])
@@ -178,7 +191,7 @@ class Propose:
 
     def run(self, job: Job, part: Part, bar: Progress) -> None:
         arm = part.of()
-        work = [case.work(arm.wrong) for case in part.cases]
+        work = [case.work(arm.wrong) for case in job.cases_at(part.rows)]
         began = time.perf_counter()
         proposals = arm.strategy.propose(job.tools(), work, arm.samples)
         spare = time.perf_counter() - began - sum(p.compute.seconds for own in proposals for p in own)
@@ -200,7 +213,7 @@ class Continue:
 
     def run(self, job: Job, part: Part, bar: Progress) -> None:
         starts, mixtures = read_starts(job.run, part)
-        prompts = {case.prompt.id: case.prompt for case in part.cases}
+        prompts = {prompt.id: prompt for prompt in job.zero_hit_at(part.rows)}
         began = time.perf_counter()
         found = continuations(job, starts, mixtures, prompts, bar)
         seconds = (time.perf_counter() - began) / max(sum(map(len, found)), 1)
@@ -262,7 +275,7 @@ class Judge:
         starts, mixtures = read_starts(job.run, part)
         samples = read_records(read_output(job.run, "samples", part, "continue"), Sample)
         judge = verdicts.Judge(job.tools(), job.verifier, job.checker, job.config, job.boundary)
-        cases = {case.prompt.id: case for case in part.cases}
+        cases = {case.prompt.id: case for case in job.cases_at(part.rows)}
         generate = partial(job.generate, bar=bar)
         rows = judge.verdicts(arm.strategy, arm.wrong, cases, starts, mixtures, samples, generate)
         _publish(job, self, part, rows, Verdict)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.checkers.loading import Checker, Derivation, load
-from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, decoded, row_seed
+from latentrevise.data.records import Prompt, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.model.branches import Branch, completion_logprobs, score_branches
 from latentrevise.recovery.cases import Case
@@ -203,18 +203,18 @@ def before_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: 
     return min(len(tokenizer.encode(head, add_special_tokens=False)), len(ids))
 
 
-def warn_of_missing_answers(rollouts: Sequence[Rollout], pattern: AnswerPattern) -> None:
-    """A model that does not know where the answer goes seems to fail everywhere."""
-    without = [r for r in rollouts if r.extracted is None]
-    if 2 * len(without) > len(rollouts):
+def warn_of_missing_answers(without: int, cut: int, rollouts: int, pattern: AnswerPattern) -> None:
+    """A model that does not know where the answer goes seems to fail everywhere. without: rollouts that give none;
+    cut: those of them that ended at their length; rollouts: all."""
+    if 2 * without > rollouts:
         log.warning(
             "%d of %d rollouts hold no answer by answer_pattern = %r and count as wrong (%d of them ended at"
             " max_new_tokens); ask for one in the prompts or with `instruction`, choose the pattern that the model"
             " answers in, or raise max_new_tokens",
-            len(without),
-            len(rollouts),
+            without,
+            rollouts,
             pattern.name,
-            sum(r.finish_reason == "length" for r in without),
+            cut,
         )
 
 

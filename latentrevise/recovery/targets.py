@@ -1,0 +1,127 @@
+"""The zero-hit prompts of a run, and the wrong answer that each is aimed at.
+
+They are found once, from the mined parts, and noted in one file that all processes read: what is not decided in time
+may be another time, and all must aim alike. Of the parts no more than one is held.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from latentrevise.data.records import GROUP, RowError, read_table, row_seed
+from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.verify.verifier import Verifier
+
+log = logging.getLogger(__name__)
+_ANSWERS = 1024  # of other prompts, among which a wrong target is drawn
+
+
+@dataclass(frozen=True)
+class Target:
+    """A zero-hit prompt. row: its place among the prompts. wrong: the audit's target; None where no other answer
+    exists. rollouts, decoded: how many were mined, and the tokens that they took."""
+
+    prompt_id: str
+    row: int
+    wrong: str | None
+    rollouts: int
+    decoded: int
+
+
+@dataclass
+class _Found:
+    """What the rollouts of a prompt come to. long: one has two tokens, so that it can be cut."""
+
+    failed: bool = True
+    long: bool = False
+    rollouts: int = 0
+    decoded: int = 0
+
+
+class ZeroHit:
+    """Looks through the mined parts ``mined`` (by index, each of ``chunk`` prompts).
+
+    Zero-hit is a prompt of which every rollout was verified wrong; with an undecided one it may have been solved. Those
+    without a rollout that can be cut are left out, in ``uncut``. without, cut, rollouts: how many rollouts give no
+    answer, how many of those ended at their length, how many there are.
+    """
+
+    def __init__(self, run: RunDirectory, mined: Iterable[int], chunk: int, prompt_ids: pa.ChunkedArray) -> None:
+        self.uncut: list[RowError] = []
+        self.without = self.cut = self.rollouts = 0
+        self.found: list[tuple[str, int, _Found]] = []
+        for index in mined:
+            of = self._read(run, index)
+            for row, name in enumerate(prompt_ids.slice(index * chunk, chunk).to_pylist(), index * chunk):
+                own = of.get(name)
+                if own is not None and own.failed and own.long:
+                    self.found.append((name, row, own))
+                elif own is not None and own.failed:
+                    self.uncut.append(RowError(row, name, "short-rollouts", _SHORT))
+
+    def _read(self, run: RunDirectory, index: int) -> dict[str, _Found]:
+        columns = ("prompt_id", "verdict", "finish_reason", "extracted", "completion_ids")
+        table = read_table(run.part("rollouts", index), columns)
+        names, verdicts, ends = (table.column(name).to_pylist() for name in columns[:3])
+        missing = pc.is_null(table.column("extracted")).to_pylist()
+        lengths = pc.list_value_length(table.column("completion_ids")).to_pylist()
+        of: dict[str, _Found] = {}
+        for name, verdict, end, none, length in zip(names, verdicts, ends, missing, lengths, strict=True):
+            own = of.setdefault(name, _Found())
+            own.failed &= verdict == "wrong"
+            own.long |= length >= 2
+            own.rollouts += 1
+            own.decoded += length + (end == "stop")
+            self.without += none
+            self.cut += none and end == "length"
+        self.rollouts += len(names)
+        return of
+
+    def aimed(self, seed: int, answers: pa.ChunkedArray, verifier: Verifier) -> Iterator[Target]:
+        """Each with a wrong target: another prompt's answer, drawn by the case's seed and verified to differ. answers:
+        of all prompts."""
+        others = _spread(sorted(pc.unique(answers).to_pylist()))
+        for first in range(0, len(self.found), GROUP):
+            some = self.found[first : first + GROUP]
+            golds = answers.take(pa.array([row for _, row, _ in some])).to_pylist()
+            seeds = [case_seed(seed, name) for name, _, _ in some]
+            for (name, row, own), wrong in zip(some, _aim(golds, seeds, others, verifier), strict=True):
+                yield Target(name, row, wrong, own.rollouts, own.decoded)
+
+
+_SHORT = "no failed rollout has two tokens, so there is no prefix to revise; check the stop tokens and the template"
+
+
+def case_seed(seed: int, prompt_id: str) -> int:
+    """Of all that is drawn for a zero-hit prompt, in a run of this seed."""
+    return row_seed(seed, "case", prompt_id)
+
+
+def _aim(golds: Sequence[str], seeds: Sequence[int], others: Sequence[str], verifier: Verifier) -> list[str | None]:
+    wrong: list[str | None] = [None] * len(golds)
+    waiting = [(i, _shuffled(others, seed)) for i, seed in enumerate(seeds)]
+    while waiting:
+        tried = [(i, rest.pop()) for i, rest in waiting if rest]
+        judged = verifier.compare([(golds[i], answer) for i, answer in tried])
+        for (i, answer), judgement in zip(tried, judged, strict=True):
+            if judgement.verdict == "wrong":
+                wrong[i] = answer
+        waiting = [(i, rest) for i, rest in waiting if rest and wrong[i] is None]
+    return wrong
+
+
+def _spread(answers: Sequence[str]) -> list[str]:
+    """At most ``_ANSWERS`` of them, evenly: a draw costs as much as there are."""
+    count = min(len(answers), _ANSWERS)
+    return [answers[i * len(answers) // count] for i in range(count)]
+
+
+def _shuffled(items: Sequence[str], seed: int) -> list[str]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
