@@ -31,6 +31,7 @@ DESCRIPTIONS = {
     "forks": "greedy forks of one rollout by the hf engine, seconds against one request",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
+    "checkers": "the arithmetic checker: right derivations kept, mutated ones caught",
     "chaos": "processes that share a run, killed at random: are the rows an undisturbed run's, and is nothing left?",
     "scale": "a million prompts through scheduler, leases and part files, the work simulated: overhead, memory, resume",
     "plan": "what `latentrevise plan` says of the bundled families, over what they then take",
@@ -38,7 +39,7 @@ DESCRIPTIONS = {
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 # Import transformers, which kernels are measured without.
-MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan")
+MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan", "checkers")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, iterates, recovery, recovery_tables, training
+from benchmarks import checkers, harness, iterates, recovery, recovery_tables, training
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
 from latentrevise.data.records import Verdict, write_json, write_records
@@ -131,7 +131,7 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
         recovery.publish("new", page)
 
 
-@pytest.mark.parametrize("study", ["gsm", "recovery", "rivals", "variants", "iterates", "training"])
+@pytest.mark.parametrize("study", ["gsm", "recovery", "rivals", "variants", "iterates", "training", "checkers"])
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
     document = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))
@@ -142,6 +142,8 @@ def test_the_documents_say_what_the_results_say(study):
 
     if study == "training":
         assert published("docs/training.md", study) == training.brief(document)
+    elif study == "checkers":
+        assert published("docs/verifier.md", study) == checkers.table(document)
     elif study == "iterates":
         assert published("docs/recovery.md", study) == iterates.table(document)
     else:
