@@ -154,10 +154,6 @@ def measure(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     return found
 
 
-def add_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--runs", type=Path, nargs="+", help="checkers: run directories of finished studies")
-
-
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks checkers [--runs DIR ...]``."""
     seed, runs = (options.seeds or [1])[0], [run.name for run in options.runs or ()]
