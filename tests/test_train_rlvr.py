@@ -161,6 +161,12 @@ def compared(tmp_path, verifier, saved, settings, theirs=None, **changes):
 NOTHING = RLVRSettings(repair=RepairSettings(strategy="none"))
 
 
+@pytest.mark.parametrize("name", ["min_agreement", "min_contrast"])
+def test_a_repair_refuses_guards_that_it_does_not_measure(name):
+    with pytest.raises(ConfigError, match=rf"repair\.guards\.{name} = 0\.5: a repair does not measure it"):
+        load_config(RLVRSettings, None, [f"repair.guards.{name}=0.5"])
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -53,6 +53,13 @@ class RepairSettings(CutSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "replace")
+        for name in ("min_agreement", "min_contrast"):
+            if getattr(self.guards, name) is not None:
+                raise ConfigError(
+                    f"repair.guards.{name} = {getattr(self.guards, name)!r}: a repair does not measure it (every"
+                    " row would be sampled or scored again at each step); set it to null, or recover with it and train"
+                    " by `latentrevise train sft`"
+                )
         if self.strategy == "hint":
             raise ConfigError(
                 "repair.strategy = hint: no reference solution reaches a trainer; recover with it, and train by"
