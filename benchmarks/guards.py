@@ -188,16 +188,15 @@ def table(document: dict[str, Any]) -> str:
         same = ", chosen on the same" if found["in_sample"] else ""
         lines.append(row(f"{family} ({found['valid']}, {found['invalid']}{same})", "the defaults", found["defaults"]))
         alone = [one for one in found["alone"].values() if one["thresholds"]]
-        best = sorted(alone, key=lambda one: one["contamination"][0])[:2]
-        lines += [row("", f"{thresholds(one)} alone", one) for one in best]
-        told = dict.fromkeys(FLOORS)
+        best = min(alone, key=lambda one: one["contamination"][0] / max(one["kept"][0], 1e-9))
+        lines.append(row("", f"{thresholds(best)} alone", best))
         seen: set[str] = set()
-        for floor in told:
+        for floor in (FLOORS[0], FLOORS[-1]):
             one = found["together"][str(floor)]
             if (text := thresholds(one)) not in seen:
                 lines.append(row("", f"{text} (for {100 * floor:.0f} % kept)", one))
             seen.add(text)
-    names = ("used", "founded", "plain", "step", "answer", "derivation", "length", "leak", "text")
+    names = ("used", "founded", "plain", "step", "answer", "derivation", "length")
     lines += ["", "The AUC of each signal there, valid over invalid:", "", f"| family | {' | '.join(names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
     for family, found in document["families"].items():
