@@ -31,6 +31,8 @@ DESCRIPTIONS = {
     "forks": "greedy forks of one rollout by the hf engine, seconds against one request",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
+    "checkers": "the arithmetic checker: right derivations kept, mutated ones caught",
+    "guards": "the leak guards on finished runs of the recovery study: what each, and all together, keep and let by",
     "chaos": "processes that share a run, killed at random: are the rows an undisturbed run's, and is nothing left?",
     "scale": "a million prompts through scheduler, leases and part files, the work simulated: overhead, memory, resume",
     "plan": "what `latentrevise plan` says of the bundled families, over what they then take",
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--seeds", type=int, nargs="+", help="of prompts and sampling")
     study.add_argument("--mined", type=int, help="prompts mined in each run")
     study.add_argument("--jobs", type=int, help="runs side by side; none: one a core; 0 (training): pool what is there")
+    study.add_argument("--runs", type=Path, nargs="+", help="checkers, guards: directories of finished runs")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
     for name, module in models.items():
         module.add_options(parser.add_argument_group(name))
@@ -94,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name in models:
             document = models[name].main(options)
+        elif name in ("checkers", "guards"):
+            document = import_module(f"benchmarks.{name}").main(options)
         elif name == "estimates":
             document = estimates.main()
         elif name == "screening":

@@ -47,6 +47,7 @@ from latentrevise.engines.vllm_setup import (
     prompt_input,
     sampled,
     unavailable,
+    upto_stop,
     vllm_params,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
@@ -394,9 +395,8 @@ class VLLMEngine:
         with closing(self._complete(jobs())) as finished:
             for index, outputs in finished:
                 p = params[index]
-                own = [self._completion(index, output, p) for output in outputs]
-                # Greedily all samples are one.
-                done[index] = own if len(own) == p.n else own * p.n
+                own = [upto_stop(self.tokenizer, p, self._completion(index, output, p)) for output in outputs]
+                done[index] = own if len(own) == p.n else own * p.n  # greedily all samples are one
                 if progress is not None:
                     progress(p.n, sum(len(c.ids) + (c.finish_reason == "stop") for c in done[index]))
 

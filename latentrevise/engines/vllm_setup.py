@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from latentrevise.engines.base import Request, SamplingParams
+from latentrevise.engines.base import Completion, Request, SamplingParams, stops_text
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import unwrapped
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from vllm.outputs import CompletionOutput
 
 CPU_KV_GIB = 2.0
@@ -140,6 +140,18 @@ def vllm_params(params: SamplingParams, seed: int, stops: list[int]) -> Any:
         skip_special_tokens=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def upto_stop(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, completion: Completion) -> Completion:
+    """The completion up to where ``stop_pattern`` ends it: vLLM knows strings alone, and decodes on."""
+    if params.stop_pattern is None:
+        return completion
+    assert tokenizer is not None  # checked before anything is computed
+    ids, logprobs = completion.ids, completion.logprobs
+    ends = (n for n in range(1, len(ids) + 1) if stops_text(params, str(tokenizer.decode(list(ids[:n])))))
+    if (end := next(ends, None)) is None:
+        return completion
+    return Completion(ids[:end], logprobs and logprobs[:end], "stop")
 
 
 def sampled(output: CompletionOutput) -> tuple[list[int], list[float]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -31,7 +32,7 @@ from latentrevise.data.tables import file_hash
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
-from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.cases import Case, chosen_cuts, request_of
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.settings import RecoverConfig
@@ -74,8 +75,7 @@ class Job:
         self.run.check(self.header)
         self._prompts: Stored[Prompt] | None = None
         self._targets: pa.Table | None = None
-        boundary = config.prefix_boundary
-        self.boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
+        self.boundary = Boundary.of(config.prefix_boundary, tokenizer)
 
     # Prompts and rollouts
 
@@ -243,6 +243,6 @@ class Job:
             self.tokenizer,
             self.config.sampling(1),
             self.config.token_budget,
-            self.config.prefix_boundary,
+            self.boundary,
             self.config.chat_template_kwargs,
         )

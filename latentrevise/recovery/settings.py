@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from latentrevise.data.boundary import Regex
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Start, original_prefix
 from latentrevise.engines import SamplingParams, VLLMConfig
@@ -23,7 +24,8 @@ class CutSettings(StrategySettings):
     samples: continuations for each prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the
     samples are spread over them.
     prefix_fraction: where a failed rollout is cut (the paper's rho; the strategy ``latent`` has a ``rho`` of its own);
-    prefix_boundary: move the cut behind the nearest token with this text (a newline, or whatever ends a step).
+    prefix_boundary: what ends a step, a text (a newline, say) or ``{regex: ...}``, in the decoded rollout: the cut is
+    moved behind the nearest one.
     answer_template: text between prefix and answer under which the answer is scored; by default the
     answer pattern's, for boxes the paper's. guards: what may become a label, see ``GuardConfig``. token_budget: padded
     tokens in one batch of plain log-probs and branch scores.
@@ -32,7 +34,7 @@ class CutSettings(StrategySettings):
     samples: int = 8
     revised_rollouts: int = 1
     prefix_fraction: float = 0.8
-    prefix_boundary: str | None = None
+    prefix_boundary: str | Regex | None = None
     answer_template: str | None = None
     guards: GuardConfig = field(default_factory=GuardConfig)
     token_budget: int = 16384
