@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.training_plan import ARMS, COSTS, METRICS, PUBLISHED, RLVR, SFT, Sizes
+from benchmarks.training_plan import ARMS, COSTS, METRICS, PUBLISHED, Sizes, defined
 from latentrevise.data.records import atomic_write
 from latentrevise.recovery.guards import bootstrap_mean
 
@@ -28,12 +28,14 @@ def rates(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, dict[
 
 def pool(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, Any]:
     """The cells of one family as one table, a row an arm; gains are over the first arm of the same training, prompt by
-    prompt."""
+    prompt. A rival without a cell has no row."""
     arms: dict[str, dict[str, Any]] = {}
     for kind, (first, *_) in ARMS.items():
         base = rates([c for c in cells if (c["kind"], c["arm"]) == (kind, first)], hard)
         for arm in ARMS[kind]:
             own = [c for c in cells if (c["kind"], c["arm"]) == (kind, arm)]
+            if not own and defined(kind, arm):
+                continue
             found = rates(own, hard)
             for key in [key for key in found if key in base and arm != first]:
                 found[f"{key} gain"] = {p: v - base[key][p] for p, v in found[key].items() if p in base[key]}
@@ -193,12 +195,14 @@ def figure(study: dict[str, dict[str, Any]], path: Path) -> None:
                     y, p, low, high = np.array(found).reshape(-1, 4).T
                     axes.hlines(y, low, high, color=colour, linewidth=1.3)
                     axes.plot(p, y, "o", color=colour, markersize=5, label=metric)
-                for place in (0.5, 0.5 + len(SFT)):
+                kinds = [row["kind"] for row in arms.values()]
+                for place in (y - 0.5 for y in range(1, len(arms)) if kinds[y] != kinds[y - 1]):
                     axes.axhline(place, color=MUTED, linewidth=0.6)
                 labels = [arm if row["kind"] == "start" else f"{row['kind']} {arm}" for arm, row in arms.items()]
                 axes.set_yticks(range(len(arms)), labels)
                 axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel="%", title=f"{family}: {pooled[part]} {part} prompts")
-            for arm, colour, marker in zip(RLVR, (INK, *CYCLE), MARKERS, strict=False):
+            trained_arms = [arm for arm, row in arms.items() if row["kind"] == "rlvr"]
+            for arm, colour, marker in zip(trained_arms, (INK, *CYCLE), MARKERS, strict=False):
                 if shares := arms[arm]["zero_hit"]:
                     means = quarters(shares)
                     trained.plot(range(1, len(means) + 1), means, color=colour, marker=marker, label=arm)

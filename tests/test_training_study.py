@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import harness, training
 from benchmarks.__main__ import main
+from benchmarks.training_plan import RLVR_RIVALS, SFT_RIVALS
 from latentrevise.demo import check, get_family, make_prompts, model_dir
 from latentrevise.errors import RunError
 from latentrevise.model.loading import load_model
@@ -94,6 +95,25 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in times}
     again = json.loads((tmp_path / "training.json").read_text())
     assert again["families"]["rule"]["arms"]["pivot"] == arms["pivot"]
+
+    # The rivals are added to a study that was begun without them, and nothing of it is made again.
+    assert main([*command, "--rivals"]) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    added = {path: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir() if path not in cells}
+    assert {c["arm"] for c in added.values()} == {*SFT_RIVALS, *RLVR_RIVALS}
+    more = json.loads((tmp_path / "training.json").read_text())["families"]["rule"]["arms"]
+    assert set(more) == {*arms, *SFT_RIVALS, *RLVR_RIVALS}
+    path, made = next((path, c) for path, c in added.items() if c["arm"] == "grpo + self-hint")
+    path.write_text(json.dumps(made | {"defined": made["defined"] | {"loss": "sign"}}))
+    with pytest.raises(RunError, match="another definition"):
+        training.run(training.Cell("rule", "rlvr", "grpo + self-hint", 0, 0), tmp_path, training.QUICK)
+    # Starts: from the longest to the prompts alone.
+    made = training.Cell("rule", "rlvr", "prefix-rl", 0, 0)
+    starts = training.starts(made, "pivot", tokenizer, tmp_path, training.QUICK)
+    assert len(starts) == training.QUICK.rl_steps * training.QUICK.rl_groups
+    assert all(start.text.startswith(tuple(answers)) for start in starts)
+    assert len(starts[0].ids) > len(starts[-1].ids)
+    assert starts[-1].text in answers
 
 
 def test_other_sizes_need_another_folder(tmp_path):
