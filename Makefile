@@ -80,12 +80,13 @@ test-latest: $(SETUP)
 		tests/test_engine_hf.py tests/test_architectures.py $(ARGS)
 
 # verl and OpenRLHF in an environment of their own, beside the pinned one, whose torch it sees. Without what they
-# demand: that is CUDA's. antlr4 is of the version that hydra reads; math-verify reads it too. OpenRLHF's package holds a
-# package `tests`, which would hide ours.
+# demand: that is CUDA's. antlr4 is of the version that hydra reads; math-verify reads it too. A new environment's
+# setuptools may be too old to build a wheel and would hide the pinned one, OpenRLHF's package `tests` ours.
 ADAPTERS := .venv/adapters
 test-adapters: $(VLLM)
 	$(PYTHON) -m venv --clear $(ADAPTERS)
 	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d $(ADAPTERS)/lib/python*/site-packages)/pinned.pth
+	$(ADAPTERS)/bin/python -m pip uninstall --disable-pip-version-check -y setuptools
 	DS_BUILD_OPS=0 $(ADAPTERS)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation \
 		-r tests/trainers/requirements.txt
 	rm -rf $(ADAPTERS)/lib/python*/site-packages/tests
