@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import harness, training
 from benchmarks.__main__ import main
-from benchmarks.training_plan import RLVR_RIVALS, SFT_RIVALS
+from benchmarks.training_plan import ARMS, PUBLISHED, RLVR_RIVALS, SFT_RIVALS
+from benchmarks.training_tables import comparison
 from latentrevise.demo import check, get_family, make_prompts, model_dir
 from latentrevise.errors import RunError
 from latentrevise.model.loading import load_model
@@ -40,6 +41,22 @@ def test_cells_are_pooled_prompt_by_prompt():
     assert any(line.startswith("| rlvr `grpo` | zero-hit 100 → 50 |") for line in lines)
     document = {"families": {"rule": pooled, "chain": pooled}, "cells": {"done": 4}}
     assert "| rlvr `grpo` | 0.0 [0.0, 0.0]; -; 100.0 | 0.0 [0.0, 0.0]; -; 100.0 |" in training.brief(document)
+
+
+def test_the_papers_comparison_has_the_families_with_all_of_its_arms():
+    def pooled(arms):
+        kinds = {arm: kind for kind, own in ARMS.items() for arm in own}
+        cells = [cell(arm, {"a": [8, 2 if arm == "latent" else 0, 0]}, kinds[arm], different=1) for arm in arms]
+        return training.pool([*cells, cell("ordinary", {"a": [8, 1, 0]}, different=1)], {"a"})
+
+    document = {"families": {"rule": pooled(PUBLISHED), "chain": pooled(["start", "grpo"])}}
+    *_, head, _, start, grpo, _, dapo, _, sft, _ = comparison(document).splitlines()
+    assert head == "| training | paper, 1.5B | paper, 8B | rule: pass@1 / pass@8 | gain of pass@1 | valid@1 |"
+    assert start == "| start `start` | 16.05 / 46.67 | 18.24 / 64.36 | 0.0 / 0.0 | - | 0.0 |"
+    assert grpo == "| rlvr `grpo` | 14.65 / 44.84 | 19.43 / 62.75 | 0.0 / 0.0 | - | 0.0 |"
+    assert dapo.startswith("| rlvr `dapo` | - | - | 0.0 / 0.0 | +0.0 (p 1) |")
+    assert sft == "| sft `latent` | 17.62 / 50.50 | 21.26 / 64.46 | 25.0 / 100.0 | +12.5 (p 1) | 0.0 |"
+    assert comparison({"families": {"chain": pooled(["start", "grpo"])}}) == ""
 
 
 def test_a_paired_test():
