@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument(
         "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
     )
-    study.add_argument("--rivals", action="store_true", help="recovery: what people would use instead")
+    study.add_argument("--rivals", action="store_true", help="recovery, training: what people would use instead")
     study.add_argument(
         "--families", nargs="+", help="task families; none: the study's own; gsm: word problems, a real model"
     )
