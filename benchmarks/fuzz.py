@@ -329,7 +329,7 @@ PATHOLOGICAL: dict[str, Callable[[int], str]] = {
     "digits": lambda n: str(n + 1) * 400 + r"\cdot\pi",
     "words": lambda n: ("aa' " * (60 + n))[: 200 + n] + "!",
     "small": lambda n: rf"10^{{-{n}0000}}\pi",
-    "code": lambda n: f"__import__('os').system('touch /tmp/latentrevise-fuzz-{n}')",
+    "code": lambda n: f"__import__('os').system('touch /tmp/latentrevise-executed-{n}')",
     "lambda": lambda n: f"(lambda:0).__class__.__mro__[{n}]",
     "control": lambda n: f"{n}\x00\x1b[2J\\pi\u202e",
     "backslashes": lambda n: "\\" * (300 + n) + r"\pi",
@@ -368,7 +368,7 @@ def expressions(bad_count: int, good_count: int, timeout: float, workers: int, b
     for (kind, *_), verdict in zip(mixed, judged, strict=True):
         if kind:
             verdicts.setdefault(kind, Counter())[verdict] += 1
-    assert not any(Path("/tmp").glob("latentrevise-fuzz-*")), "an expression was executed"
+    assert not any(Path("/tmp").glob("latentrevise-executed-*")), "an expression was executed"
     return {
         "good": len(good),
         "bad": len(bad),

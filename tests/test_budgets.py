@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import budgets, rejection
 from latentrevise import RecoverConfig
-from latentrevise.data.records import Rollout, read_records
+from latentrevise.data.records import Prompt, Rollout, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, Request, SamplingParams
@@ -106,7 +107,8 @@ def test_a_prompt_of_which_a_round_was_given_up_is_not_called_zero_hit(chain, wh
     run = recovery(chain, tmp_path / "out", **config)
     run.mine(prompts(chain))
     last = run.run.parts("rollouts")[-1]
-    lost = {r.prompt_id for r in read_records(last, Rollout)}
+    kept = run.run.part("rollouts", int(last.stem[5:]) % run.job.chunks)  # all prompts of its chunk
+    lost = {r.prompt_id for r in read_records(kept, Rollout)}
     zero_hit = {case.prompt.id for case in whole.cases()}
     assert lost & zero_hit
     place = run.run.aside("rollouts", int(last.stem[5:]))
@@ -138,3 +140,40 @@ def test_settings_that_cannot_be_are_refused(changes, told):
         RecoverConfig(**changes)
     with pytest.raises(ConfigError, match=r"stop_after_correct = 0: it must be at least 1"):
         MineConfig(stop_after_correct=0)
+
+
+def mined(*correct):
+    """Rollouts of three tokens and an end, by whether they are correct."""
+    return [
+        Rollout("p", f"p/{i}", (5, 6, 7), "", None, "correct" if c else "wrong", "stop", ())
+        for i, c in enumerate(correct)
+    ]
+
+
+def test_the_table_of_budgets_counts_by_hand():
+    prompts = [Prompt(name, name, (1, 2), "1") for name in ("easy", "late", "never")]
+    rollouts = {
+        "easy": mined(1, 0, 0, 0, 1, 0, 0, 0),
+        "late": mined(0, 0, 0, 1, 0, 0, 0, 0),
+        "never": mined(*[0] * 8),
+    }
+    assert [budgets.drawn(rollouts[p.id], 6, 2) for p in prompts] == [2, 4, 6]
+    uniform, rounds = budgets.bill(prompts, rollouts, 6, 6), budgets.bill(prompts, rollouts, 6, 2)
+    assert uniform["passes"] == (18 * 4 + 3 * 2) / 3
+    assert rounds["passes"] == (12 * 4 + 6 * 2) / 3
+    assert uniform["solved"] == rounds["solved"]
+    assert rounds["solved"][0] == 2 / 3
+
+
+def test_early_rejection_is_charged_by_hand():
+    good = rejection.Watched("a", 20, True, ((5, -1.0), (10, -2.0)), look=3)
+    bad = rejection.Watched("a", 30, False, ((5, -9.0), (12, -9.0)), look=3)
+    other = rejection.Watched("b", 10, False, ((5, -0.5),), look=3)
+    assert rejection.chosen([good, bad], 0, 0.0) == {0: -1.0}
+    assert rejection.chosen([good, bad], None, 0.0) == {0: -1.0, 1: -2.0}
+    assert rejection.spent(good, {0: -1.0, 1: -2.0}) == (26, False)
+    assert rejection.spent(bad, {1: -2.0}) == (15, True)
+    assert rejection.spent(other, {1: -2.0}) == (10, False)
+    found = rejection.judged([([good, bad, other], {0: -1.0})])
+    assert found["saved"] == 1 - (23 + 8 + 13) / 60
+    assert (found["lost"], found["yield"]) == (0.0, pytest.approx(60 / 44))
