@@ -137,7 +137,7 @@ def watched(
 def measure(name: str, options: argparse.Namespace, place: Path) -> dict[str, Any]:
     family = get_family(name)
     model, tokenizer = load_model(model_dir(name), dtype="float32", device="cpu")
-    config = replace(demo_config(family), rollouts=options.samples, strategies=("resample",))
+    config = replace(demo_config(family), rollouts=options.mined_each, strategies=("resample",))
     run = Recovery(model, tokenizer, config, place, progress=False)
     with run.session():
         run.mine(make_prompts(family, options.hard, split="report", seed=0))
@@ -160,7 +160,9 @@ def measure(name: str, options: argparse.Namespace, place: Path) -> dict[str, An
 
 def add_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hard", type=int, default=64, help="prompts of each family, of which the zero-hit ones count")
-    group.add_argument("--samples", type=int, default=128, help="rollouts of each, the first 16 for mining")
+    group.add_argument(
+        "--mined-each", type=int, default=128, help="rejection: rollouts of each, the first 16 for mining"
+    )
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks import fuzz, hostile_expressions
 from latentrevise.data.golds import unwrap
 from latentrevise.data.prompts import load_prompts
 from latentrevise.errors import InputError
@@ -120,6 +120,8 @@ def test_known_pairs_of_braces_are_skipped():
 
 @pytest.mark.slow
 def test_pathological_expressions_leave_the_verdicts_of_good_ones_as_they_are():
-    found = fuzz.expressions(len(fuzz.PATHOLOGICAL), 30, timeout=1.0, workers=1)  # raises for a wrong verdict
+    found = hostile_expressions.expressions(
+        len(hostile_expressions.PATHOLOGICAL), 30, timeout=1.0, workers=1
+    )  # raises for a wrong verdict
     assert found["false_positives"] == {}
-    assert sum(sum(count.values()) for count in found["verdicts"].values()) == len(fuzz.PATHOLOGICAL)
+    assert sum(sum(count.values()) for count in found["verdicts"].values()) == len(hostile_expressions.PATHOLOGICAL)
