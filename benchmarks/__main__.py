@@ -36,11 +36,26 @@ DESCRIPTIONS = {
     "chaos": "processes that share a run, killed at random: are the rows an undisturbed run's, and is nothing left?",
     "scale": "a million prompts through scheduler, leases and part files, the work simulated: overhead, memory, resume",
     "plan": "what `latentrevise plan` says of the bundled families, over what they then take",
+    "fuzz": "hostile prompt rows through the loader, pathological expressions through the verifier",
+    "budgets": "mining in rounds that leave out solved prompts, against as many rollouts for each, at equal compute",
+    "rejection": "would samples that look hopeless by the answer's score be worth stopping? saving and loss",
     "estimates": "upper bounds on an H100 from the compiled kernels: operations, bytes, issue slots (no GPU needed)",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 # Import transformers, which kernels are measured without.
-MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan")
+MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan", "fuzz")
+MODELS = (
+    "revise",
+    "engines",
+    "forks",
+    "training_memory",
+    "rlvr_cost",
+    "verifier",
+    "chaos",
+    "fuzz",
+    "budgets",
+    "rejection",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,12 +28,14 @@ class Request:
     """What to continue: exactly one of ``ids`` (tokens) and ``embeddings`` (``[L, d]``, any floating dtype).
 
     Embeddings are as the model's embedding module outputs them. seed: of this request's samples; without it they follow
-    from the parameters' seed and the request's place in the list.
+    from the parameters' seed and the request's place in the list. first: the index of its first sample: those that are
+    drawn in several calls, each from where the last one ended, are those of one call.
     """
 
     ids: Sequence[int] | None = None
     embeddings: Tensor | None = None
     seed: int | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.embeddings is None):

@@ -135,7 +135,8 @@ class HFEngine:
             seed = request.seed if request.seed is not None else row_seed(p.seed, index)
             rows = groups.setdefault(replace(p, n=1, seed=0, max_new_tokens=1), [])
             rows.extend(
-                _Row(index, sample, row_seed(seed, sample), request.length, p.max_new_tokens) for sample in range(p.n)
+                _Row(index, sample, row_seed(seed, request.first + sample), request.length, p.max_new_tokens)
+                for sample in range(p.n)
             )
 
         done: dict[tuple[int, int], Completion] = {}

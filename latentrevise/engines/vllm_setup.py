@@ -119,8 +119,8 @@ def prompt_input(request: Request, dtype: torch.dtype) -> Any:
     return tokens_input(list(request.ids or ()))
 
 
-def vllm_params(params: SamplingParams, seed: int, stops: list[int]) -> Any:
-    """Our parameters as vLLM's; stops: token ids that end a completion."""
+def vllm_params(params: SamplingParams, seed: int, first: int, stops: list[int]) -> Any:
+    """Our parameters as vLLM's; first: index of the first sample; stops: token ids that end a completion."""
     from vllm import SamplingParams as Theirs
     from vllm.sampling_params import RequestOutputKind
 
@@ -131,7 +131,7 @@ def vllm_params(params: SamplingParams, seed: int, stops: list[int]) -> Any:
         top_p=params.top_p,
         top_k=params.top_k or 0,
         max_tokens=params.max_new_tokens,
-        seed=None if greedy else seed % 2**62,  # sample i adds i to it
+        seed=None if greedy else seed % 2**62 + first,  # sample i adds i to it
         stop=list(params.stop),
         stop_token_ids=stops,
         ignore_eos=True,  # it is among the stop tokens
