@@ -27,6 +27,18 @@ PRESETS = Path(__file__).parent / "configs"
 """Settings that come with the package: ``paper-grpo`` and ``paper-sft`` are the published ones of training."""
 
 
+def require(settings: Any, **wanted: tuple[bool, str]) -> None:
+    """Raises ConfigError that names the first of these settings whose condition does not hold, and what it must be."""
+    for name, (holds, words) in wanted.items():
+        if not holds:
+            raise ConfigError(f"{type(settings).__name__}.{name} = {getattr(settings, name)!r}: it must be {words}")
+
+
+def at_least_one(settings: Any, *names: str) -> None:
+    """Raises ConfigError that names the first of these settings that is below 1."""
+    require(settings, **{name: (getattr(settings, name) >= 1, "at least 1") for name in names})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as dicts, lists and scalars that JSON and YAML can hold."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}

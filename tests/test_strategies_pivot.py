@@ -239,7 +239,7 @@ def test_settings_are_checked_and_read_from_plain_data():
     for change in ({"p_min": 0.0}, {"max_forks": 0}, {"step_tokens": 0}, {"banned": ("",)}):
         with pytest.raises(ConfigError, match="ForkConfig"):
             ForkConfig(**change)
-    with pytest.raises(ConfigError, match="negative"):
+    with pytest.raises(ConfigError, match=r"PivotConfig\.keep = -1: it must be 0 or more"):
         PivotConfig(keep=-1)
     config = from_dict(RecoverConfig, {"forks": {"p_min": 0.02}, "pivot_trie": {"keep": 0}})
     assert (config.forks.p_min, config.pivot_trie.scope, config.pivot.scope) == (0.02, "all", "chosen")

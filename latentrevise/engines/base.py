@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from latentrevise.config import at_least_one, require
 from latentrevise.errors import ConfigError, InputError, ModelError
 
 if TYPE_CHECKING:
@@ -72,17 +73,14 @@ class SamplingParams:
     logprobs: bool = True
 
     def __post_init__(self) -> None:
-        checks = {
-            "n": (self.n >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1, or None"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "stop": (all(self.stop), "non-empty strings"),
-        }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ConfigError(f"SamplingParams.{name} = {getattr(self, name)!r}: it must be {wanted}")
+        at_least_one(self, "n", "max_new_tokens")
+        require(
+            self,
+            temperature=(self.temperature >= 0, "0 (greedy) or more"),
+            top_p=(0 < self.top_p <= 1, "in (0, 1]"),
+            top_k=(self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            stop=(all(self.stop), "non-empty strings"),
+        )
 
 
 @dataclass(frozen=True)

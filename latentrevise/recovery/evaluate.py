@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from latentrevise.config import to_dict
+from latentrevise.config import at_least_one, to_dict
 from latentrevise.data.golds import unwrap
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import (
@@ -69,8 +69,7 @@ class EvalConfig(PromptSettings, VerifySettings):
 
     def __post_init__(self) -> None:
         self.check_verification()
-        if self.samples < 1 or self.resamples < 1:
-            raise ConfigError(f"samples = {self.samples!r}, resamples = {self.resamples!r}: both must be at least 1")
+        at_least_one(self, "samples", "resamples")
         if not self.k or not all(1 <= k <= self.samples for k in self.k):
             raise ConfigError(f"k = {self.k!r}: each must lie between 1 and samples = {self.samples}")
 
@@ -84,8 +83,7 @@ class EvalRunConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk < 1:
-            raise ConfigError(f"chunk = {self.chunk!r}: it must be at least 1")
+        at_least_one(self, "chunk")
 
 
 @dataclass(frozen=True)

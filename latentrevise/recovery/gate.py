@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from latentrevise.config import at_least_one
 from latentrevise.data.records import decoded, row_seed
 from latentrevise.engines import Request
-from latentrevise.errors import ConfigError
 from latentrevise.model.compute import Compute
 from latentrevise.recovery.guards import auc, bootstrap_mean
 from latentrevise.strategies.base import Tools, Work
@@ -37,9 +37,7 @@ class GateConfig:
     forks: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "forks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"GateConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
+        at_least_one(self, "prompts", "forks")
 
 
 def implicit_value(

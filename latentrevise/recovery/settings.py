@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from latentrevise.config import at_least_one, require
 from latentrevise.data.boundary import Regex
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Start, original_prefix
@@ -50,14 +51,6 @@ class CutSettings(StrategySettings):
             raise ConfigError(
                 f"{type(self).__name__}.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)"
             )
-
-
-def at_least_one(settings: Any, *names: str) -> None:
-    """Raises ConfigError that names the first of these settings that is below 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            value = getattr(settings, name)
-            raise ConfigError(f"{type(settings).__name__}.{name} = {value!r}: it must be at least 1")
 
 
 def new_tokens(setting: int | None, left: int | None) -> int:
@@ -152,16 +145,16 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
                 f"mine.rounds = {self.mine.rounds}: {self.rollouts} rollouts cannot be drawn in more rounds than"
                 " there are; raise `rollouts`"
             )
-        if not self.lease_seconds > 0:
-            raise ConfigError(f"RecoverConfig.lease_seconds = {self.lease_seconds!r}: it must be a positive number")
-        if self.max_new_tokens is not None:
-            at_least_one(self, "max_new_tokens")
+        require(
+            self,
+            lease_seconds=(self.lease_seconds > 0, "a positive number"),
+            max_new_tokens=(self.max_new_tokens is None or self.max_new_tokens >= 1, "at least 1, or null"),
+            keep=(self.keep is None or self.keep >= 1, "at least 1, or null to keep all"),
+        )
         for name in self.strategies:
             build(name, self)
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
             raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
-        if self.keep is not None and self.keep < 1:
-            raise ConfigError(f"RecoverConfig.keep = {self.keep!r}: it must be at least 1, or null to keep all")
 
     def drawn(self, number: int) -> range:
         """Which of a prompt's rollouts are drawn in this round of mining (from 0)."""

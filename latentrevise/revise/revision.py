@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from latentrevise.config import require
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.compute import Compute
 from latentrevise.revise.hull import Mixture, TextRule, VocabularyHull
@@ -139,22 +140,20 @@ class ReviseConfig:
 
     def __post_init__(self) -> None:
         weights = (self.guide_weight, self.explore_weight, self.fluency_weight)
-        checks = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "guide_weight": (0 <= self.guide_weight < math.inf, "0 or more, and finite"),
-            "explore_weight": (0 <= self.explore_weight < math.inf, "0 or more, and finite"),
-            "fluency_weight": (0 <= self.fluency_weight < math.inf, "0 or more, and finite"),
-            "explore_tokens": (self.explore_tokens is None or self.explore_tokens >= 1, "None or at least 1"),
-            "stop_guide": (self.stop_guide is None or self.stop_guide >= 0, "None or 0 or more"),
-            "p_min": (0.0 < self.p_min < 1.0, "in (0, 1)"),
-            "max_candidates": (self.max_candidates >= 1, "at least 1"),
-            "step_size": (0 < self.step_size < math.inf, "positive and finite"),
-            "mass": (0.0 < self.mass <= 1.0, "in (0, 1]"),
-            "token_budget": (self.token_budget is None or self.token_budget >= 1, "None or at least 1"),
-        }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise ConfigError(f"ReviseConfig.{name} = {getattr(self, name)!r}: it must be {wanted}")
+        require(
+            self,
+            steps=(self.steps >= 1, "at least 1"),
+            guide_weight=(0 <= self.guide_weight < math.inf, "0 or more, and finite"),
+            explore_weight=(0 <= self.explore_weight < math.inf, "0 or more, and finite"),
+            fluency_weight=(0 <= self.fluency_weight < math.inf, "0 or more, and finite"),
+            explore_tokens=(self.explore_tokens is None or self.explore_tokens >= 1, "None or at least 1"),
+            stop_guide=(self.stop_guide is None or self.stop_guide >= 0, "None or 0 or more"),
+            p_min=(0.0 < self.p_min < 1.0, "in (0, 1)"),
+            max_candidates=(self.max_candidates >= 1, "at least 1"),
+            step_size=(0 < self.step_size < math.inf, "positive and finite"),
+            mass=(0.0 < self.mass <= 1.0, "in (0, 1]"),
+            token_budget=(self.token_budget is None or self.token_budget >= 1, "None or at least 1"),
+        )
         if not any(weights):
             raise ConfigError(
                 "ReviseConfig: guide_weight, explore_weight and fluency_weight are all 0, so there is nothing to"

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from latentrevise.config import at_least_one, require
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Rollout
 from latentrevise.engines import Request, SamplingParams
-from latentrevise.errors import ConfigError
 from latentrevise.model import memory
 from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.compute import Compute
@@ -44,13 +44,12 @@ class ForkConfig:
     banned: tuple[str, ...] = ("</think>", "boxed")
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.p_min < 1.0:
-            raise ConfigError(f"ForkConfig.p_min = {self.p_min!r}: it must be in (0, 1)")
-        for name in ("max_forks", "max_positions", "step_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ForkConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
-        if not all(self.banned):
-            raise ConfigError("ForkConfig.banned holds an empty text, which is in every token; remove it")
+        require(
+            self,
+            p_min=(0.0 < self.p_min < 1.0, "in (0, 1)"),
+            banned=(all(self.banned), "texts that are not empty: an empty one is in every token"),
+        )
+        at_least_one(self, "max_forks", "max_positions", "step_tokens")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latentrevise.errors import ConfigError
+from latentrevise.config import at_least_one
 from latentrevise.strategies.base import Proposal, Tools, Work
 
 
@@ -21,8 +21,7 @@ class DartConfig:
     cap: int = 64
 
     def __post_init__(self) -> None:
-        if self.cap < 1:
-            raise ConfigError(f"DartConfig.cap = {self.cap!r}: it must be at least 1")
+        at_least_one(self, "cap")
 
 
 @dataclass(frozen=True)

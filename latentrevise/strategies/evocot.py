@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from latentrevise.config import at_least_one
 from latentrevise.data.records import decoded, row_seed
-from latentrevise.errors import ConfigError
 from latentrevise.strategies.asking import ask, check_places, write
 from latentrevise.strategies.base import Proposal, Tools, Work
 from latentrevise.strategies.candidates import Reader, charged, spread
@@ -32,10 +32,7 @@ class EvoCoTConfig:
 
     def __post_init__(self) -> None:
         check_places(self, "template", "prompt", "answer")
-        if min(self.rationales, self.stages) < 1:
-            raise ConfigError(
-                f"EvoCoTConfig: rationales = {self.rationales!r}, stages = {self.stages!r}; both must be at least 1"
-            )
+        at_least_one(self, "rationales", "stages")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from latentrevise import kernels
-from latentrevise.errors import ConfigError
+from latentrevise.config import at_least_one
 from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.compute import Compute
 from latentrevise.revise.reviser import Reviser
@@ -31,9 +31,7 @@ class GCGConfig:
     candidates: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"GCGConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
+        at_least_one(self, "steps", "candidates")
 
 
 @dataclass

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentrevise.checkers.loading import StepChecker
+from latentrevise.config import at_least_one
 from latentrevise.data.records import Rollout, decoded, row_seed
-from latentrevise.errors import ConfigError
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.asking import ask, check_places, write
 from latentrevise.strategies.base import Proposal, Tools, Work
@@ -45,11 +45,7 @@ class InterveneConfig:
     def __post_init__(self) -> None:
         check_places(self, "locate", "prompt", "answer", "steps")
         check_places(self, "correct", "prompt", "answer")
-        if min(self.corrections, self.step_tokens, self.number_tokens) < 1:
-            raise ConfigError(
-                f"InterveneConfig: corrections = {self.corrections!r}, step_tokens = {self.step_tokens!r},"
-                f" number_tokens = {self.number_tokens!r}; each must be at least 1"
-            )
+        at_least_one(self, "corrections", "step_tokens", "number_tokens")
 
 
 @dataclass(frozen=True)

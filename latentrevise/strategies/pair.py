@@ -16,6 +16,7 @@ from itertools import islice, product
 
 import torch
 
+from latentrevise.config import at_least_one, require
 from latentrevise.data.records import Rollout, row_seed
 from latentrevise.errors import ConfigError
 from latentrevise.model.branches import Branch, score_branches
@@ -64,11 +65,8 @@ class PairConfig:
     marker_keep: int = 4
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.p_min < 1.0:
-            raise ConfigError(f"PairConfig.p_min = {self.p_min!r}: it must be in (0, 1)")
-        for name in ("decisions", "steps", "max_values", "rows", "rescored", "beam", "marker_keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"PairConfig.{name} = {getattr(self, name)!r}: it must be at least 1")
+        require(self, p_min=(0.0 < self.p_min < 1.0, "in (0, 1)"))
+        at_least_one(self, "decisions", "steps", "max_values", "rows", "rescored", "beam", "marker_keep")
 
 
 @dataclass

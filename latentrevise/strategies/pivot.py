@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from latentrevise.config import require
 from latentrevise.data.records import Rollout, row_seed
-from latentrevise.errors import ConfigError
 from latentrevise.model.compute import Compute
 from latentrevise.revise.reviser import Reviser
 from latentrevise.revise.revision import FailedRollout, ReviseConfig
@@ -53,10 +53,7 @@ class PivotConfig:
     keep: int = 0
 
     def __post_init__(self) -> None:
-        if self.keep < 0 or self.mass_weight < 0:
-            raise ConfigError(
-                f"PivotConfig: keep = {self.keep!r}, mass_weight = {self.mass_weight!r}; neither may be negative"
-            )
+        require(self, keep=(self.keep >= 0, "0 or more"), mass_weight=(self.mass_weight >= 0, "0 or more"))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from latentrevise.config import at_least_one
 from latentrevise.data.records import row_seed
-from latentrevise.errors import ConfigError
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.asking import Written, ask, check_places, write
 from latentrevise.strategies.base import Proposal, Tools, Work
@@ -43,10 +43,7 @@ class SelfHintConfig:
             check_places(self, "rationale", "prompt", "answer")
         check_places(self, "hint", "prompt", "answer", *(["rationale"] if self.rationale else []))
         check_places(self, "solve", "prompt", "hint")
-        if min(self.hints, self.hint_tokens) < 1:
-            raise ConfigError(
-                f"SelfHintConfig: hints = {self.hints!r}, hint_tokens = {self.hint_tokens!r}; both must be at least 1"
-            )
+        at_least_one(self, "hints", "hint_tokens")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from latentrevise.checkers.loading import StepChecker
+from latentrevise.config import at_least_one
 from latentrevise.data.records import decoded, row_seed
-from latentrevise.errors import ConfigError
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.asking import Written, write
 from latentrevise.strategies.base import Proposal, Tools, Work
@@ -25,8 +25,7 @@ class StepCheckedConfig:
     tries: int = 6
 
     def __post_init__(self) -> None:
-        if self.tries < 1:
-            raise ConfigError(f"StepCheckedConfig.tries = {self.tries!r}: it must be at least 1")
+        at_least_one(self, "tries")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from latentrevise.config import at_least_one
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout, decoded, original_prefix, row_seed
 from latentrevise.engines import Completion, Engine, SamplingParams
@@ -24,7 +25,7 @@ from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import chosen_cuts, request_of
 from latentrevise.recovery.guards import Candidate, guard, signals
 from latentrevise.recovery.provenance import provenance
-from latentrevise.recovery.settings import CutSettings, at_least_one
+from latentrevise.recovery.settings import CutSettings
 from latentrevise.recovery.verdicts import before_answer
 from latentrevise.strategies import Proposal, Tools, Work, build
 from latentrevise.verify.verifier import Judgement, VerdictName, Verifier
