@@ -22,7 +22,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make test-install  wheels, sdist, editable installs, stale trees, other Pythons (minutes)"
 	@echo "make test-latest   the tests that meet transformers, against its newest release"
-	@echo "make test-adapters the adapters inside verl's and OpenRLHF's own code, on a CPU (minutes)"
+	@echo "make test-adapters the adapters inside verl's, OpenRLHF's and SkyRL's own code, on a CPU (minutes)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite the sources"
 	@echo "make docs     build the documentation site into site/"
@@ -79,13 +79,14 @@ test-latest: $(SETUP)
 	.venv/latest/bin/python -m pytest tests/test_policy.py tests/test_reviser.py \
 		tests/test_engine_hf.py tests/test_architectures.py $(ARGS)
 
-# verl and OpenRLHF in an environment of their own, beside the pinned one, whose torch it sees. Without what they
-# demand: that is CUDA's. antlr4 is of the version that hydra reads; math-verify reads it too. OpenRLHF's package holds a
-# package `tests`, which would hide ours.
+# verl, OpenRLHF and SkyRL in an environment of their own, beside the pinned one, whose torch it sees. Without what they
+# demand: that is CUDA's. antlr4 is of the version that hydra reads; math-verify reads it too. A new environment's
+# setuptools may be too old to build a wheel and would hide the pinned one, OpenRLHF's package `tests` ours.
 ADAPTERS := .venv/adapters
 test-adapters: $(VLLM)
 	$(PYTHON) -m venv --clear $(ADAPTERS)
 	echo "$(CURDIR)/$$(ls -d .venv/lib/python*/site-packages)" > $$(ls -d $(ADAPTERS)/lib/python*/site-packages)/pinned.pth
+	$(ADAPTERS)/bin/python -m pip uninstall --disable-pip-version-check -y setuptools
 	DS_BUILD_OPS=0 $(ADAPTERS)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation \
 		-r tests/trainers/requirements.txt
 	rm -rf $(ADAPTERS)/lib/python*/site-packages/tests

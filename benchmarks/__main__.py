@@ -31,14 +31,31 @@ DESCRIPTIONS = {
     "forks": "greedy forks of one rollout by the hf engine, seconds against one request",
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
+    "checkers": "the arithmetic checker: right derivations kept, mutated ones caught",
+    "guards": "the leak guards on finished runs of the recovery study: what each, and all together, keep and let by",
     "chaos": "processes that share a run, killed at random: are the rows an undisturbed run's, and is nothing left?",
     "scale": "a million prompts through scheduler, leases and part files, the work simulated: overhead, memory, resume",
     "plan": "what `latentrevise plan` says of the bundled families, over what they then take",
+    "fuzz": "hostile prompt rows through the loader, pathological expressions through the verifier",
+    "budgets": "mining in rounds that leave out solved prompts, against as many rollouts for each, at equal compute",
+    "rejection": "would samples that look hopeless by the answer's score be worth stopping? saving and loss",
     "estimates": "upper bounds on an H100 from the compiled kernels: operations, bytes, issue slots (no GPU needed)",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 # Import transformers, which kernels are measured without.
-MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan")
+MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan", "fuzz")
+MODELS = (
+    "revise",
+    "engines",
+    "forks",
+    "training_memory",
+    "rlvr_cost",
+    "verifier",
+    "chaos",
+    "fuzz",
+    "budgets",
+    "rejection",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument(
         "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
     )
-    study.add_argument("--rivals", action="store_true", help="recovery: what people would use instead")
+    study.add_argument("--rivals", action="store_true", help="recovery, training: what people would use instead")
     study.add_argument(
         "--families", nargs="+", help="task families; none: the study's own; gsm: word problems, a real model"
     )
@@ -76,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--seeds", type=int, nargs="+", help="of prompts and sampling")
     study.add_argument("--mined", type=int, help="prompts mined in each run")
     study.add_argument("--jobs", type=int, help="runs side by side; none: one a core; 0 (training): pool what is there")
+    study.add_argument("--runs", type=Path, nargs="+", help="checkers, guards: directories of finished runs")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
     for name, module in models.items():
         module.add_options(parser.add_argument_group(name))
@@ -94,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name in models:
             document = models[name].main(options)
+        elif name in ("checkers", "guards"):
+            document = import_module(f"benchmarks.{name}").main(options)
         elif name == "estimates":
             document = estimates.main()
         elif name == "screening":

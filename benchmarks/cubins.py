@@ -45,12 +45,13 @@ class Resources:
     loop: int = 0  # instructions of the main loop, matrix instructions in it, instructions around it
     multiplications: int = 0
     around: int = 0
+    fences: int = 0  # in the main loop: each waits for all that a thread has stored
     streamed: float = 0.0  # bytes a thread loads from global memory for each instruction of the loop that loads most
     constants: dict[str, int] = field(default_factory=dict)  # tile sizes and the like; warps
 
     @property
     def fine(self) -> bool:
-        return not (self.spills or self.warnings or self.converted)
+        return not (self.spills or self.warnings or self.converted or self.fences)
 
 
 def compile_triton(arch: int, wanted: Callable[[str, str], bool] = lambda op, what: True) -> Iterator[Resources]:
@@ -175,8 +176,8 @@ def read_stream(sass: str) -> float:
     return loaded / size
 
 
-def read_loop(sass: str) -> tuple[int, int, int]:
-    """(instructions of the main loop, matrix instructions in it, instructions of what is around it).
+def read_loop(sass: str) -> tuple[int, int, int, int]:
+    """(instructions of the main loop, matrix instructions in it, instructions of what is around it, fences in it).
 
     The main loop is the innermost loop with the most matrix instructions; around it is the loop over tiles that
     contains it, or the kernel.
@@ -187,12 +188,13 @@ def read_loop(sass: str) -> tuple[int, int, int]:
     busy = [loop for loop in loops if within(*loop, multiplies)]
     inner = innermost(busy)
     if not inner:
-        return 0, 0, len(code)
+        return 0, 0, len(code), 0
     main = max(inner, key=lambda loop: within(*loop, multiplies))
     outer = [loop for loop in busy if loop != main and loop[0] <= main[0] and main[1] <= loop[1]]
     around = min(outer, key=lambda loop: loop[1] - loop[0], default=(places[0], places[-1]))
     size = within(*main, places)
-    return size, within(*main, multiplies), within(*around, places) - size
+    fences = [at for at, text in code if "MEMBAR" in text]
+    return size, within(*main, multiplies), within(*around, places) - size, within(*main, fences)
 
 
 def read_cubin(tool: str, path: str) -> Iterator[tuple[str, int, int, int]]:
@@ -286,12 +288,16 @@ def main(only: Sequence[str] = ()) -> tuple[dict, int]:
     for r in measure(absent, only):
         found.append(r)
         numbers = f"{r.registers:5} {r.stack:6} {r.spills:7} {r.shared:7} {r.loop:6} {r.multiplications:5} {r.around:7}"
-        faults = " ".join((*r.warnings, *[f"{r.converted} accumulators change layout in the loop"] * bool(r.converted)))
+        faults = " ".join((
+            *r.warnings,
+            *[f"{r.converted} accumulators change layout in the loop"] * bool(r.converted),
+            *[f"{r.fences} fences in the loop"] * bool(r.fences),
+        ))  # fmt: skip
         print(f"{r.kernel:34} {r.variant[:60]:60} {r.arch:7} {numbers} {faults}".rstrip(), flush=True)
     for name, why in absent.items():
         print(f"skipped {name}: {why}")
     bad = [r for r in found if not r.fine]
-    print(f"{len(found)} compiled, {len(bad)} with spills, warnings of ptxas or a layout changed in a loop")
+    print(f"{len(found)} compiled, {len(bad)} with spills, warnings of ptxas, or a layout changed or a fence in a loop")
     document = {
         "name": "cubins",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

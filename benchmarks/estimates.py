@@ -31,9 +31,9 @@ CALLS = (
     "mixture_embed bfloat16 from bfloat16 V=151936",
     "entropic_step bfloat16 from bfloat16 V=151936",
 )
-# Kernels of csrc/cuda that multiply by wgmma, by a part of their names. `around`: of the epilogue that is taken but for
-# masks, NaN and infinity, counted in the disassembly from the last wait to the next tile's first.
-HOPPER = {"hopper_parts<2>": {"BM": 128, "BN": 256, "warps": 8, "apart": 1, "cluster": 2, "around": 470}}
+# The forms of csrc/cuda/hopper.cuh, and the instructions of a tile's epilogue that are taken but for masks, biases,
+# targets, softcaps, NaN and infinity, counted in the disassembly from the last wait to the jump back.
+HOPPER = {"Oracle": 427, "LogProbs<false>": 1125, "LogProbs<true>": 1815, "Means": 493}
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,24 @@ def estimate(r: cubins.Resources, d: int) -> Estimate:
     c = r.constants
     BM, BN, cluster = c["BM"], c["BN"], c.get("cluster", 1)
     # weighted rows walk the vocabulary, and have one epilogue for all of it
-    along = V if "weighted" in r.kernel or "mixture_tiles" in r.kernel else d
+    along = V if any(name in r.kernel + r.variant for name in ("weighted", "mixture_tiles", "Means")) else d
     tensor = 2 * BM * BN * along / FLOP_CYCLE
     epilogue = c.get("around", r.around) * c["warps"] / SCHEDULERS
     issued = r.loop * c["warps"] / SCHEDULERS * along / c.get("BK", 16 * r.multiplications)
     main = max(tensor, issued)
     l2 = 2 * along * (BM + BN / cluster)
     busy = max(main, main / 2 + epilogue / 2) if c.get("apart") else main + epilogue
-    return Estimate(*head, main, epilogue, l2 / tensor, tensor / busy, tensor / max(busy, l2 / L2))
+    used = 1.0 if along == d else d / (-(-d // BN) * BN)  # of the columns of a product with the table
+    return Estimate(*head, main, epilogue, l2 / tensor, used * tensor / busy, used * tensor / max(busy, l2 / L2))
 
 
 def compiled() -> Iterator[cubins.Resources]:
     yield from cubins.compile_triton(90, lambda op, what: f"{op} {what}" in CALLS)
     if nvcc := cubins.find_nvcc():
         for r in cubins.compile_cuda(nvcc, architectures=("90a",)):
-            for part, constants in HOPPER.items():
-                if part in r.variant:
+            for form, around in HOPPER.items():
+                if f"hopper_loop<2, {form}" in r.variant:
+                    constants = {"BM": 128, "BN": 256, "warps": 8, "apart": 1, "cluster": 2, "around": around}
                     yield replace(r, constants=constants)
 
 

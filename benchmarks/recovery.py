@@ -152,15 +152,7 @@ def recovery_of(
         demo_config(family, unit.seed),
         strategies=strategies,
         label=unit.name,
-        # The models read words of their task alone, so they are asked by a worked example's form.
-        explain=ExplainConfig(template=TOLD),
-        self_hint=SelfHintConfig(
-            rationale="", hint=TOLD, solve="{hint} {prompt}", stop=(family.settings.step_boundary,)
-        ),
-        retry=RetryConfig(shown="{prompt} {attempt} {prompt}", told="{prompt} {attempt} wait ,"),
-        intervene=InterveneConfig(correct=TOLD),
-        evocot=EvoCoTConfig(template=TOLD),
-        step_checker="benchmarks.step_checkers:check_step",
+        **asked(family),
         dart=DartConfig(cap=48),
         pair=_pairs(family),
     )
@@ -170,6 +162,21 @@ def recovery_of(
         for row in make_prompts(family, unit.prompts, split="report", seed=unit.seed)
     ]
     return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
+
+
+def asked(family: Family) -> dict[str, Any]:
+    """Settings of the strategies that ask in words, by a worked example's form: the models read words of their task
+    alone. And the checker of steps."""
+    return {
+        "explain": ExplainConfig(template=TOLD),
+        "self_hint": SelfHintConfig(
+            rationale="", hint=TOLD, solve="{hint} {prompt}", stop=(family.settings.step_boundary,)
+        ),
+        "retry": RetryConfig(shown="{prompt} {attempt} {prompt}", told="{prompt} {attempt} wait ,"),
+        "intervene": InterveneConfig(correct=TOLD),
+        "evocot": EvoCoTConfig(template=TOLD),
+        "step_checker": "benchmarks.step_checkers:check_step",
+    }
 
 
 def note_commit(unit: Unit, out: Path) -> None:

@@ -139,12 +139,12 @@ build_check() {
   for op in vertex_oracle linear_logprob hull_step mixture_embed plausible_vertices softmax_mixture entropic_step; do
     checked check "$op" triton 20
   done
-  for op in vertex_oracle linear_logprob mixture_embed; do checked check "$op" cuda 10; done
+  checked check mixture_embed cuda 10
   local workers=()
   python3 -c 'import xdist' 2> /dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
   step tests 240 env -u TRITON_INTERPRET python3 -m pytest -q -p no:cacheprovider --junitxml "$out/tests.xml" \
     "${workers[@]}" tests/kernels -m gpu
-  checked check vertex_oracle hopper 10
+  for op in vertex_oracle linear_logprob; do checked check "$op" hopper 10; done
 }
 
 kernels() {
@@ -158,9 +158,8 @@ kernels() {
   measure entropic_step 30 entropic_step "${large[@]}" --d 896 4096 --backend triton
   measure mixture_embed 20 mixture_embed "${large[@]}" --d 896 4096 --backend triton
   measure mixture_embed_cuda 15 mixture_embed "${large[@]}" --d 896 4096 --backend cuda "${own[@]}"
-  measure linear_logprob_cuda 35 linear_logprob "${large[@]}" --d 896 2048 4096 --backend cuda "${own[@]}"
-  measure vertex_oracle_cuda 25 vertex_oracle "${large[@]}" --d 896 2048 4096 --backend cuda "${own[@]}"
-  measure vertex_oracle_hopper 25 vertex_oracle "${large[@]}" --d 896 2048 4096 --backend hopper "${own[@]}"
+  measure vertex_oracle_hopper 30 vertex_oracle "${large[@]}" --d 896 2048 4096 --backend hopper "${own[@]}"
+  measure linear_logprob_hopper 45 linear_logprob "${large[@]}" --d 896 2048 4096 --backend hopper "${own[@]}"
 }
 
 sizes() {
@@ -171,9 +170,8 @@ sizes() {
   measure vertex_oracle_float32 60 vertex_oracle "${exact[@]}"
   measure linear_logprob_float32 80 linear_logprob "${exact[@]}"
   measure screening 25 screening --dtype bfloat16 float32 --T 2048 --d 896 2048
-  measure linear_logprob_sizes_cuda 40 linear_logprob "${other[@]}" --backend cuda "${own[@]}"
-  measure vertex_oracle_sizes_cuda 30 vertex_oracle "${other[@]}" --backend cuda "${own[@]}"
   measure vertex_oracle_sizes_hopper 30 vertex_oracle "${other[@]}" --backend hopper "${own[@]}"
+  measure linear_logprob_sizes_hopper 45 linear_logprob "${other[@]}" --backend hopper "${own[@]}"
 }
 
 reviser() { # reviser SECONDS SHAPE [--attention KIND OPTIONS...]
@@ -207,11 +205,11 @@ sanitize() {
   fi
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
-    for op in vertex_oracle linear_logprob mixture_embed; do
-      checked "$tool" "$op" cuda 60 compute-sanitizer --tool "$tool" --error-exitcode 9
-    done
+    checked "$tool" mixture_embed cuda 60 compute-sanitizer --tool "$tool" --error-exitcode 9
   done
-  checked memcheck vertex_oracle hopper 60 compute-sanitizer --tool memcheck --error-exitcode 9
+  for op in vertex_oracle linear_logprob; do
+    checked memcheck "$op" hopper 60 compute-sanitizer --tool memcheck --error-exitcode 9
+  done
 }
 
 engines() {

@@ -14,6 +14,7 @@ SFT: every arm learns as many rows in as many steps; half of them are ordinary c
     pivot             the same
 
     latent            the published recovery, guards off, valid or not: SFT as published
+    self-hint, ...    what people would use instead (``--rivals``), guards off, valid or not
 
 A source with fewer rows is repeated; the table says how many different ones there were. RLVR: see ``RLVR``; all arms
 have the same prompts in the same order and as many rollouts, but for ``n=16``, and for an arm that is named after a
@@ -45,15 +46,30 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.recovery import publish, refuse_part
-from benchmarks.training_plan import ARMS, QUICK, RLVR, RUNS, SFT, Sizes, plan
+from benchmarks.recovery import asked, publish, refuse_part
+from benchmarks.training_plan import (
+    ARMS,
+    QUICK,
+    RIVAL_RUN,
+    RLVR,
+    RLVR_RIVALS,
+    RUNS,
+    SFT,
+    SFT_RIVALS,
+    UNGUARDED,
+    PrefixArm,
+    Sizes,
+    defined,
+    plan,
+)
 from benchmarks.training_tables import brief, figure, pool, sign_flip, table, tables
 from latentrevise.config import load_config
-from latentrevise.data.exports import Row, rollout_row, sft_rows
+from latentrevise.data.exports import Row, prefix_rows, rollout_row, sft_rows
 from latentrevise.data.prompts import load_prompts
 from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records, row_seed, write_json
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import FAMILIES, demo_config
+from latentrevise.errors import RunError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.evaluate import EvalConfig, Score, evaluate
 from latentrevise.recovery.pipeline import Recovery
@@ -79,6 +95,7 @@ __all__ = [
     "table",
     "tables",
 ]
+SFT_ARMS, RLVR_ARMS = SFT | SFT_RIVALS, RLVR | RLVR_RIVALS
 TRAINER = {"logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True}
 
 
@@ -105,14 +122,15 @@ class Cell:
         return RunDirectory(out / f"{self.family}-p{self.prompts}" / name)
 
 
-def mine(name: str, seed: int, out: Path, sizes: Sizes) -> None:
+def mine(name: str, seed: int, out: Path, sizes: Sizes, rivals: bool = False) -> None:
     """The recoveries of a family's set of prompts, and which of the judging ones are hard; a worker's job."""
     torch.set_num_threads(1)
     family, place = get_family(name), out / f"{name}-p{seed}"
     model, tokenizer = load_model(model_dir(name), dtype="float32", device="cpu")
     prompts = make_prompts(family, sizes.mined, split="train", seed=seed)
     config = replace(demo_config(family, seed), audit=False, equal_compute=False)
-    for run, changes in RUNS.items():
+    runs = RUNS | ({"rivals": RIVAL_RUN | asked(family)} if rivals else {})
+    for run, changes in runs.items():
         Recovery(model, tokenizer, replace(config, **changes), place / run, progress=False).recover(prompts)
     if not (place / "hard.json").exists():
         scores = judge(model, tokenizer, name, seed, sizes, draw=0)
@@ -137,7 +155,11 @@ def run(cell: Cell, out: Path, sizes: Sizes) -> str:
     """Train and judge a cell that is not there yet; a worker's job. Returns a line for the console."""
     torch.set_num_threads(1)
     place = out / "models" / cell.name
+    made_by = defined(cell.kind, cell.arm)
     if cell.file(out).exists():
+        known = json.loads(cell.file(out).read_text(encoding="utf-8"))
+        if known.get("defined", made_by.get("defined")) != made_by.get("defined"):
+            raise RunError(f"{cell.file(out)} is of another definition of that arm; delete it, or choose another --out")
         return f"{cell.name}: was there"
     began = time.perf_counter()
     model, tokenizer = load_model(model_dir(cell.family), dtype="float32", device="cpu")
@@ -153,7 +175,7 @@ def run(cell: Cell, out: Path, sizes: Sizes) -> str:
         scores = judge(model, tokenizer, cell.family, cell.prompts, sizes, draw=1 + cell.order)
         found["scores"] = {s.prompt_id: [s.samples, s.correct, s.valid] for s in scores}
     seconds = time.perf_counter() - began
-    write_json(cell.file(out), {**asdict(cell), **found, "seconds": seconds, "commit": harness.commit()})
+    write_json(cell.file(out), {**asdict(cell), **made_by, **found, "seconds": seconds, "commit": harness.commit()})
     return f"{cell.name}: {seconds:.0f} s"
 
 
@@ -165,7 +187,7 @@ def rows_of(cell: Cell, tokenizer: Any, out: Path, sizes: Sizes) -> tuple[list[R
     ordinary = [rollout_row(prompts[r.prompt_id], r, tokenizer) for r in rollouts]
     if cell.arm == "ordinary":
         return [*islice(cycle(ordinary), wanted)], {"different": len(ordinary) // 2}
-    source, strategy = SFT[cell.arm]
+    source, strategy = SFT_ARMS[cell.arm]
     run = cell.run(out, source)
     found = [t for t in read_records(run.trajectories, Trajectory) if t.strategy == strategy]
     if cell.arm == "smuggled":
@@ -195,7 +217,7 @@ def fine_tune(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
 def group_of(cell: Cell, out: Path, sizes: Sizes) -> int:
     """Rollouts a prompt. One that is paid for takes four passes a token: it is decoded, and trained on (1 forward, 2
     for the backward pass)."""
-    arm = RLVR[cell.arm]
+    arm = RLVR_ARMS[cell.arm]
     if not arm.equal_to:
         return round(arm.group * sizes.group)
     paid = json.loads(replace(cell, arm=arm.equal_to).file(out).read_text(encoding="utf-8"))
@@ -204,7 +226,8 @@ def group_of(cell: Cell, out: Path, sizes: Sizes) -> int:
 
 def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -> dict[str, Any]:
     """Train an RLVR arm."""
-    config, arm, group = demo_config(get_family(cell.family)), RLVR[cell.arm], group_of(cell, out, sizes)
+    family, arm, group = get_family(cell.family), RLVR_ARMS[cell.arm], group_of(cell, out, sizes)
+    config = demo_config(family)
     if arm.published:
         repair = replace(load_config(RLVRSettings, "paper-grpo").repair, answer_template=config.answer_template)
     else:
@@ -214,7 +237,7 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
             prefix_boundary=config.prefix_boundary,
             answer_template=config.answer_template,
             rendering="argmax",
-            guards=config.guards,
+            **({"guards": UNGUARDED} | asked(family) if cell.arm in RLVR_RIVALS else {"guards": config.guards}),
         )
     arguments = {
         "max_steps": sizes.rl_steps,
@@ -227,6 +250,11 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
     }
     arguments |= dict(arm.trainer)
     prompts, place = read_records(cell.run(out, "guarded").prompts, Prompt), out / "models" / cell.name
+    if isinstance(arm, PrefixArm):
+        prompts = starts(cell, arm.starts, tokenizer, out, sizes)
+        arguments["shuffle_dataset"] = False
+    if not prompts:
+        return {"different": 0}
     if arm.distill:
         if arm.distill == "opsd":  # a teacher for each rollout: it knows no groups
             del arguments["num_generations"]
@@ -248,6 +276,22 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
     }
 
 
+def starts(cell: Cell, strategy: str, tokenizer: Any, out: Path, sizes: Sizes) -> list[Prompt]:
+    """A prompt for each group of the training, the longest starts first; none where there is no trajectory.
+
+    Fewer starts than groups come several times in a row; of more, some of each stage are left out.
+    """
+    found = [t for t in read_records(cell.run(out, "guarded").trajectories, Trajectory) if t.strategy == strategy]
+    config = demo_config(get_family(cell.family))
+    rows = prefix_rows(found, tokenizer, config.prefix_boundary, config.pattern())
+    groups = sizes.rl_steps * sizes.rl_groups
+    chosen = [rows[i * len(rows) // groups] for i in range(groups)] if rows else []
+    return [
+        Prompt(f"{row['prompt_id']}/{row['kept']}", row["prompt"], tuple(row["prompt_ids"]), row["answer"])
+        for row in chosen
+    ]
+
+
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks training``: see ``--help`` for the options it reads."""
     refuse_part(options)
@@ -265,12 +309,14 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         for kind, arms in ARMS.items()
         for arm in arms
     ]
+    asked_for = [cell for cell in cells if bool(defined(cell.kind, cell.arm)) == options.rivals]
     if options.jobs != 0:
         with ProcessPoolExecutor(options.jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
             for seed in seeds:  # one after another, so that an unfinished study has whole seeds
-                list(workers.map(partial(mine, out=out, sizes=sizes), chosen, [seed] * len(chosen)))
-                own = [cell for cell in cells if cell.prompts == seed]
-                later = [cell for cell in own if cell.kind == "rlvr" and RLVR[cell.arm].equal_to]
+                mined = partial(mine, seed=seed, out=out, sizes=sizes, rivals=options.rivals)
+                list(workers.map(mined, chosen))
+                own = [cell for cell in asked_for if cell.prompts == seed]
+                later = [cell for cell in own if cell.kind == "rlvr" and RLVR_ARMS[cell.arm].equal_to]
                 count = 0
                 for wave in ([cell for cell in own if cell not in later], later):  # what a repair cost is known then
                     for finished in as_completed([workers.submit(run, cell, out, sizes) for cell in wave]):

@@ -36,9 +36,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda", "hopper")  # hopper: the CUDA 
 
 # Implementations that exist, in the order in which they are tried.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "vertex_oracle": ("triton", "cuda", "hopper", "cpu", "reference"),
+    "vertex_oracle": ("triton", "hopper", "cpu", "reference"),
     "plausible_vertices": ("triton", "cpu", "reference"),
-    "linear_logprob": ("triton", "cuda", "cpu", "reference"),
+    "linear_logprob": ("triton", "hopper", "cpu", "reference"),
     "mixture_embed": ("triton", "cuda", "cpu", "reference"),
     "softmax_mixture": ("triton", "cpu", "reference"),
     "hull_step": ("triton", "cpu", "reference"),
@@ -160,8 +160,12 @@ def _rejection(op: str, backend: str, call: Call) -> str | None:
         return f"the tensors are on {call.device.type}"
     if why := unavailable(backend):
         return why
-    if call.device.type == "cuda" and not anywhere and torch.cuda.get_device_capability(call.device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
+    if call.device.type == "cuda" and not anywhere:
+        capability = torch.cuda.get_device_capability(call.device)
+        if backend == "hopper" and capability != (9, 0):
+            return f"needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
+        if capability < (8, 0):
+            return "needs compute capability 8.0 or newer"
     return implementation(op, backend).unsupported(call)
 
 

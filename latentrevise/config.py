@@ -1,7 +1,7 @@
 """Settings as dataclasses: to and from plain data, YAML files and ``key=value`` overrides, every value type-checked.
 
 Works for any nesting of dataclasses whose fields are bool, int, float, str, Literal, ``X | None``, tuples of these, or
-dataclasses again.
+dataclasses again, or a value or a dataclass.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def load_config(cls: type[Config], path: str | os.PathLike[str] | None = None, o
 def _hint(cls: Any, keys: Sequence[str]) -> Any:
     """The type of a nested setting; None where there is no such one, or where it lies inside a free mapping."""
     for key in keys:
-        cls = typing.get_type_hints(cls).get(key) if dataclasses.is_dataclass(cls) else None
+        own = next((c for c in (cls, *typing.get_args(cls)) if dataclasses.is_dataclass(c)), None)
+        cls = None if own is None else typing.get_type_hints(own).get(key)
     return cls
 
 
@@ -76,7 +77,7 @@ def _value(text: str, hint: Any, override: str) -> Any:
     """The value of an override, by the type of its setting."""
     optional = type(None) in typing.get_args(hint)
     kinds = [a for a in typing.get_args(hint) if a is not type(None)] if optional else [hint]
-    if kinds == [str]:
+    if kinds == [str] or (str in kinds and not text.lstrip().startswith("{")):
         return None if optional and text in ("", "null") else _text(text)
     if kinds == [tuple[str, ...]] and not text.lstrip().startswith("["):
         whole = _quoted(text)
@@ -151,7 +152,12 @@ def _build(cls: type[Config], default: Any, values: Any, path: str) -> Config:
             found[key] = _build(cast(type[Any], nested), own, value, f"{path}{key}.")
         else:
             found[key] = _convert(value, nested, f"{path}{key}")
-    return dataclasses.replace(default, **found) if default is not None else cls(**found)
+    if default is not None:
+        return dataclasses.replace(default, **found)
+    empty = dataclasses.MISSING
+    if missing := [f.name for f in known.values() if f.name not in found and f.default is f.default_factory is empty]:
+        raise ConfigError(f"{path.rstrip('.') or cls.__name__}: give its {', '.join(missing)}")
+    return cls(**found)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -165,8 +171,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = [a for a in arguments if a is not type(None)]
-        return _convert(value, inner, key)
+        inner = [a for a in arguments if a is not type(None)]
+        (chosen,) = [a for a in inner if len(inner) == 1 or dataclasses.is_dataclass(a) is isinstance(value, Mapping)]
+        return _convert(value, chosen, key)
+    if dataclasses.is_dataclass(hint):
+        return _build(cast(type[Any], hint), None, value, f"{key}.")
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{key} = {value!r}: choose one of {', '.join(map(str, arguments))}")

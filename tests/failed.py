@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout, row_seed
 from latentrevise.demo import Family, make_prompts
 from latentrevise.engines import HFEngine, Request, SamplingParams
@@ -14,7 +15,14 @@ from latentrevise.strategies import Cut, Tools, Work
 def tools_for(model, tokenizer, boundary=";", **sampling):
     """The tools of a run with that model and step boundary."""
     params = SamplingParams(**{"max_new_tokens": 40, **sampling})
-    return Tools(Policy(model, tokenizer), HFEngine(model, tokenizer), tokenizer, params, 4096, boundary)
+    return Tools(
+        Policy(model, tokenizer),
+        HFEngine(model, tokenizer),
+        tokenizer,
+        params,
+        4096,
+        boundary and Boundary(boundary, tokenizer),
+    )
 
 
 def rollout(name, ids, tokenizer):

@@ -1,6 +1,6 @@
 """The adapters' contracts: what a framework hands over at its hook, and what it must get back.
 
-The frameworks are not installed here (tests/trainers runs two of them). Each is stood in for by the fields that its
+The frameworks are not installed here (tests/trainers runs three of them). Each is stood in for by the fields that its
 source declares at the hook (repository, file and commit are in the adapter's docstring), with ``slots``, so that no
 other field can be written.
 """
@@ -146,9 +146,9 @@ def test_spans():
     assert core.spans([0, 0]) == []
 
 
-@pytest.mark.parametrize("name", ["verl", "openrlhf", "prime_rl"])
+@pytest.mark.parametrize("name", ["verl", "openrlhf", "prime_rl", "skyrl"])
 def test_without_the_framework_its_name_is_in_the_error(name):
-    with pytest.raises(ModuleNotFoundError, match=r"transfer_queue|openrlhf|prime_rl"):
+    with pytest.raises(ModuleNotFoundError, match=r"transfer_queue|openrlhf|prime_rl|skyrl"):
         importlib.import_module(f"latentrevise.adapters.{name}")
 
 

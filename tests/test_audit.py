@@ -170,7 +170,8 @@ def test_curves_and_trade_off_find_what_separates():
     bad = [({"answer": -9.0, "step": -0.5, "plain": -1.0}, False) for _ in range(9)]
     bad.append(({"answer": -0.1, "step": -7.0, "plain": -1.0}, False))
     curves = guard_curves(valid + bad)
-    assert set(curves) == {"unfounded-answer"}, "a guard with one outcome has no curve"
+    assert set(curves) == {"unfounded-answer", "doubtful-step"}, "a guard that turns nothing away has no curve"
+    assert [(p["kept"], p["false_accept"]) for p in curves["doubtful-step"]] == [(1.0, 0.9)]
     points = curves["unfounded-answer"]
     assert [p["kept"] for p in points] == sorted((p["kept"] for p in points), reverse=True)
     for point in points:

@@ -5,6 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.exports import (
     FORMATS,
     export_run,
@@ -173,7 +174,7 @@ def test_prefix_starts_shrink_from_stage_to_stage_and_never_hold_the_answer():
     steps = trajectory(plain_prefix_ids=encode("ab;"), completion_ids=encode("cd;ef;\\boxed{6}"))
     other = trajectory(1, plain_prefix_ids=(), completion_ids=encode("x\\boxed{6}"))
     again = trajectory(sample_id="p0/latent/1")
-    rows = prefix_rows([steps, again, other], TOKENIZER, ";", AnswerPattern())
+    rows = prefix_rows([steps, again, other], TOKENIZER, Boundary(";", TOKENIZER), AnswerPattern())
     kept = [(r["prompt_id"], r["stage"], r["prompt"].removeprefix("<bos>[user]2 * 3 = ?")) for r in rows]
     # Of 9 tokens before the box 6.75, 4.5 and 2.25, each to the nearest step; without steps, the nearest token.
     assert kept == [

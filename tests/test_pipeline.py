@@ -13,6 +13,7 @@ import pytest
 from latentrevise import RecoverConfig, recover
 from latentrevise.config import to_dict
 from latentrevise.data.atoms import read_atoms
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records, write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
@@ -417,15 +418,18 @@ def test_a_checker_that_is_not_there_and_a_boundary_no_token_has(rule, tmp_path)
     _, model, tokenizer = rule
     with pytest.raises(ConfigError, match=r"package\.module:function"):
         Recovery(model, tokenizer, small(checker="nowhere"), tmp_path / "a")
-    with pytest.raises(ConfigError, match="no token"):
+    with pytest.raises(ConfigError, match="has no tokens for it"):
         Recovery(model, tokenizer, small(prefix_boundary="§"), tmp_path / "b")
 
 
 def test_the_cut_is_behind_a_boundary_and_leaves_both_sides():
-    word, end = 1, 2
+    tokenizer = tiny_tokenizer()
+    word, end = tokenizer.convert_tokens_to_ids(["a", ";"])
+    boundary = Boundary(";", tokenizer)
 
     def cut(ids):
-        (found,) = chosen_cuts([Rollout("p", "s", tuple(ids), "", None, "wrong", "stop", ())], 1, 0.0, {end}, seed=0)
+        failed = [Rollout("p", "s", tuple(ids), "", None, "wrong", "stop", ())]
+        (found,) = chosen_cuts(failed, 1, 0.0, boundary, seed=0)
         return found
 
     assert cut([word, word, end, word, end, word]).prefix_ids == (word, word, end)

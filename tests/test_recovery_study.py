@@ -2,17 +2,18 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, iterates, recovery, recovery_tables, training
+from benchmarks import checkers, guards, harness, iterates, recovery, recovery_tables, training
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
 from latentrevise.data.records import Verdict, write_json, write_records
 from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
-from latentrevise.errors import ConfigError
+from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies.pair import PairConfig
@@ -85,6 +86,42 @@ def test_guards_are_chosen_on_one_set_of_prompts_and_measured_on_the_others(tmp_
     assert recovery.guards(units[:1], tmp_path) == []
 
 
+def test_a_combination_of_guards_is_found_and_measured_elsewhere():
+    """``plain`` parts all invalid but one, ``used`` that one, ``length`` none; on the other set one valid is lost."""
+
+    def samples(*rows):
+        return [({"plain": plain, "used": used, "length": 9.0}, valid) for plain, used, valid in rows]
+
+    good, bad = [(-0.1 * i, 1.0, True) for i in range(20)], [(-5.0, 1.0, False)] * 6
+    chosen_on = samples(*good, *bad, (-0.5, 0.2, False))
+    others = samples(*good[:11], (-4.0, 1.0, True), (-5.0, 1.0, False), (-0.5, 0.9, False), (-0.5, 1.0, False))
+    found = guards.measure(chosen_on, others)
+    assert (found["valid"], found["invalid"], found["in_sample"]) == (12, 3, False)
+    together = found["together"]["0.95"]
+    assert together["thresholds"] == {"implausible": pytest.approx(-1.9), "unused-fact": 1.0}
+    assert together["kept"] == wilson(11, 12)
+    assert together["let_through"] == wilson(1, 3)
+    assert together["contamination"] == wilson(1, 12)
+    assert found["none"]["contamination"] == wilson(3, 15)
+    assert found["auc"]["length"] == 0.5
+    few = guards.measure(chosen_on, others[:3])
+    assert (few["in_sample"], few["valid"], few["invalid"]) == (True, 23, 7)
+    text = guards.table({"families": {"rule": few}})
+    assert "| rule (23, 7, chosen on the same) | the defaults |" in text
+    assert "`implausible` -1.9 `unused-fact` 1 (for 95 % kept)" in text
+    with pytest.raises(InputError, match="no finished run"):
+        guards.main(argparse.Namespace(runs=[Path("nowhere-m0-p0")]))
+
+
+def test_the_checkers_benchmark_counts_what_is_kept_and_caught():
+    rows = list(checkers.own(3))[:30]
+    found = checkers.measure([*rows, replace(rows[0], answer="-7")])
+    assert found["alone"]["kept"] == found["against"]["kept"] == wilson(30, 31)
+    assert found["alone"]["turned_away"] == {"answer_not_derived": 1}
+    assert found["against"]["pasted"] == found["against"]["flipped"] == wilson(30, 30)
+    assert found["alone"]["dropped"][0] <= found["against"]["dropped"][0]
+
+
 def test_the_short_table_has_the_method_the_best_and_resampling():
     names = ("hint", "pivot", "latent", "gcg", "resample")
     arms = {
@@ -131,7 +168,9 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
         recovery.publish("new", page)
 
 
-@pytest.mark.parametrize("study", ["gsm", "recovery", "rivals", "variants", "iterates", "training"])
+@pytest.mark.parametrize(
+    "study", ["gsm", "recovery", "rivals", "variants", "iterates", "training", "checkers", "guards"]
+)
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
     document = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))
@@ -142,6 +181,10 @@ def test_the_documents_say_what_the_results_say(study):
 
     if study == "training":
         assert published("docs/training.md", study) == training.brief(document)
+    elif study == "checkers":
+        assert published("docs/verifier.md", study) == checkers.table(document)
+    elif study == "guards":
+        assert published("docs/audits.md", study) == guards.table(document)
     elif study == "iterates":
         assert published("docs/recovery.md", study) == iterates.table(document)
     else:

@@ -195,6 +195,7 @@ class RunBuilder:
             rollouts=self.rollouts,
             zero_hit=names,
             aimed_wrong=names if any(outcome.wrong for outcome in self.outcomes) else [],
+            mined=Compute(),
             left_out=len(errors or []),
             checked=self.checkable,
         )

@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 
 from latentrevise import RecoverConfig
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt
 from latentrevise.demo import model_dir
 from latentrevise.engines import Completion, SamplingParams
@@ -44,7 +45,14 @@ class Scripted:
 
 def scripted(*replies, tokenizer=TOKENIZER, boundary=None):
     params = SamplingParams(max_new_tokens=40, temperature=0.7)
-    return Tools(Policy(MODEL, TOKENIZER), Scripted(*replies), tokenizer, params, None, boundary)
+    return Tools(
+        Policy(MODEL, TOKENIZER),
+        Scripted(*replies),
+        tokenizer,
+        params,
+        None,
+        boundary and Boundary(boundary, tokenizer),
+    )
 
 
 def piece(question="abc", failed=("d;e;=8",), target="9"):

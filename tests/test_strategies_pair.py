@@ -51,7 +51,7 @@ def exact(tools, work, ids):
     ids = [*work.prompt.ids, *ids]
     reader = Reader(tools, work.template_ids, FORKS.banned)
     stem = len(ids)
-    while not reader.ends_step(ids[-1]) and len(ids) < stem + FORKS.step_tokens:
+    while reader.ends(ids)[-1:] != [len(ids)] and len(ids) < stem + FORKS.step_tokens:
         token = int(plain_logits(tools, ids)[-1].argmax())
         if token == tools.tokenizer.eos_token_id:
             break

@@ -148,10 +148,9 @@ def test_what_may_be_forced_and_where_an_answer_opens(tiny):
     assert reader.reasoning(encode(tiny, "a+b so boxed{4}")) == len("a+b")
     assert reader.reasoning(encode(tiny, "a+b")) == 3
     assert reader.reasoning(()) == 0
-    assert reader.ends_step(encode(tiny, ";")[0])
+    assert reader.ends(encode(tiny, ";a;b")) == [1, 3]
     without = Reader(tools_for(tiny.policy.model, tiny.tokenizer, boundary=None), (), ())
-    assert without.ends_step(encode(tiny, "\n")[0])
-    assert not without.ends_step(encode(tiny, ";")[0])
+    assert without.ends(encode(tiny, ";\na")) == [2]
 
 
 def test_it_finds_the_rule_that_was_never_tried(rule):

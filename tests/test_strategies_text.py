@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentrevise import RecoverConfig, recover
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Sample, Start, Verdict, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
@@ -76,7 +77,9 @@ def test_hints_end_behind_a_step_and_before_the_box(tools):
     assert (first.n, second.n) == (2, 1), "the shorter hint gets the larger share"
     assert first.plain_ids == tuple(encode("ab", add_special_tokens=False))
     assert second.plain_ids == tuple(encode("abcdefg", add_special_tokens=False))
-    ((first, second),) = strategy.propose(dataclasses.replace(tools, boundary="c"), [work], 3)
+    ((first, second),) = strategy.propose(
+        dataclasses.replace(tools, boundary=Boundary("c", tools.tokenizer)), [work], 3
+    )
     assert first.plain_ids == second.plain_ids == tuple(encode("abc", add_special_tokens=False))
     for meta in ({}, {"solution": "\\boxed{9}"}, {"solution": None}):
         with pytest.raises(InputError, match=r"prompt p has no reference solution.*hint\.column"):

@@ -276,6 +276,29 @@ def test_dead_groups_have_no_kl_gradient_once_they_are_dropped(tmp_path, verifie
     assert moved == (not drop)
 
 
+def test_dead_groups_count_in_no_denominator(tmp_path, verifier, told):
+    """TRL #6365: rows that teach nothing, counted among the tokens that the DAPO loss divides by."""
+    settings = RLVRSettings(repair=replace(told, max_groups=1), drop_unrescued=True, loss="dapo")
+    trainer = trainer_of(tmp_path, verifier, settings)
+    seen = watched(trainer)
+    trainer.train()
+    batch = batch_of(trainer)
+    repaired = batch["correct"] > 0
+    assert repaired.sum() == 4  # of two groups one
+    kept = int(batch["completion_mask"][repaired].sum())
+    assert sum(float(b.tokens) for b in seen) / len(seen) == pytest.approx(kept)
+
+
+def test_prompts_that_are_all_dead_do_not_end_the_training(tmp_path, verifier):
+    """verl #953, DAPO #22: filtered until nothing is left. After so many rounds the batch is taken as it is."""
+    trainer = trainer_of(tmp_path, verifier, replace(NOTHING, dynamic_sampling=2))
+    before = weights_of(trainer)
+    trainer.train()
+    (entry,) = [e for e in trainer.state.log_history if "dynamic/renewed_groups" in e]
+    assert entry["dynamic/renewed_groups"] == 2 * 2
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_on_policy_baselines_by_hand(scale):
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0, math.nan, 1.0])

@@ -161,6 +161,12 @@ def compared(tmp_path, verifier, saved, settings, theirs=None, **changes):
 NOTHING = RLVRSettings(repair=RepairSettings(strategy="none"))
 
 
+@pytest.mark.parametrize("name", ["min_agreement", "min_contrast"])
+def test_a_repair_refuses_guards_that_it_does_not_measure(name):
+    with pytest.raises(ConfigError, match=rf"repair\.guards\.{name} = 0\.5: a repair does not measure it"):
+        load_config(RLVRSettings, None, [f"repair.guards.{name}=0.5"])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -303,13 +309,13 @@ def test_a_strategy_is_told_where_steps_end(tmp_path, verifier, told, monkeypatc
 
     class Asked(Told):
         def propose(self, tools, work, samples):
-            seen.append(tools.boundary)
+            seen.append(tools.boundary.stops["stop"])
             return super().propose(tools, work, samples)
 
     monkeypatch.setitem(strategies._STRATEGIES, "told", lambda settings: Asked())
     trained(tmp_path, verifier, RLVRSettings(repair=replace(told, prefix_boundary="}")), max_steps=1)
     assert seen
-    assert set(seen) == {"}"}
+    assert set(seen) == {("}",)}
 
 
 def test_groups_that_stay_dead_can_be_left_out(tmp_path, verifier):

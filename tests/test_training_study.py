@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import harness, training
 from benchmarks.__main__ import main
+from benchmarks.training_plan import ARMS, PUBLISHED, RLVR_RIVALS, SFT_RIVALS
+from benchmarks.training_tables import comparison
 from latentrevise.demo import check, get_family, make_prompts, model_dir
 from latentrevise.errors import RunError
 from latentrevise.model.loading import load_model
@@ -39,6 +41,22 @@ def test_cells_are_pooled_prompt_by_prompt():
     assert any(line.startswith("| rlvr `grpo` | zero-hit 100 → 50 |") for line in lines)
     document = {"families": {"rule": pooled, "chain": pooled}, "cells": {"done": 4}}
     assert "| rlvr `grpo` | 0.0 [0.0, 0.0]; -; 100.0 | 0.0 [0.0, 0.0]; -; 100.0 |" in training.brief(document)
+
+
+def test_the_papers_comparison_has_the_families_with_all_of_its_arms():
+    def pooled(arms):
+        kinds = {arm: kind for kind, own in ARMS.items() for arm in own}
+        cells = [cell(arm, {"a": [8, 2 if arm == "latent" else 0, 0]}, kinds[arm], different=1) for arm in arms]
+        return training.pool([*cells, cell("ordinary", {"a": [8, 1, 0]}, different=1)], {"a"})
+
+    document = {"families": {"rule": pooled(PUBLISHED), "chain": pooled(["start", "grpo"])}}
+    *_, head, _, start, grpo, _, dapo, _, sft, _ = comparison(document).splitlines()
+    assert head == "| training | paper, 1.5B | paper, 8B | rule: pass@1 / pass@8 | gain of pass@1 | valid@1 |"
+    assert start == "| start `start` | 16.05 / 46.67 | 18.24 / 64.36 | 0.0 / 0.0 | - | 0.0 |"
+    assert grpo == "| rlvr `grpo` | 14.65 / 44.84 | 19.43 / 62.75 | 0.0 / 0.0 | - | 0.0 |"
+    assert dapo.startswith("| rlvr `dapo` | - | - | 0.0 / 0.0 | +0.0 (p 1) |")
+    assert sft == "| sft `latent` | 17.62 / 50.50 | 21.26 / 64.46 | 25.0 / 100.0 | +12.5 (p 1) | 0.0 |"
+    assert comparison({"families": {"chain": pooled(["start", "grpo"])}}) == ""
 
 
 def test_a_paired_test():
@@ -94,6 +112,25 @@ def test_a_tiny_study_runs_and_is_taken_up_again(tmp_path, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in times}
     again = json.loads((tmp_path / "training.json").read_text())
     assert again["families"]["rule"]["arms"]["pivot"] == arms["pivot"]
+
+    # The rivals are added to a study that was begun without them, and nothing of it is made again.
+    assert main([*command, "--rivals"]) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    added = {path: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir() if path not in cells}
+    assert {c["arm"] for c in added.values()} == {*SFT_RIVALS, *RLVR_RIVALS}
+    more = json.loads((tmp_path / "training.json").read_text())["families"]["rule"]["arms"]
+    assert set(more) == {*arms, *SFT_RIVALS, *RLVR_RIVALS}
+    path, made = next((path, c) for path, c in added.items() if c["arm"] == "grpo + self-hint")
+    path.write_text(json.dumps(made | {"defined": made["defined"] | {"loss": "sign"}}))
+    with pytest.raises(RunError, match="another definition"):
+        training.run(training.Cell("rule", "rlvr", "grpo + self-hint", 0, 0), tmp_path, training.QUICK)
+    # Starts: from the longest to the prompts alone.
+    made = training.Cell("rule", "rlvr", "prefix-rl", 0, 0)
+    starts = training.starts(made, "pivot", tokenizer, tmp_path, training.QUICK)
+    assert len(starts) == training.QUICK.rl_steps * training.QUICK.rl_groups
+    assert all(start.text.startswith(tuple(answers)) for start in starts)
+    assert len(starts[0].ids) > len(starts[-1].ids)
+    assert starts[-1].text in answers
 
 
 def test_other_sizes_need_another_folder(tmp_path):

@@ -1,66 +1,87 @@
-// Fused vertex oracle for bfloat16: ids[t] = argmin over allowed v of <queries[t], table[v]>, 2*T*V*d FLOP, no scores in
-// memory.
+// Fused vertex oracle for bfloat16 on Hopper: ids[t] = argmin over allowed v of <queries[t], table[v]>, 2*T*V*d FLOP, no
+// scores in memory.
 //
-// A block owns kM tokens and one part of the vocabulary. The tiles' scores (tiles.cuh) are folded into one 64-bit key a
-// token while they are in registers: the score's bits made order-preserving, then the id. The minimum of keys is
+// A block of the main loop (hopper.cuh) owns 128 tokens and one part of the vocabulary. A tile's scores become one 64-bit
+// key a token while they are in registers: the score's bits made order-preserving, then the id. The minimum of keys is
 // associative, so the result is bitwise the same under any number of parts: ties go to the lowest id, NaN (key 0) below
-// everything. Blocks of one part are neighbours in the grid, so they read the same table rows at the same time, from L2.
-// A second kernel, a warp a token, merges the parts. Runs on sm_80 and newer; vertex_oracle_sm90.cu
-// computes the same keys on Hopper.
+// everything. A second kernel, a warp a token, merges the parts.
+//
+// The epilogue has no branch that data decides but for NaN and infinity: a thread's least score of each of its two tokens,
+// the first column that has it, one key.
 
-#include "cuda/oracle.cuh"
-#include "cuda/tiles.cuh"
+#include "cuda/hopper.cuh"
 
 namespace latentrevise::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads, 2) oracle_parts(lr_oracle_args a, int64_t token_blocks, int64_t part_rows) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const Place at;
-  const int64_t part = blockIdx.x / token_blocks, token = blockIdx.x % token_blocks * kM;
-  const int64_t begin = part * part_rows, end = min(begin + part_rows, a.vocab);
-  const Matrix queries{static_cast<const __nv_bfloat16 *>(a.queries), a.rows, a.dim, a.queries_stride};
-  const Matrix table{static_cast<const __nv_bfloat16 *>(a.table), end, a.dim, a.table_stride};
+constexpr unsigned long long kNothing = ~0ull;
+constexpr int kMergeThreads = 256;
 
-  unsigned long long best[8];  // of row(i / 2, i % 2)
-#pragma unroll
-  for (int i = 0; i < 8; ++i) best[i] = kNothing;
-  walk_scores(queries, token, table, begin, shared_address(shared), at, [&](Scores &acc, int64_t first) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int64_t v = first + at.column(n) + c;
-        const bool valid = v < end && (a.allowed == nullptr || a.allowed[v]);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float &score = acc[i / 2][n][i % 2 * 2 + c];
-          const unsigned long long key = score_key(score, v);
-          if (valid && key < best[i]) best[i] = key;
-          score = 0.f;
-        }
-      }
-  });
-  auto *merged = reinterpret_cast<unsigned long long *>(shared);  // [4 column warps][kM]
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2) {
-      const unsigned long long other = __shfl_xor_sync(0xffffffffu, best[i], offset);
-      if (other < best[i]) best[i] = other;
-    }
-    if (at.lane % 4 == 0) merged[at.warp_n * kM + at.row(i / 2, i % 2)] = best[i];
-  }
-  __syncthreads();
-  const int row = threadIdx.x;
-  if (row >= kM || token + row >= a.rows) return;
-  unsigned long long key = merged[row];
-  for (int w = 1; w < 4; ++w) key = min(key, merged[w * kM + row]);
-  static_cast<unsigned long long *>(a.workspace)[part * a.rows + token + row] = key;
+// The score's bits made order-preserving, then the id: ties go to the lowest id, NaN (0) is below everything.
+__device__ __forceinline__ unsigned long long score_key(float score, int64_t id) {
+  uint32_t bits = __float_as_uint(score == 0.f ? 0.f : score);  // -0 ties with 0
+  bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  if (score != score) bits = 0;
+  return (static_cast<unsigned long long>(bits) << 32) | static_cast<uint32_t>(id);
 }
 
-__global__ void __launch_bounds__(kThreads) oracle_merge(lr_oracle_args a) {
-  const int64_t t = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+// Keys [parts, rows] into the workspace.
+struct Oracle : Scores {
+  const uint8_t *allowed;
+  unsigned long long *keys;
+  int64_t rows;
+
+  struct Consumer : Scores::Consumer {
+    const Oracle &form;
+    const Work work;
+    const Place place;
+    unsigned long long key[2] = {kNothing, kNothing};
+    __device__ __forceinline__ Consumer(const Oracle &form, const Work &work, const Place &place)
+        : form(form), work(work), place(place) {}
+
+    __device__ __forceinline__ void fold(float (&score)[128], int tile) {
+      const float infinity = __int_as_float(0x7f800000);
+      const int first = work.begin + tile * kColumns;
+      const auto valid = [&](int i) {
+        const int v = first + place.column(i);
+        return v < work.end && (form.allowed == nullptr || form.allowed[v]);
+      };
+      if (form.allowed != nullptr || first + kColumns > work.end) {
+#pragma unroll
+        for (int i = 0; i < 128; ++i)
+          if (!valid(i)) score[i] = infinity;
+      }
+      float low[2] = {score[0], score[2]};
+#pragma unroll
+      for (int i = 1; i < 128; ++i) low[i / 2 % 2] = minimum_or_nan(low[i / 2 % 2], score[i]);
+      int column[2];  // of the first that is not larger
+#pragma unroll
+      for (int i = 127; i >= 0; --i)
+        if (score[i] == low[i / 2 % 2]) column[i / 2 % 2] = i / 4 * 8 + i % 2;
+      if (low[0] < infinity && low[1] < infinity) {
+        for (int h = 0; h < 2; ++h) key[h] = min(key[h], score_key(low[h], first + place.column(0) + column[h]));
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < 128; ++i)  // NaN, or nothing but infinity and what does not compete
+        if (valid(i)) key[i / 2 % 2] = min(key[i / 2 % 2], score_key(score[i], first + place.column(i)));
+    }
+
+    __device__ __forceinline__ void finish() {
+      const int64_t part = blockIdx.x / form.token_blocks;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int offset = 1; offset < 4; offset *= 2) key[h] = min(key[h], __shfl_xor_sync(0xffffffffu, key[h], offset));
+        const int64_t t = work.token + place.row(h);
+        if (place.lane % 4 == 0 && t < form.rows) form.keys[part * form.rows + t] = key[h];
+      }
+    }
+  };
+};
+
+__global__ void __launch_bounds__(kMergeThreads) oracle_merge(lr_oracle_args a) {
+  const int64_t t = (static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x) / 32;
   if (t >= a.rows) return;  // whole warps leave together
   const auto *keys = static_cast<const unsigned long long *>(a.workspace);
   unsigned long long key = kNothing;
@@ -88,21 +109,17 @@ int run(const lr_oracle_args *a, cudaStream_t stream) {
   if (a->rows == 0) return LR_OK;
   if (!a->queries || !a->table || !a->ids || !a->values || !a->workspace)
     return fail(LR_INVALID_ARGUMENT, "a required pointer is null");
-  const int tile = a->hopper ? kHopperTile : kN;
-  const int64_t token_blocks = (a->rows + kM - 1) / kM, tiles = (a->vocab + tile - 1) / tile;
-  const int64_t part_rows = (tiles + a->splits - 1) / a->splits * tile;
-  if (token_blocks * a->splits > INT32_MAX || a->rows > INT32_MAX)
-    return fail(LR_UNSUPPORTED, "too many rows for one launch");
-  if (a->hopper) {
-    if (const int status = launch_hopper_parts(*a, part_rows, stream)) return status;
-  } else {
-    const int bytes = kStages * kTileBytes;
-    const cudaError_t error = cudaFuncSetAttribute(oracle_parts, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return fail(LR_CUDA_ERROR, "vertex_oracle: %s", cudaGetErrorString(error));
-    oracle_parts<<<static_cast<unsigned>(token_blocks * a->splits), kThreads, bytes, stream>>>(*a, token_blocks, part_rows);
-    if (const int status = launched("vertex_oracle")) return status;
-  }
-  oracle_merge<<<static_cast<unsigned>((a->rows * 32 + kThreads - 1) / kThreads), kThreads, 0, stream>>>(*a);
+  if (a->rows > INT32_MAX) return fail(LR_UNSUPPORTED, "too many rows for one launch");
+  const int64_t part_rows = ceil_div(ceil_div(a->vocab, kColumns), a->splits) * kColumns;
+  const Oracle form{{count_token_blocks(a->rows), part_rows, a->vocab, a->dim}, a->allowed,
+                    static_cast<unsigned long long *>(a->workspace), a->rows};
+  CUtensorMap queries, table;
+  if (const int status = describe_matrix(&queries, a->queries, a->rows, a->dim, a->queries_stride, kTokens)) return status;
+  if (const int status = describe_matrix(&table, a->table, a->vocab, a->dim, a->table_stride, Oracle::kBoxRows))
+    return status;
+  if (const int status = launch_loop("vertex_oracle", form, queries, table, form.token_blocks * a->splits, stream))
+    return status;
+  oracle_merge<<<static_cast<unsigned>(ceil_div(a->rows * 32, kMergeThreads)), kMergeThreads, 0, stream>>>(*a);
   return launched("vertex_oracle merge");
 }
 

@@ -18,8 +18,7 @@ a block of columns.
 Numerics: exponentials in bfloat16 have a relative error of 2**-9 everywhere; logits in bfloat16 would have an
 absolute one of 0.06 at 20. Powers of two scale exactly. Everything is a function of the shapes alone.
 
-Limits: float32 and bfloat16. Tokens are worked on in chunks of FEWEST_ROWS to MOST_ROWS, whose exponentials take at
-most a WORKSPACE-th of the device's memory: the table is read twice a chunk.
+Limits: float32 and bfloat16. Tokens are worked on in chunks (``chunks.py``).
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ from torch import Tensor
 from ..dispatch import Call, interpreting_triton, only_dtypes
 from ..numerics import Transform
 from ..vertex_oracle.tiles import describable, describe, has_copy_engine, split, tile_scores
+from .chunks import MOST_ROWS, chunk_rows
 
-WORKSPACE = 64  # the part of the device's memory that a chunk's exponentials may take
-MOST_ROWS, FEWEST_ROWS = 2048, 128
 LANES, MERGED, BLOCK = 128, 8, 1024  # of a merging program: tiles and rows at a time; columns of a finishing one
 
 # scores: (BM, BN, BK, warps, stages); plain ones have no bias, softcap or list, whose registers a wider tile needs, and
@@ -233,13 +231,6 @@ def gradient_rows(means, stats, table, targets, out, N, V, d, table_stride, slic
     row = tl.load(table + y * table_stride + j, mask=j < reach, other=0.0).to(tl.float32)
     mean_factor, target_factor = tl.load(stats + N + n), tl.load(stats + 2 * N + n)
     tl.store(out + n * d + j, target_factor * row - mean_factor * mean, mask=j < d)
-
-
-def chunk_rows(W: Tensor) -> int:
-    """Tokens whose exponentials take at most a WORKSPACE-th of the device's memory: the table is read twice a chunk."""
-    total = torch.cuda.get_device_properties(W.device).total_memory if W.device.type == "cuda" else 16 << 30
-    rows = total // WORKSPACE // (W.element_size() * W.shape[0])
-    return min(MOST_ROWS, max(FEWEST_ROWS, rows // FEWEST_ROWS * FEWEST_ROWS))
 
 
 def terms(x: Tensor, dtype: torch.dtype) -> Tensor:

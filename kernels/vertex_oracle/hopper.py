@@ -1,6 +1,9 @@
-"""CUDA implementation for bfloat16 on Hopper (csrc/cuda/vertex_oracle_sm90.cu): tensor copies and wgmma.
+"""CUDA implementation for bfloat16 on Hopper (csrc/cuda/vertex_oracle.cu): tensor copies and wgmma, launched on the
+current stream, no synchronisation.
 
-The keys, and so the ids, are those of the other CUDA form; only on request until a measurement says otherwise.
+2TVd FLOP in tiles of 128 tokens x 256 table rows; a table tile is read once for two blocks of tokens, 8 bytes a token
+and part of the vocabulary are written. Limits: one table, no candidate sets, rows of whole 16-byte chunks. The
+automatic choice prefers Triton until a measurement says otherwise.
 """
 
 from __future__ import annotations
@@ -8,18 +11,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Call
-from . import cuda
+from .. import native
+from ..dispatch import Call, only_dtypes
 
 
 def unsupported(call: Call) -> str | None:
-    capability = torch.cuda.get_device_capability(call.device)
-    if capability != (9, 0):
-        return f"needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
-    return cuda.unsupported(call)
+    if call.arguments & {"Q2", "candidates"}:
+        return "it takes one table and no candidate sets"
+    if not call.aligned:
+        return "rows of the table are not whole 16-byte chunks"
+    return only_dtypes(call, (torch.bfloat16,))
 
 
 def vertex_oracle(
     G: Tensor, E: Tensor, allowed: Tensor | None, Q2: Tensor | None, W2: Tensor | None, candidates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return cuda.vertex_oracle(G, E, allowed, Q2, W2, candidates, hopper=True)
+    T = G.shape[0]
+    ids = torch.empty(T, dtype=torch.int64, device=E.device)
+    values = torch.empty(T, dtype=torch.float32, device=E.device)
+    tiles, blocks = -(-E.shape[0] // 256), max(1, -(-T // 128))
+    if blocks > 1:
+        blocks += blocks % 2  # pairs of them are clusters
+    processors = torch.cuda.get_device_properties(E.device).multi_processor_count
+    splits = max(1, min(tiles, processors // blocks))
+    workspace = torch.empty(splits * T, dtype=torch.int64, device=E.device)
+    native.call(
+        "cuda", "vertex_oracle", E, queries=native.aligned_rows(G), allowed=native.contiguous(allowed), ids=ids,
+        values=values, rows=T, splits=splits, workspace=workspace,
+    )  # fmt: skip
+    return ids, values

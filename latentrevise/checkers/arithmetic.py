@@ -12,13 +12,14 @@ sums and products swapped.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from latentrevise.checkers.equations import Equation, equations, number_texts, plain
+from latentrevise.checkers.equations import SHARES, Equation, equations, number_texts, plain
 
 _NUMBER_WORDS = {
     word: Fraction(value)
@@ -56,8 +57,7 @@ _NUMBER_WORDS = {
     }.items()
     for word in words.split()
 }
-_SHARES = {"half": 2, "halves": 2, "halved": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5}
-_SHARES |= {"fifths": 5, "fourth": 4, "fourths": 4, "sixth": 6, "eighth": 8, "tenth": 10, "tenths": 10}
+_SHARES = SHARES | {f"{word}s": of for word, of in SHARES.items()} | {"halves": 2, "halved": 2}
 ALWAYS = {Fraction(1), Fraction(2), Fraction(100)}  # a whole, a double or a half, per cent
 # What a question calls for without writing it: word -> numbers.
 _CALLED_FOR = {
@@ -74,13 +74,13 @@ _CALLED_FOR = {
     "cent": (100,),
     "dollar": (100,),
     "percent": (100,),
+    "alphabet": (26,),
     "meter": (100, 1000),
     "kilometer": (1000,),
     "gram": (1000,),
     "foot": (12, 3),
     "feet": (12, 3),
     "yard": (3,),
-    "average": (),
 }
 
 
@@ -144,7 +144,7 @@ def check_step(question: str, before: str, step: str) -> bool | None:
     It holds when all its equations are true and all their operands are in the question, results before, or such
     constants as above; None where it has no equation. It reads no answer.
     """
-    earlier, found = equations(before), equations(step)
+    earlier, found = equations(before), equations(step, before)
     if not found:
         return None
     founded = _founded(question, [*earlier, *found])[len(earlier) :]
@@ -159,7 +159,7 @@ def check_step_once(question: str, before: str, step: str) -> bool | None:
     holds = check_step(question, before, step)
     if holds is not True:
         return holds
-    earlier, found = equations(before), equations(step)
+    earlier, found = equations(before), equations(step, before)
     given = Counter(number_texts(question))
     results = {equation.result for equation in [*earlier, *found]} | ALWAYS
     used = Counter(operand for equation in [*earlier, *found] for operand in equation.operands)
@@ -192,10 +192,12 @@ def numbers_of(question: str) -> set[Fraction]:
             if part in _SHARES:
                 found |= {Fraction(1, _SHARES[part]), Fraction(_SHARES[part])}
             for stem, values in _CALLED_FOR.items():
-                if part.startswith(stem):
+                if part in (stem, f"{stem}s", f"{stem}ly"):
                     found |= {Fraction(value) for value in values}
-    if "%" in text:
-        found |= {Fraction(number) / 100 for number in re.findall(r"(\d+(?:\.\d+)?)\s*%", text)}
+    for number, _ in re.findall(r"(\d+(?:\.\d+)?)\s*(%|cents?\b)", text):
+        found |= {Fraction(number) / 100, 1 - Fraction(number) / 100}  # a share, what it leaves, and an amount of money
+    if "round" in text or "nearest" in text:
+        found |= {Fraction(math.floor(number + Fraction(1, 2))) for number in found}
     return found
 
 
@@ -204,7 +206,7 @@ def _founded(question: str, found: Iterable[Equation]) -> list[bool]:
     known = numbers_of(question) | ALWAYS
     verdicts = []
     for equation in found:
-        verdicts.append(all(operand in known for operand in equation.operands))
+        verdicts.append(equation.founded(known))
         known.add(equation.result)
     return verdicts
 

@@ -109,6 +109,8 @@ def _typed(hint: Any) -> dict[str, Any]:
         return {"type": "array", "items": _typed(arguments[0])}
     if origin is dict or hint is dict:
         return {"type": "object"}
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _object(hint, _defaults(hint)) | {"required": [f.name for f in dataclasses.fields(hint)]}
     names = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
     return {"type": names[hint]} if hint in names else {}
 

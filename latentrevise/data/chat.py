@@ -35,13 +35,13 @@ def content_of(value: Any, column: str) -> Content:
     if isinstance(value, str):
         value = _as_messages(value, column) or value
     if value is None or value in ("", []):
-        raise BadRow("empty-prompt", f"column {column!r} is empty")
+        raise BadRow("empty-prompt", f"column {column!r} is empty; give a text or messages")
     if not isinstance(value, str):
         value = [_message(item, column) for item in value] if isinstance(value, list) else [_message(value, column)]
         if value[-1]["role"] == "assistant":
             raise BadRow("bad-messages", f"column {column!r} ends with the assistant's message; end it with the user's")
     if not text_of(value).strip():
-        raise BadRow("empty-prompt", f"column {column!r} holds only white space")
+        raise BadRow("empty-prompt", f"column {column!r} holds only white space; give a text or messages")
     return value
 
 
@@ -60,7 +60,7 @@ def _as_messages(text: str, column: str) -> list[Any] | None:
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: ``{[1, 2]}``
             continue
         value = [value] if isinstance(value, dict) else value
         if (
@@ -88,7 +88,8 @@ def _message(value: Any, column: str) -> dict[str, Any]:
         if isinstance(content, str):
             # A table has every key in every row: what is None in this message was not there.
             return {**{key: item for key, item in value.items() if item is not None}, "content": content}
-    raise BadRow("bad-messages", f"column {column!r} holds neither text nor messages with a role and a text content")
+    told = f"column {column!r} holds neither text nor messages; give each a role and a text content"
+    raise BadRow("bad-messages", told)
 
 
 class Templater:
@@ -171,7 +172,7 @@ class Templater:
                 messages, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize, **self.arguments
             )
         except (TemplateError, TypeError, ValueError) as error:  # templates refuse roles and orders they do not know
-            raise BadRow("chat-template", f"the tokenizer's chat template refuses the messages ({error})") from error
+            raise BadRow("chat-template", f"the chat template refuses the messages ({error}); change them") from error
 
     @cached_property
     def _bos(self) -> str | None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -277,14 +278,17 @@ _KEPT = (0.75, 0.5, 0.25, 0.0)  # of a trajectory's reasoning, stage by stage; o
 
 
 def prefix_rows(
-    trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase, boundary: str | None, pattern: AnswerPattern
+    trajectories: Iterable[Trajectory],
+    tokenizer: PreTrainedTokenizerBase,
+    boundary: Boundary | None,
+    pattern: AnswerPattern,
 ) -> list[Row]:
     """Starts for RL from a recovered prompt's first trajectory, as prompts that end within it: all prompts' longest
     ones, then shorter ones, then the prompts alone.
 
     On-policy RL behind prefixes of a solution that the policy found (PrefixRL, arXiv 2601.18795), as a curriculum that
     drops steps from the end (EvoCoT, arXiv 2508.07809): read the rows in order, or by ``stage``. ``prompt_ids`` end
-    with ``kept`` tokens of the trajectory, cut behind the nearest token with the text ``boundary`` and before the
+    with ``kept`` tokens of the trajectory, cut behind the nearest ``boundary`` and before the
     answer; a prompt's equal starts are one.
     """
     places = {}
@@ -294,7 +298,7 @@ def prefix_rows(
         before = len(ids)
         if answer is not None:
             before = bisect_right(range(len(ids)), answer.start, key=lambda n, i=ids: len(decoded(tokenizer, i[:n])))  # type: ignore[misc]
-        ends = [n for n in range(1, before) if boundary and boundary in tokenizer.decode([ids[n - 1]])]
+        ends = [] if boundary is None else [end for end in boundary.ends(ids) if end < before]
         places[t.prompt_id] = t, ids, before - 1, [0, *ends] if ends else range(before)
     rows: dict[tuple[str, int], Row] = {}
     for stage, share in enumerate(_KEPT):
@@ -358,7 +362,9 @@ def export_run(
         "messages": lambda: message_rows(chosen, conversations, tokenizer),
         "verl-sft": lambda: message_rows(chosen, conversations, tokenizer),
         "verl-rl": lambda: verl_rl_rows(chosen, conversations, tokenizer),
-        "prefix-rl": lambda: prefix_rows(chosen, tokenizer, settings.get("prefix_boundary"), pattern),
+        "prefix-rl": lambda: prefix_rows(
+            chosen, tokenizer, Boundary.of(settings.get("prefix_boundary"), tokenizer), pattern
+        ),
         "rl": lambda: rl_rows(chosen, conversations),
     }
     rows = makers[to]()

@@ -11,7 +11,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from latentrevise.data.tables import BadRow
+from latentrevise.data.tables import BadRow, shown
 from latentrevise.verify.verifier import last_boxed
 
 # Where an answer stands in a nested cell: verl's reward_model, and the kinds that its forks made of it.
@@ -33,6 +33,8 @@ _NO_ANSWER = frozenset(
         "unknown",
     )
 )
+_LAYERS = 20  # that are taken off an answer
+_LONGEST = 100_000  # characters of a cell that may be a list or an object
 _PAIRS = (("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"))
 _FORMULA = r"\$(?:[^$\\]|\\.)+\$"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:[\s,;]*(?:and\s+)?{_FORMULA})*", re.DOTALL)
@@ -59,13 +61,13 @@ def gold(row: Mapping[str, Any], column: str, named: bool) -> str:
     told = next((text for text in found if _says_none(text)), None)
     found = list(dict.fromkeys(text for text in found if not _says_none(text)))
     if not found:
-        what = f"says {told!r}" if told and told.strip() else "holds no answer"
+        what = f"says {shown(told)}" if told and told.strip() else "holds no answer"
         raise BadRow("missing-answer", f"column {column!r} {what}; give the bare result")
     if len(found) > 1 and not (column == _PARTS or row.get("is_multiple_answer") is True):
         raise BadRow(
             "several-answers",
-            f"column {column!r} holds {len(found)} answers ({', '.join(found[:3])}), and nothing says whether one of"
-            " them is enough; write those that belong together as one text ('1, 2'), or keep one",
+            f"column {column!r} holds {len(found)} answers ({', '.join(map(shown, found[:3]))}), and nothing says"
+            " whether one of them is enough; write those that belong together as one text ('1, 2'), or keep one",
         )
     if column == "solution" and not named and not _marked(row[column]) and any(map(_is_prose, found)):
         raise BadRow("missing-answer", "the solution has no \\boxed{} answer; name a column with the bare result")
@@ -77,7 +79,9 @@ def unwrap(text: str) -> str:
     """The bare answer of a text: the last box, what follows ``####`` or "the answer is", without dollars, bold marks,
     quotation marks or a full stop around it."""
     before = None
-    while text != before:
+    for _ in range(_LAYERS):
+        if text == before:
+            break
         before, text = text, text.strip()
         if (boxed := last_boxed(text)) is not None:
             text = boxed
@@ -104,6 +108,8 @@ def _answers(value: Any) -> list[str]:
         return [answer for item in value for answer in _answers(item)]
     if value is None:
         return []
+    if isinstance(value, (bytes, bytearray)):
+        raise BadRow("bad-text", "the answer is bytes; write the column as text")
     if isinstance(value, (float, Decimal)):
         number = Decimal(str(value))
         return [format(number, "f")] if number.is_finite() else []
@@ -115,14 +121,14 @@ def _answers(value: Any) -> list[str]:
 def _nested(text: str) -> Any:
     """What a cell of text holds as JSON or as Python prints it: texts in a list, or an answer by name. A list of bare
     numbers is an interval or a vector, and stays."""
-    if text[:1] + text[-1:] not in ("[]", "{}"):
+    if text[:1] + text[-1:] not in ("[]", "{}") or len(text) > _LONGEST:
         return None
     if _ARRAY.fullmatch(text):
         text = f"[{', '.join(_QUOTED.findall(text))}]"  # to Python two texts side by side are one
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: ``{[1, 2]}``
             continue
         if isinstance(value, dict):
             return value if any(key in value for key in _INSIDE) else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentrevise.data.chat import Chat, Templater, content_of, text_of
 from latentrevise.data.golds import gold, is_solution
 from latentrevise.data.records import Prompt, RowError, stable_hash
-from latentrevise.data.tables import BadRow, plain, read_rows
+from latentrevise.data.tables import BadRow, plain_row, read_rows, shown
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.verify.verifier import Verifier
 
@@ -138,7 +138,7 @@ def load_prompts(
     Raises InputError when nothing can be read at all, or, with ``strict``, at the first unusable row; ConfigError for
     chat_template_kwargs that would be ignored.
     """
-    rows = [(number, row if isinstance(row, BadRow) else plain(row)) for number, row in read_rows(source)]
+    rows = [(number, plain_row(row)) for number, row in read_rows(source)]
     name = str(source) if isinstance(source, (str, os.PathLike)) else "prompts"
     if not rows:
         raise InputError(f"{name} is empty; give at least one row with a prompt and an answer")
@@ -153,8 +153,6 @@ def load_prompts(
         try:
             if isinstance(row, BadRow):
                 raise row
-            if not _is_text(row):
-                raise BadRow("bad-text", "it holds half of a surrogate pair, which is no character; repair the file")
             if columns.id and row.get(columns.id) is not None:
                 known_id = str(row[columns.id])
             content = templater.asked(content_of(row.get(columns.prompt), columns.prompt))
@@ -166,13 +164,14 @@ def load_prompts(
                 if seen[known_id] == key:
                     copies.append(number)
                     continue
-                raise BadRow("duplicate-id", f"id {known_id!r} was used before; give every row an id of its own")
+                raise BadRow("duplicate-id", f"id {shown(known_id)} was used before; give every row an id of its own")
             seen[known_id] = key
             if not tokenizer.encode(answer, add_special_tokens=False):
-                raise BadRow("empty-answer", f"the answer {answer!r} has no token under this tokenizer")
+                told = f"the answer {shown(answer)} has no token under this tokenizer; correct it, or drop the row"
+                raise BadRow("empty-answer", told)
             ids = templater.encode(content)
             if not ids:
-                raise BadRow("empty-prompt", "the prompt has no token under this tokenizer")
+                raise BadRow("empty-prompt", "the prompt has no token under this tokenizer; drop the row")
             if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
                 told = (
                     f"{len(ids)} tokens are more than the {max_prompt_tokens} that fit beside max_new_tokens (or that"
@@ -194,7 +193,7 @@ def load_prompts(
         troubles = judge.check_golds(golds)
     for (number, prompt), trouble in zip(list(prompts.items()), troubles, strict=True):
         if trouble is not None:
-            errors.append(RowError(number, prompt.id, "unparsable-answer", f"answer {prompt.answer!r}: {trouble}"))
+            errors.append(RowError(number, prompt.id, "unparsable-answer", f"answer {shown(prompt.answer)}: {trouble}"))
             del prompts[number]
     errors.sort(key=lambda error: error.row)
     if strict and errors:
@@ -228,11 +227,3 @@ def _further(row: Mapping[str, Any], columns: _Columns) -> dict[str, Any]:
     if is_solution(row[columns.answer]):
         found[columns.answer] = row[columns.answer]
     return dict(json.loads(json.dumps(found, default=str), parse_constant=lambda _: None))
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -10,6 +10,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,9 @@ from latentrevise.errors import InputError
 log = logging.getLogger(__name__)
 
 _AS_THEY_ARE = frozenset((str, int, bool, type(None)))
+_DEEPEST = 100  # lists and objects in each other
+_TOO_DEEP = f"more than {_DEEPEST} lists or objects stand in each other; flatten it"
+_SHOWN = 200  # characters of what a message quotes
 
 _TABLES: dict[str, tuple[str, ...]] = {"to_pylist": (), "to_dicts": (), "to_dict": ("records",)}
 
@@ -25,7 +29,7 @@ Rows = Iterator[tuple[int, Any]]
 
 
 class BadRow(Exception):
-    """A row that is left out: a reason code and a message."""
+    """A row that is left out: a reason code, and a message that says what to do."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -55,8 +59,9 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
     if hasattr(rows, "columns"):  # tables of pyarrow, polars and pandas iterate over their columns
         make = next((name for name in _TABLES if callable(getattr(rows, name, None))), None)
         rows = rows if make is None else getattr(rows, make)(*_TABLES[make])
+    told = "the row is not a mapping of columns; give dictionaries"
     for number, row in enumerate(rows):
-        yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", "the row is not a mapping of columns")
+        yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", told)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -69,20 +74,45 @@ def file_hash(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def plain(value: Any) -> Any:
-    """A value as Python's own types: arrays and tuples as lists, their scalars as numbers, NaN and NA as None."""
+def plain_row(row: Any) -> Any:
+    """A row as ``plain`` values, or the ``BadRow`` that it is or turns out to be."""
+    if isinstance(row, BadRow):
+        return row
+    try:
+        cells = plain(row)
+        json.dumps(cells, ensure_ascii=False, default=str).encode()
+    except BadRow as error:
+        return error
+    except UnicodeEncodeError:
+        return BadRow("bad-text", "it holds half of a surrogate pair, which is no character; repair the file")
+    except ValueError:  # Python writes no longer ones
+        return BadRow("huge-number", "it holds a whole number of more than 4300 digits; write it as text")
+    return cells
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as Python's own types: arrays and tuples as lists, their scalars as numbers, NaN and NA as None.
+
+    Raises BadRow for what is nested too deep, or holds itself.
+    """
     if type(value) in _AS_THEY_ARE:  # a look at most of a large file
         return value
+    if depth > _DEEPEST:
+        raise BadRow("too-deep", _TOO_DEEP)
     if type(value) is dict or isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) != 0:
-        return [plain(item) for item in value]
+        return [plain(item, depth + 1) for item in value]
     if hasattr(value, "tolist"):
         # A short float's own digits: 0.1 in float32 is not 0.10000000149.
         value = float(str(value)) if isinstance(value.tolist(), float) else value.tolist()
-    if type(value).__name__ in ("NAType", "NaTType") or value != value:
-        return None
-    return value
+    none = value.is_nan() if isinstance(value, Decimal) else isinstance(value, float) and value != value
+    return None if none or type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def shown(text: str) -> str:
+    """A text as a message quotes it: its beginning where it is long."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text):,} characters)"
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -123,41 +153,67 @@ def _read(path: Path) -> Rows:
         raise InputError(f"prompt file {path} can't be read ({error.strerror or error})") from error
 
 
-def _open(path: Path, newline: str | None = None) -> IO[str]:
+def _open(path: Path, newline: str | None = None, errors: str = "strict") -> IO[str]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline=newline)
+    return path.open(encoding="utf-8-sig", errors=errors, newline=newline)
+
+
+def _parsed(text: str, where: str) -> Any:
+    """JSON. Raises BadRow with the reason; ``where`` it stands."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        told = f"{where} is not JSON ({error.msg} at line {error.lineno}, column {error.colno}); repair it"
+        raise BadRow("bad-json", told) from error
+    except RecursionError as error:
+        raise BadRow("too-deep", f"{where}: {_TOO_DEEP}") from error
+    except ValueError as error:  # Python reads no longer ones
+        told = f"{where} holds a whole number of more than 4300 digits; write it as text"
+        raise BadRow("huge-number", told) from error
 
 
 def _read_jsonl(path: Path) -> Rows:
     first = True
-    with _open(path) as lines:
+    with _open(path, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             row: Any
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                if not _is_text(line):
+                    if first:
+                        raise InputError(f"prompt file {path} is not UTF-8 text (see its line {number}); convert it")
+                    raise BadRow("bad-text", f"line {number} is not UTF-8 text; repair it")
+                row = _parsed(line, f"line {number}")
+            except BadRow as error:
                 if first:
                     _hint_at_json(path)
-                row = BadRow("bad-json", f"line {number} is not JSON ({error.msg} at column {error.colno})")
+                row = error
             else:
                 if first and isinstance(row, list):
                     _hint_at_json(path)
                 if not isinstance(row, dict):
-                    row = BadRow("not-a-row", f"line {number} is not a JSON object")
+                    row = BadRow("not-a-row", f"line {number} is not a JSON object; write one a line")
             first = False
             yield number, row
 
 
+def _is_text(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _hint_at_json(path: Path) -> None:
     """Raises InputError where a ``.jsonl`` file begins with a list, or an object over several lines."""
-    with _open(path) as file:
+    with _open(path, errors="surrogateescape") as file:
         text = file.read().strip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return
     if isinstance(value, list) and not any(isinstance(item, dict) for item in value):
         return
@@ -167,14 +223,13 @@ def _hint_at_json(path: Path) -> None:
 
 
 def _read_json(path: Path) -> Rows:
+    with _open(path) as file:
+        text = file.read()
     try:
-        with _open(path) as file:
-            content = json.load(file)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"prompt file {path} is not JSON ({error.msg} at line {error.lineno}); if it holds one object a line,"
-            " name it .jsonl"
-        ) from error
+        content = _parsed(text, f"prompt file {path}")
+    except BadRow as error:
+        lines = ", or name it .jsonl if it holds one object a line" if error.reason == "bad-json" else ""
+        raise InputError(f"{error}{lines}") from error
     if isinstance(content, dict):
         content = next(
             (content[key] for key in ("data", "prompts", "rows") if isinstance(content.get(key), list)), content
@@ -182,12 +237,17 @@ def _read_json(path: Path) -> Rows:
     if not isinstance(content, list):
         raise InputError(f"prompt file {path} holds no list of rows; give a list, or an object with one under 'data'")
     for number, row in enumerate(content):
-        yield number, row if isinstance(row, dict) else BadRow("not-a-row", f"row {number} is not a JSON object")
+        told = f"row {number} is not a JSON object; repair it"
+        yield number, row if isinstance(row, dict) else BadRow("not-a-row", told)
 
 
 def _read_csv(path: Path, dialect: str = "excel") -> Rows:
     with _open(path, newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines, dialect=dialect)):
+        reader = csv.DictReader(lines, dialect=dialect)
+        names = [name for name in reader.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            raise InputError(f"prompt file {path} has several columns of one name ({', '.join(names)}); rename them")
+        for number, row in enumerate(reader):
             if None in row or None in row.values():
                 told = f"row {number} has more or fewer cells than the header; quote what parts cells"
                 yield number, BadRow("bad-csv", told)
@@ -202,7 +262,15 @@ def _read_tsv(path: Path) -> Rows:
 def _read_parquet(path: Path) -> Rows:
     from latentrevise.data.records import read_table
 
-    yield from enumerate(read_table(path, remedy="fetch it anew").to_pylist())
+    table, columns = read_table(path, remedy="fetch it, or write it anew"), []
+    for name in table.column_names:
+        try:
+            columns.append(table[name].to_pylist())
+        except (ValueError, OverflowError, ArithmeticError) as error:
+            told = f"column {name!r} of type {table[name].type} has no values in Python ({error})"
+            raise InputError(f"prompt file {path}: {told}; write it as text, or leave it out") from error
+    for number in range(table.num_rows):
+        yield number, {name: values[number] for name, values in zip(table.column_names, columns, strict=True)}
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

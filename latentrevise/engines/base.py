@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ class Request:
     """What to continue: exactly one of ``ids`` (tokens) and ``embeddings`` (``[L, d]``, any floating dtype).
 
     Embeddings are as the model's embedding module outputs them. seed: of this request's samples; without it they follow
-    from the parameters' seed and the request's place in the list.
+    from the parameters' seed and the request's place in the list. first: the index of its first sample: those that are
+    drawn in several calls, each from where the last one ended, are those of one call.
     """
 
     ids: Sequence[int] | None = None
     embeddings: Tensor | None = None
     seed: int | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.embeddings is None):
@@ -53,7 +56,8 @@ class SamplingParams:
     n: samples a request. temperature: 0 is greedy decoding. top_p: keep the smallest set of tokens with at least this
     mass; top_k: keep the k most probable (None: all); ties stay in. max_new_tokens: the end-of-sequence token counts.
     stop_token_ids: beside the model's own. stop: strings; a completion ends with the token that completes one, which is
-    kept. seed: see Request. logprobs: return them.
+    kept. stop_pattern: a regular expression; a completion ends with the first token behind a match, which is kept: what
+    follows a match may decide on it. seed: see Request. logprobs: return them.
     """
 
     n: int = 1
@@ -63,6 +67,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    stop_pattern: str | None = None
     seed: int = 0
     logprobs: bool = True
 
@@ -180,8 +185,18 @@ def check(
             f"request {index}: {length} tokens and up to {params.max_new_tokens} new ones, but the model has"
             f" {limit} positions; lower max_new_tokens or shorten the request"
         )
-    if params.stop and tokenizer is None:
+    if (params.stop or params.stop_pattern) and tokenizer is None:
         raise ConfigError("SamplingParams.stop needs a tokenizer; pass one to the engine, or use stop_token_ids")
+
+
+def stops_text(params: SamplingParams, text: str) -> bool:
+    """Whether a completion of this text has come to one of its stop strings, or past its ``stop_pattern``."""
+    if any(stop in text for stop in params.stop):
+        return True
+    if params.stop_pattern is None:
+        return False
+    text = text.rstrip("\ufffd")  # the beginning of a character says nothing yet
+    return any(0 < match.end() < len(text) for match in re.finditer(params.stop_pattern, text))
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> list[int]:

@@ -29,6 +29,7 @@ from latentrevise.engines.base import (
     evaluating,
     not_finite,
     stop_ids,
+    stops_text,
 )
 from latentrevise.engines.cache import GrowingLayer
 from latentrevise.engines.draw import choose, completions, uniform
@@ -134,7 +135,8 @@ class HFEngine:
             seed = request.seed if request.seed is not None else row_seed(p.seed, index)
             rows = groups.setdefault(replace(p, n=1, seed=0, max_new_tokens=1), [])
             rows.extend(
-                _Row(index, sample, row_seed(seed, sample), request.length, p.max_new_tokens) for sample in range(p.n)
+                _Row(index, sample, row_seed(seed, request.first + sample), request.length, p.max_new_tokens)
+                for sample in range(p.n)
             )
 
         done: dict[tuple[int, int], Completion] = {}
@@ -253,8 +255,8 @@ class HFEngine:
             stopping = running & torch.isin(tokens, stops)
             produced[held[stopping]] = step
             closed[held[stopping]] = True
-            if params.stop:
-                stopping |= self._ends_in_stop(ids, held, running & ~stopping, step, params.stop, produced)
+            if params.stop or params.stop_pattern:
+                stopping |= self._ends_in_stop(ids, held, running & ~stopping, step, params, produced)
             ended[held[stopping]] = True
             left = running & ~stopping & (step + 1 < most[held])
             remaining = int(left.sum())
@@ -395,16 +397,17 @@ class HFEngine:
         return output.logits[:, -count:].to(self._embedding.weight.device, torch.float32)
 
     def _ends_in_stop(
-        self, ids: Tensor, held: Tensor, candidates: Tensor, step: int, stop: tuple[str, ...], produced: Tensor
+        self, ids: Tensor, held: Tensor, candidates: Tensor, step: int, params: SamplingParams, produced: Tensor
     ) -> Tensor:
-        """Which lines' text now holds a stop string. Their ``produced`` is set; the token that completed it is kept."""
+        """Which lines' text now stops them. Their ``produced`` is set; the token that completed it is kept."""
         assert self.tokenizer is not None
         found = torch.zeros_like(candidates)
         # A token is seldom less than a character; some more for those that are, and for the marks around words.
-        tail = max(len(s) for s in stop) + 8
+        # An expression may look back as far as it likes.
+        tail = step + 1 if params.stop_pattern else max(len(s) for s in params.stop) + 8
         for line in candidates.nonzero()[:, 0].tolist():
             text = self.tokenizer.decode(ids[held[line], max(0, step + 1 - tail) : step + 1])
-            if any(s in text for s in stop):
+            if stops_text(params, str(text)):
                 found[line] = True
                 produced[held[line]] = step + 1
         return found

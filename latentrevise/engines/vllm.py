@@ -47,6 +47,7 @@ from latentrevise.engines.vllm_setup import (
     prompt_input,
     sampled,
     unavailable,
+    upto_stop,
     vllm_params,
 )
 from latentrevise.errors import ConfigError, ModelError, RunError
@@ -206,7 +207,7 @@ class VLLMEngine:
         ids, prompts = self._probes(2 * llm.llm_engine.vllm_config.cache_config.block_size + 5)
         inputs = [prompt_input(Request(ids), self.model.dtype)]
         inputs += [prompt_input(Request(embeddings=prompt), self.model.dtype) for prompt in prompts]
-        params = vllm_params(SamplingParams(temperature=0, max_new_tokens=_PROBED), seed=0, stops=[])
+        params = vllm_params(SamplingParams(temperature=0, max_new_tokens=_PROBED), seed=0, first=0, stops=[])
         found = dict(self._complete((i, prompt, params) for i, prompt in enumerate(inputs)))
         samples = [sampled(found[i][0]) for i in range(len(inputs))]
         known = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
@@ -388,15 +389,14 @@ class VLLMEngine:
             for index, (request, p) in enumerate(zip(requests, params, strict=True)):
                 if index not in done:
                     seed = request.seed if request.seed is not None else row_seed(p.seed, index)
-                    own = vllm_params(p, seed, stop_ids(self.model, self.tokenizer, p))
+                    own = vllm_params(p, seed, request.first, stop_ids(self.model, self.tokenizer, p))
                     yield index, prompt_input(request, self.model.dtype), own
 
         with closing(self._complete(jobs())) as finished:
             for index, outputs in finished:
                 p = params[index]
-                own = [self._completion(index, output, p) for output in outputs]
-                # Greedily all samples are one.
-                done[index] = own if len(own) == p.n else own * p.n
+                own = [upto_stop(self.tokenizer, p, self._completion(index, output, p)) for output in outputs]
+                done[index] = own if len(own) == p.n else own * p.n  # greedily all samples are one
                 if progress is not None:
                     progress(p.n, sum(len(c.ids) + (c.finish_reason == "stop") for c in done[index]))
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from latentrevise.engines.base import Request, SamplingParams
+from latentrevise.engines.base import Completion, Request, SamplingParams, stops_text
 from latentrevise.errors import ConfigError, ModelError, RunError
 from latentrevise.model.loading import unwrapped
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from vllm.outputs import CompletionOutput
 
 CPU_KV_GIB = 2.0
@@ -119,8 +119,8 @@ def prompt_input(request: Request, dtype: torch.dtype) -> Any:
     return tokens_input(list(request.ids or ()))
 
 
-def vllm_params(params: SamplingParams, seed: int, stops: list[int]) -> Any:
-    """Our parameters as vLLM's; stops: token ids that end a completion."""
+def vllm_params(params: SamplingParams, seed: int, first: int, stops: list[int]) -> Any:
+    """Our parameters as vLLM's; first: index of the first sample; stops: token ids that end a completion."""
     from vllm import SamplingParams as Theirs
     from vllm.sampling_params import RequestOutputKind
 
@@ -131,7 +131,7 @@ def vllm_params(params: SamplingParams, seed: int, stops: list[int]) -> Any:
         top_p=params.top_p,
         top_k=params.top_k or 0,
         max_tokens=params.max_new_tokens,
-        seed=None if greedy else seed % 2**62,  # sample i adds i to it
+        seed=None if greedy else seed % 2**62 + first,  # sample i adds i to it
         stop=list(params.stop),
         stop_token_ids=stops,
         ignore_eos=True,  # it is among the stop tokens
@@ -140,6 +140,18 @@ def vllm_params(params: SamplingParams, seed: int, stops: list[int]) -> Any:
         skip_special_tokens=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def upto_stop(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams, completion: Completion) -> Completion:
+    """The completion up to where ``stop_pattern`` ends it: vLLM knows strings alone, and decodes on."""
+    if params.stop_pattern is None:
+        return completion
+    assert tokenizer is not None  # checked before anything is computed
+    ids, logprobs = completion.ids, completion.logprobs
+    ends = (n for n in range(1, len(ids) + 1) if stops_text(params, str(tokenizer.decode(list(ids[:n])))))
+    if (end := next(ends, None)) is None:
+        return completion
+    return Completion(ids[:end], logprobs and logprobs[:end], "stop")
 
 
 def sampled(output: CompletionOutput) -> tuple[list[int], list[float]]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout, Start
 from latentrevise.engines import Request
-from latentrevise.errors import ConfigError
 from latentrevise.model.policy import Policy
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Cut, Proposal, Work
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -40,11 +36,11 @@ class Case:
 
 
 def chosen_cuts(
-    failed: Sequence[Rollout], count: int, fraction: float, boundary: Collection[int], seed: int
+    failed: Sequence[Rollout], count: int, fraction: float, boundary: Boundary | None, seed: int
 ) -> tuple[Cut, ...]:
     """``count`` of the failed rollouts, drawn by the seed, each cut near ``fraction`` of its length.
 
-    The cut lies behind the nearest of the ``boundary`` tokens where there is one; both sides keep a token.
+    The cut lies behind the nearest ``boundary`` where there is one; both sides keep a token.
     """
     order = torch.randperm(len(failed), generator=torch.Generator().manual_seed(seed)).tolist()
     # A rollout that came to an (incorrect) answer is the better anchor; the rest serves when there is none.
@@ -53,7 +49,7 @@ def chosen_cuts(
     for rollout in (failed[i] for i in ranked[:count]):
         ids = rollout.completion_ids
         at = min(max(1, round(len(ids) * fraction)), len(ids) - 1)
-        ends = [i + 1 for i, token in enumerate(ids[:-1]) if token in boundary]
+        ends = [] if boundary is None else [end for end in boundary.ends(ids) if end < len(ids)]
         at = min(ends, key=lambda end: (abs(end - at), end), default=at)
         cuts.append(Cut(rollout.sample_id, ids[:at], ids[at:]))
     return tuple(cuts)
@@ -71,13 +67,3 @@ def request_of(
         fixed = policy.embedding(torch.tensor(prompt_ids, device=device))
         revised = mixture.to(device).embed(policy.table)
     return Request(embeddings=torch.cat([fixed, revised]), seed=seed)
-
-
-def tokens_with(tokenizer: PreTrainedTokenizerBase, text: str, rows: int) -> set[int]:
-    """Tokens whose own text contains ``text``."""
-    found = {i for i in range(min(len(tokenizer), rows)) if text in tokenizer.decode([i])}
-    if not found:
-        raise ConfigError(
-            f"prefix_boundary = {text!r}: no token of this tokenizer contains it; choose another boundary"
-        )
-    return found

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from latentrevise.data.records import (
     Prompt,
+    Rollout,
     Sample,
     Start,
     Trajectory,
@@ -27,6 +28,7 @@ from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import Outcome, run_metrics
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.selection import select
+from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.stages import Arm, Part, given_up, read_output, read_starts, write_mixtures
 from latentrevise.revise.hull import Mixture
 
@@ -69,6 +71,17 @@ def cost(run: RunDirectory, parts: Iterable[Part]) -> Compute:
     return total
 
 
+def mining_cost(prompts: Iterable[Prompt], rollouts: Mapping[str, Sequence[Rollout]], config: RecoverConfig) -> Compute:
+    """What the rollouts cost: their tokens, and each prompt's once for every round that it was drawn in."""
+    total = Compute()
+    for prompt in prompts:
+        own = rollouts.get(prompt.id, ())
+        rounds = sum(config.drawn(number).start < len(own) for number in range(config.mine.rounds))
+        decoded = sum(decoded_tokens(r.completion_ids, r.finish_reason) for r in own)
+        total += Compute(forward=rounds * len(prompt.ids), decoded=decoded)
+    return total
+
+
 def decoded_tokens(ids: Sequence[int], finish_reason: str) -> int:
     """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
     return len(ids) + (finish_reason == "stop")
@@ -93,6 +106,7 @@ def collect(
     write_mixtures(job.run.atoms, mixtures)
     write_records(job.run.trajectories, rows, Trajectory)
     count = Counter(row.strategy for row in rows)
+    rollouts = job.rollouts()
     metrics = run_metrics(
         [
             Outcome(
@@ -107,9 +121,10 @@ def collect(
             )
             for arm in arms
         ],
-        rollouts=job.rollouts(),
+        rollouts=rollouts,
         zero_hit=job.targets["prompt_id"].to_pylist(),
         aimed_wrong=job.targets.filter(pc.is_valid(job.targets["wrong"]))["prompt_id"].to_pylist(),
+        mined=mining_cost(job.prompts, rollouts, job.config),
         left_out=len(read_jsonl(job.run.errors)),
         checked=job.checker is not None,
         chained=job.config.stop_at_success,

@@ -1,9 +1,9 @@
 """Is a prompt beyond the model, or is it the format? What the failures of a mined run are, and what to change.
 
-Each rollout that is not correct falls under the first of these that holds: the verifier did not decide in time; it was
-cut at ``max_new_tokens``; it holds no answer where the verifier looks; it answers, wrongly. Of those without an answer
-it is said how many name the gold answer all the same, how many hold an answer in another form, and how many run on into
-another turn of the conversation, which is a fault of the template.
+Each rollout that is not correct falls under the first of these that holds: the verifier did not decide in time; it runs
+on into another turn of the conversation, which is a fault of the template (its last answer may be to a question of its
+own making); it was cut at ``max_new_tokens`` before it answered; it answers in another form than the one that is read;
+it holds no answer; it answers, wrongly.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ from dataclasses import dataclass
 from latentrevise.data.records import Prompt, Rollout, read_records
 from latentrevise.errors import InputError
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.verify.patterns import BOXED, NAMES, AnswerPattern
 
-KINDS = ("timeout", "truncated", "no answer", "wrong answer")
+KINDS = ("timeout", "another turn", "truncated", "another form", "no answer", "wrong answer")
+# Marks of turns that are special tokens are not in a completion's text; the role behind them is.
 _TURN = re.compile(
     r"<\|?(im_start|im_end|user|assistant|start_header_id|eot_id|start_of_turn|end_of_turn)\|?>"
-    r"|\[/?INST\]|^\s*(\[?(user|human|assistant)\]?\s*:|### (Instruction|Response|Question))",
+    r"|\[/?INST\]|^\s*(\[?(user|human|assistant)\]?[ \t]*(:|$)|### (Instruction|Response|Question))",
     re.IGNORECASE | re.MULTILINE,
 )
-_OTHER_FORM = re.compile(r"(final answer|answer is|answer:|####|<answer>)", re.IGNORECASE)
 _NOTABLE = 0.1  # of the failures: a kind that is rarer changes no conclusion
 
 
 @dataclass(frozen=True)
 class Failures:
-    """kinds: see the module. named, other_form, turns: among those without an answer, overlapping. zero_hit: prompts
-    without a correct rollout; format_only: those of them on which no rollout gives a wrong answer of its own."""
+    """kinds: see the module. named: of those in another form or without an answer, how many name the gold answer all
+    the same. forms: answers in another form, by the ``answer_pattern`` that finds them, overlapping. zero_hit: prompts
+    whose rollouts are all verified wrong; undecided: those without a correct one, but not all verified. format_only:
+    zero-hit prompts on which no rollout gives a wrong answer of its own."""
 
     rollouts: int
     correct: int
     kinds: dict[str, int]
     named: int
-    other_form: int
-    turns: int
+    forms: dict[str, int]
     prompts: int
     zero_hit: int
+    undecided: int
     format_only: int
 
     @property
@@ -48,37 +51,49 @@ class Failures:
         return self.rollouts - self.correct
 
 
-def kind_of(rollout: Rollout) -> str | None:
-    """One of KINDS; None of a correct rollout."""
+def kind_of(rollout: Rollout, forms: Sequence[str] = ()) -> str | None:
+    """One of KINDS; None of a correct rollout. forms: the other patterns that find an answer in it."""
     if rollout.verdict == "correct":
         return None
     if rollout.verdict == "unknown":
         return "timeout"
+    if _TURN.search(rollout.completion):
+        return "another turn"
     if rollout.extracted is not None:
         return "wrong answer"
-    return "truncated" if rollout.finish_reason == "length" else "no answer"
+    if rollout.finish_reason == "length":
+        return "truncated"
+    return "another form" if forms else "no answer"
 
 
-def failures_of(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Failures:
-    """What the rollouts that are not correct are."""
+def failures_of(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], pattern: str = BOXED) -> Failures:
+    """What the rollouts that are not correct are. pattern: the ``answer_pattern`` that they were read by."""
     gold = {p.id: p.answer.strip() for p in prompts}
-    kinds = [kind_of(r) for r in rollouts]
-    silent = [r for r, kind in zip(rollouts, kinds, strict=True) if kind == "no answer"]
+    others = [AnswerPattern(name) for name in NAMES if name != pattern]
+    counts: Counter[str | None] = Counter()
+    forms: Counter[str] = Counter()
+    named = 0
     by_prompt: dict[str, set[str | None]] = {}
-    for r, kind in zip(rollouts, kinds, strict=True):
+    for r in rollouts:
+        found = [other.name for other in others if other.find(r.completion)] if r.extracted is None else []
+        kind = kind_of(r, found)
+        counts[kind] += 1
         by_prompt.setdefault(r.prompt_id, set()).add(kind)
-    dead = [found for found in by_prompt.values() if None not in found]
-    counts = Counter(kinds)
+        if kind in ("another form", "no answer"):
+            forms.update(found)
+            named += _names(r.completion, gold.get(r.prompt_id, ""))
+    unsolved = [kinds for kinds in by_prompt.values() if None not in kinds]
+    dead = [kinds for kinds in unsolved if "timeout" not in kinds]
     return Failures(
         rollouts=len(rollouts),
         correct=counts[None],
         kinds={kind: counts[kind] for kind in KINDS},
-        named=sum(_names(r.completion, gold.get(r.prompt_id, "")) for r in silent),
-        other_form=sum(bool(_OTHER_FORM.search(r.completion)) for r in silent),
-        turns=sum(bool(_TURN.search(r.completion)) for r in silent),
+        named=named,
+        forms=dict(forms.most_common()),
         prompts=len(by_prompt),
         zero_hit=len(dead),
-        format_only=sum("wrong answer" not in found for found in dead),
+        undecided=len(unsolved) - len(dead),
+        format_only=sum("wrong answer" not in kinds for kinds in dead),
     )
 
 
@@ -91,17 +106,17 @@ def run_diagnosis(run: str | os.PathLike[str]) -> str:
     config = directory.read_header()["config"]
     if not directory.parts("rollouts"):
         raise InputError(f"{directory.path}: no rollouts in it; mine first (`latentrevise mine`, or `recover`)")
-    found = failures_of(read_records(directory.prompts, Prompt), read_records(directory.path / "rollouts", Rollout))
+    prompts, rollouts = read_records(directory.prompts, Prompt), read_records(directory.path / "rollouts", Rollout)
+    found = failures_of(prompts, rollouts, config["answer_pattern"])
+    undecided = f", {found.undecided} undecided" if found.undecided else ""
     lines = [
         f"{found.rollouts} rollouts of {found.prompts} prompts: {found.correct} correct, {found.failed} not;"
-        f" {found.zero_hit} prompts are zero-hit"
+        f" {found.zero_hit} prompts are zero-hit{undecided}"
     ]
     lines += [f"  {kind:<14}{count:>7}  {_share(count, found.failed)}" for kind, count in found.kinds.items()]
-    if found.kinds["no answer"]:
-        lines.append(
-            f"  of those without an answer: {found.named} name the gold answer, {found.other_form} hold an answer in"
-            f" another form, {found.turns} run on into another turn"
-        )
+    if found.kinds["another form"] or found.kinds["no answer"]:
+        forms = "".join(f", {count} hold one by answer_pattern={name}" for name, count in found.forms.items())
+        lines.append(f"  of those in another form or without an answer {found.named} name the gold answer{forms}")
     lines.append(
         f"on {found.format_only} of the {found.zero_hit} zero-hit prompts no rollout gives a wrong answer of its own"
     )
@@ -110,24 +125,25 @@ def run_diagnosis(run: str | os.PathLike[str]) -> str:
 
 def advice(found: Failures, config: dict) -> list[str]:  # type: ignore[type-arg]  # the settings as they were read
     """Which setting to change, the most frequent cause first; one line where it is not the format."""
-    silent = found.kinds["no answer"]
-    cut, late = config.get("max_new_tokens"), config.get("verify_timeout")
+    kinds, pattern, cut = found.kinds, config["answer_pattern"], config["max_new_tokens"] or "1024 unless it is set"
+    likeliest = next(iter(found.forms), "")
     causes = [
-        (found.kinds["truncated"], f"raise max_new_tokens ({cut}): rollouts are cut before they answer"),
+        (kinds["truncated"], f"raise max_new_tokens ({cut}): rollouts are cut before they answer"),
         (
-            found.turns,
-            "the model goes on into another turn: set chat=true (or give the prompts as messages), or name the turn's"
+            kinds["another turn"],
+            "the model goes on into another turn: set chat=always (or give the prompts as messages), or name the turn's"
             " mark in `stop`",
         ),
+        (kinds["another form"], f"answers stand in another form than {pattern}: set answer_pattern={likeliest}"),
         (
-            silent - found.turns,
-            "completions end without \\boxed{}: ask for it with `instruction` or in the prompts, or set chat=true where"
-            " the model was trained on a template",
+            kinds["no answer"],
+            f"completions end without an answer by answer_pattern={pattern}: ask for it with `instruction` or in the"
+            " prompts, or set chat=always where the model was trained on a template",
         ),
         (
-            found.kinds["timeout"],
-            f"raise verify_timeout ({late} s): an undecided rollout is neither right nor wrong, and its prompt is not"
-            " zero-hit",
+            kinds["timeout"],
+            f"raise verify_timeout ({config['verify_timeout']} s): an undecided rollout is neither right nor wrong, and"
+            " its prompt is not zero-hit",
         ),
     ]
     lines = [

@@ -78,7 +78,7 @@ class GuardConfig:
     min_founded: share of the row's equations whose operands are all in the question or results before them;
     min_used: share of the question's numbers that its equations use (see ``recovery.provenance``). They read digits:
         for tasks whose derivations are equations over the question's numbers. Of all these a trainer's repair measures
-        neither ``min_agreement`` nor ``min_contrast``.
+        neither ``min_agreement`` nor ``min_contrast``, and refuses them.
     max_text_nll: nats a token by which the text that a mixture is written as may be less likely, under the plain model,
         than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv 2606.29938, Eq. 8, does
         that to tables whose rows differ in norm). Our own decision.
@@ -262,15 +262,16 @@ def guard_curves(samples: Sequence[tuple[Mapping[str, float], bool]]) -> dict[st
     valid = np.array([v for _, v in samples], dtype=bool)
     curves = {}
     for code, each in GUARDS.items():
+        tried = _admissions(each, samples, valid, _FINE)
         points = [
             {
                 "threshold": threshold,
                 "kept": float(admits[valid].mean()) if valid.any() else 0.0,
                 "false_accept": float(admits[~valid].mean()) if (~valid).any() else 0.0,
             }
-            for threshold, admits in _admissions(each, samples, valid, _FINE)
+            for threshold, admits in tried
         ]
-        if len(points) > 1:
+        if any(not admits.all() for _, admits in tried):
             curves[code] = points
     return curves
 
@@ -284,7 +285,7 @@ def guard_trade_off(samples: Sequence[tuple[Mapping[str, float], bool]]) -> list
     options: list[list[tuple[str, float, np.ndarray]]] = []
     for code, each in GUARDS.items():
         tried = _admissions(each, samples, valid, _COARSE)
-        if len(tried) > 1:
+        if any(not admits.all() for _, admits in tried):
             options.append([("", 0.0, np.ones(len(samples), dtype=bool)), *((code, t, a) for t, a in tried)])
     found: dict[int, tuple[float, dict[str, float]]] = {}
     for combination in _combinations(options, valid):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -31,7 +32,7 @@ from latentrevise.data.tables import file_hash
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
-from latentrevise.recovery.cases import Case, chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.cases import Case, chosen_cuts, request_of
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.settings import RecoverConfig
@@ -44,6 +45,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of mining: its number from 0, and the rows of each of its parts. Parts are numbered through all rounds,
+    and what was part i of c in the first is part i + c in the next: no part hangs on what became of another."""
+
+    number: int
+    parts: Mapping[int, Sequence[int]]
 
 
 class Job:
@@ -74,8 +84,7 @@ class Job:
         self.run.check(self.header)
         self._prompts: Stored[Prompt] | None = None
         self._targets: pa.Table | None = None
-        boundary = config.prefix_boundary
-        self.boundary = set() if boundary is None else tokens_with(tokenizer, boundary, self.policy.table.shape[0])
+        self.boundary = Boundary.of(config.prefix_boundary, tokenizer)
 
     # Prompts and rollouts
 
@@ -119,21 +128,59 @@ class Job:
             self._prompts = Stored(self.run.prompts, Prompt)
         return self._prompts
 
-    def mined(self) -> list[int]:
-        """The parts that are mined, without those that were given up. Raises RunError while some are missing."""
+    @property
+    def chunks(self) -> int:
+        """Parts of a stage that has all prompts."""
+        return math.ceil(len(self.prompts) / self.config.chunk)
+
+    def rounds(self) -> Iterator[Round]:
+        """The rounds of mining: first all prompts, then of each part those that the rounds before left open.
+
+        The parts of a round must be there before the next one is asked for: RunError where they are not.
+        """
+        rows, size, last = range(len(self.prompts)), self.config.chunk, self.config.mine.rounds - 1
+        parts: dict[int, Sequence[int]] = {i: rows[i * size : (i + 1) * size] for i in range(self.chunks)}
+        found, correct = Round(0, parts), Counter[str]()
+        while found.parts:
+            yield found
+            if found.number == last:
+                return
+            left: dict[int, Sequence[int]] = {}
+            for index in self._kept(found):
+                columns, right = ("prompt_id", "verdict"), [("verdict", "=", "correct")]
+                correct.update(read_table(self.run.part("rollouts", index), columns, right)["prompt_id"].to_pylist())
+                stop = self.config.mine.stop_after_correct
+                if own := [row for row in found.parts[index] if correct[self.prompts[row].id] < stop]:
+                    left[index + self.chunks] = own
+            found = Round(found.number + 1, left)
+
+    def _kept(self, found: Round) -> list[int]:
+        """The parts of a round without those that were given up. Raises RunError while some are missing."""
         there, aside = self.run.there("rollouts"), self.run.given_up("rollouts")
-        kept = [i for i in range(math.ceil(len(self.prompts) / self.config.chunk)) if i not in aside]
+        kept = [i for i in found.parts if i not in aside]
         if missing := sum(i not in there for i in kept):
+            of = f" of round {found.number + 1}" if self.config.mine.rounds > 1 else ""
             raise RunError(
-                f"{self.run.path}: {len(kept) - missing} of {len(kept)} parts are mined; finish with"
+                f"{self.run.path}: {len(kept) - missing} of {len(kept)} parts{of} are mined; finish with"
                 " `latentrevise mine`"
             )
         return kept
 
+    def mined(self) -> dict[int, list[int]]:
+        """The parts that are mined of each chunk of prompts, one a round, without chunks of which one was given up.
+        Raises RunError while some are missing."""
+        parts: dict[int, list[int]] = {}
+        for found in self.rounds():
+            self._kept(found)
+            for index in found.parts:
+                parts.setdefault(index % self.chunks, []).append(index)
+        aside = self.run.given_up("rollouts")
+        return {chunk: own for chunk, own in parts.items() if aside.isdisjoint(own)}
+
     def rollouts(self) -> dict[str, list[Rollout]]:
         """The mined rollouts of each prompt, all of them. Raises RunError while mining is not complete."""
         found: dict[str, list[Rollout]] = defaultdict(list)
-        for index in self.mined():
+        for index in (index for own in self.mined().values() for index in own):
             for rollout in read_records(self.run.part("rollouts", index), Rollout):
                 found[rollout.prompt_id].append(rollout)
         return found
@@ -176,7 +223,8 @@ class Job:
         for target in chosen:
             names[target["row"] // self.config.chunk].append(target["prompt_id"])
         failed: dict[str, list[Rollout]] = defaultdict(list)
-        for index, own in names.items():
+        drawn = range(self.config.mine.rounds)  # none was solved, so each was in all rounds
+        for index, own in ((chunk + i * self.chunks, own) for chunk, own in names.items() for i in drawn):
             path = self.run.part("rollouts", index)
             for rollout in records_of(read_table(path, filters=[("prompt_id", "in", own)]), Rollout, path):
                 if len(rollout.completion_ids) >= 2:
@@ -243,6 +291,6 @@ class Job:
             self.tokenizer,
             self.config.sampling(1),
             self.config.token_budget,
-            self.config.prefix_boundary,
+            self.boundary,
             self.config.chat_template_kwargs,
         )

@@ -46,6 +46,7 @@ def run_metrics(
     rollouts: Mapping[str, Sequence[Rollout]],
     zero_hit: Sequence[str],
     aimed_wrong: Sequence[str],
+    mined: Compute,
     left_out: int,
     checked: bool,
     chained: bool = False,
@@ -54,7 +55,8 @@ def run_metrics(
 ) -> dict[str, Any]:
     """Everything that goes into ``metrics.json``.
 
-    zero_hit: prompts that were to be recovered; aimed_wrong: those of them with a wrong target. left_out: input rows
+    zero_hit: prompts that were to be recovered; aimed_wrong: those of them with a wrong target. mined: what the
+    rollouts cost, a prompt read once a round. left_out: input rows
     that were not usable; ``unparsed``: rollouts whose answer the verifier does not understand. checked: whether
     derivations were checked. chained: each strategy was given the prompts that those before it had not recovered;
     then ``chain`` has the figures of all of them together. set_aside: what is known of the parts that were given up
@@ -73,6 +75,7 @@ def run_metrics(
         "rows_left_out": left_out,
         "set_aside": list(set_aside),
         "rollouts": dict(verdicts),
+        "mined": {"forward": mined.forward, "decoded": mined.decoded, "passes": mined.passes},
         "unparsed": sum(not understood(r.extracted) for own in rollouts.values() for r in own),
         "solved": sum(any(r.verdict == "correct" for r in own) for own in rollouts.values()),
         "undecided": sum(

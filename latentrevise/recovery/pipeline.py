@@ -83,13 +83,14 @@ class Recovery:
     # The stages
 
     def mine(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> None:
-        """Sample and verify ``config.rollouts`` rollouts of every prompt.
+        """Sample and verify ``config.rollouts`` rollouts of every prompt, in the rounds of ``config.mine``.
 
         prompts: a file, or rows with a prompt and an answer; None when the run has its prompts already.
         """
         self.job.take_prompts(prompts)
-        chunks = _chunks(range(len(self.prompts)), self.config.chunk)
-        self._stage(Mine(), {"": [Part(index, rows) for index, rows in enumerate(chunks)]})
+        for found in self.job.rounds():
+            parts = [Part(index, rows, round=found.number) for index, rows in found.parts.items()]
+            self._stage(Mine(), {f"round-{found.number}" if found.number else "": parts})
 
     def revise(self) -> None:
         """Let every strategy propose its prefixes, for the right target and for a wrong one.
@@ -215,12 +216,13 @@ class Recovery:
         return {arm.name: self.parts(arm) for arm in arms}
 
     def _stage(self, stage: Stage, parts: Mapping[str, Sequence[Part]], shown: str | None = None) -> None:
-        """Have the parts of some arms run that are not there yet."""
+        """Have the parts of some arms (or of rounds of mining) run that are not there yet."""
         name = shown or stage.name
-        for arm, own in parts.items():
-            plan = self.run.plan(stage.folder, arm)
+        for key, own in parts.items():
+            plan = self.run.plan(stage.folder, key)
             if own and not plan.exists():
-                write_json(plan, {"stage": name, "sizes": {part.index: part.size for part in own}})
+                arm = own[0].arm.name if own[0].arm else ""
+                write_json(plan, {"stage": name, "arm": arm, "sizes": {part.index: part.size for part in own}})
         missing = [part for own in parts.values() for part in unsettled(self.run, stage, own)]
         total = sum(part.size for own in parts.values() for part in own)
         left = sum(part.size for part in missing)

@@ -19,7 +19,7 @@ def provenance(question: str, steps: str) -> dict[str, float]:
     found = equations(steps)
     known, seen, founded = numbers_of(question) | ALWAYS, set(), 0
     for equation in found:
-        founded += all(operand in known for operand in equation.operands)
+        founded += equation.founded(known)
         known.add(equation.result)
         seen |= {*equation.operands, equation.result}
     signals = {"founded": founded / len(found)} if found else {}

@@ -95,9 +95,9 @@ class RunDirectory:
     def leases(self) -> Path:
         return self.path / "leases"
 
-    def plan(self, stage: str, arm: str = "") -> Path:
-        """The parts that a stage has of an arm, with their sizes in prompts; it is as old as the stage."""
-        return self.path / "plan" / stage / f"{arm or 'all'}.json"
+    def plan(self, stage: str, of: str = "") -> Path:
+        """The parts that a stage has of an arm or a round, with their sizes in prompts; it is as old as the stage."""
+        return self.path / "plan" / stage / f"{of or 'all'}.json"
 
     def aside(self, stage: str, index: int, arm: str = "") -> Path:
         """What is known of a part that was given up; where this is, the part counts as absent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from latentrevise.data.boundary import Regex
 from latentrevise.data.prompts import PromptSettings
 from latentrevise.data.records import Start, original_prefix
 from latentrevise.engines import SamplingParams, VLLMConfig
@@ -23,7 +24,8 @@ class CutSettings(StrategySettings):
     samples: continuations for each prompt and strategy. revised_rollouts: failed rollouts revised for each prompt; the
     samples are spread over them.
     prefix_fraction: where a failed rollout is cut (the paper's rho; the strategy ``latent`` has a ``rho`` of its own);
-    prefix_boundary: move the cut behind the nearest token with this text (a newline, or whatever ends a step).
+    prefix_boundary: what ends a step, a text (a newline, say) or ``{regex: ...}``, in the decoded rollout: the cut is
+    moved behind the nearest one.
     answer_template: text between prefix and answer under which the answer is scored; by default the
     answer pattern's, for boxes the paper's. guards: what may become a label, see ``GuardConfig``. token_budget: padded
     tokens in one batch of plain log-probs and branch scores.
@@ -32,7 +34,7 @@ class CutSettings(StrategySettings):
     samples: int = 8
     revised_rollouts: int = 1
     prefix_fraction: float = 0.8
-    prefix_boundary: str | None = None
+    prefix_boundary: str | Regex | None = None
     answer_template: str | None = None
     guards: GuardConfig = field(default_factory=GuardConfig)
     token_budget: int = 16384
@@ -65,6 +67,20 @@ def new_tokens(setting: int | None, left: int | None) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MineConfig:
+    """How ``rollouts`` are drawn. rounds: so many, of like size, one after another (1: every prompt gets all rollouts).
+    stop_after_correct: a prompt with so many correct rollouts is left out of the rounds that follow. It is zero-hit
+    when all ``rollouts`` failed, however many rounds there are.
+    """
+
+    rounds: int = 1
+    stop_after_correct: int = 1
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "rounds", "stop_after_correct")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """resources: of each Ray worker beside or in place of one CPU and, where the cluster has GPUs, one of them; such as
     ``{CPU: 8, GPU: 2}``, or a name that the cluster's nodes were started with. Torch gets as many threads as CPUs.
@@ -83,7 +99,7 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings``, ``PromptSettings`` and
     ``VerifySettings``.
 
-    strategies: by name, in the order of the table. rollouts: mined for each prompt.
+    strategies: by name, in the order of the table. rollouts: mined for each prompt, at most; mine: see ``MineConfig``.
     temperature, top_p: of sampling. stop: strings that end a rollout. max_new_tokens: of a rollout (None: 1024, or what
     its prompt leaves of the model's positions, if that is less).
     rendering: the text that stands for a revised prefix in training rows: ``argmax`` (as the strategy writes it, in the
@@ -104,6 +120,7 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
     rollouts: int = 16
+    mine: MineConfig = field(default_factory=MineConfig)
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
@@ -130,6 +147,11 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
         self.check_verification()
         self.pattern().template(self.answer_template)
         at_least_one(self, "rollouts", "chunk", "equal_compute_cap", "deaths")
+        if self.mine.rounds > self.rollouts:
+            raise ConfigError(
+                f"mine.rounds = {self.mine.rounds}: {self.rollouts} rollouts cannot be drawn in more rounds than"
+                " there are; raise `rollouts`"
+            )
         if not self.lease_seconds > 0:
             raise ConfigError(f"RecoverConfig.lease_seconds = {self.lease_seconds!r}: it must be a positive number")
         if self.max_new_tokens is not None:
@@ -140,6 +162,11 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
             raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
         if self.keep is not None and self.keep < 1:
             raise ConfigError(f"RecoverConfig.keep = {self.keep!r}: it must be at least 1, or null to keep all")
+
+    def drawn(self, number: int) -> range:
+        """Which of a prompt's rollouts are drawn in this round of mining (from 0)."""
+        first, end = (self.rollouts * n // self.mine.rounds for n in (number, number + 1))
+        return range(first, end)
 
     def sampling(self, n: int, greedy: bool = False, left: int | None = None) -> SamplingParams:
         """How ``n`` continuations are drawn; left: positions that the model has for them."""

@@ -61,11 +61,13 @@ class Arm:
 @dataclass(frozen=True)
 class Part:
     """One piece of work: the ``index``-th of an arm (of the run itself, while mining). rows: of the prompts while
-    mining, else of the zero-hit prompts (``Job.targets``); what stands in them is read by who runs the part."""
+    mining, else of the zero-hit prompts (``Job.targets``); what stands in them is read by who runs the part. round: of
+    mining."""
 
     index: int
     rows: Sequence[int]
     arm: Arm | None = None
+    round: int = 0
 
     @property
     def size(self) -> int:
@@ -153,19 +155,19 @@ def read_starts(run: RunDirectory, part: Part) -> tuple[list[Start], dict[str, M
 
 
 class Mine:
-    """Sample ``rollouts`` of each prompt and verify them."""
+    """Sample the part's round of ``rollouts`` of each prompt and verify them."""
 
     name, folder = "mine", "rollouts"
 
     def run(self, job: Job, part: Part, bar: Progress) -> None:
-        config, prompts = job.config, [job.prompts[row] for row in part.rows]
-        requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id)) for p in prompts]
+        config, prompts, drawn = job.config, [job.prompts[row] for row in part.rows], job.config.drawn(part.round)
+        requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id), first=drawn.start) for p in prompts]
         left = [job.tools().left(len(p.ids)) for p in prompts]
-        found = job.generate(requests, [config.sampling(config.rollouts, left=room) for room in left], bar)
+        found = job.generate(requests, [config.sampling(len(drawn), left=room) for room in left], bar)
         flat = [
             (prompt, j, completion, decoded(job.tokenizer, completion.ids))
             for prompt, own in zip(prompts, found, strict=True)
-            for j, completion in enumerate(own)
+            for j, completion in zip(drawn, own, strict=True)
         ]
         judged = job.verifier.verify([(prompt.answer, text) for prompt, _, _, text in flat])
         rows = [

@@ -83,10 +83,11 @@ def _stage(run: RunDirectory, name: str, plans: list[Path]) -> StageStatus:
     total, parts, aside = 0, 0, 0
     began = min(path.stat().st_mtime for path in plans)
     for path in plans:
-        sizes = {int(index): size for index, size in json.loads(path.read_text(encoding="utf-8"))["sizes"].items()}
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        folder, arm, sizes = path.parent.name, plan["arm"], {int(i): size for i, size in plan["sizes"].items()}
         total, parts = total + sum(sizes.values()), parts + len(sizes)
-        folder, arm = path.parent.name, "" if path.stem == "all" else path.stem
-        finished += [(part.stat().st_mtime, sizes.get(int(part.stem[5:]), 0)) for part in run.parts(folder, arm)]
+        there = [(int(part.stem[5:]), part.stat().st_mtime) for part in run.parts(folder, arm)]
+        finished += [(written, sizes[index]) for index, written in there if index in sizes]
         aside += sum(size for index, size in sizes.items() if run.aside(folder, index, arm).exists())
     finished.sort()
     recent = finished[-_RECENT:]

@@ -7,7 +7,7 @@ may be another time, and all must aim alike. Of the parts no more than one is he
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -45,19 +45,23 @@ class _Found:
 
 
 class ZeroHit:
-    """Looks through the mined parts ``mined`` (by index, each of ``chunk`` prompts).
+    """Looks through the mined parts ``mined``: those of each ``chunk`` prompts, one a round.
 
     Zero-hit is a prompt of which every rollout was verified wrong; with an undecided one it may have been solved. Those
     without a rollout that can be cut are left out, in ``uncut``. without, cut, rollouts: how many rollouts give no
     answer, how many of those ended at their length, how many there are.
     """
 
-    def __init__(self, run: RunDirectory, mined: Iterable[int], chunk: int, prompt_ids: pa.ChunkedArray) -> None:
+    def __init__(
+        self, run: RunDirectory, mined: Mapping[int, Sequence[int]], chunk: int, prompt_ids: pa.ChunkedArray
+    ) -> None:
         self.uncut: list[RowError] = []
         self.without = self.cut = self.rollouts = 0
         self.found: list[tuple[str, int, _Found]] = []
-        for index in mined:
-            of = self._read(run, index)
+        for index, parts in mined.items():
+            of: dict[str, _Found] = {}
+            for part in parts:
+                self._read(run, part, of)
             for row, name in enumerate(prompt_ids.slice(index * chunk, chunk).to_pylist(), index * chunk):
                 own = of.get(name)
                 if own is not None and own.failed and own.long:
@@ -65,13 +69,12 @@ class ZeroHit:
                 elif own is not None and own.failed:
                     self.uncut.append(RowError(row, name, "short-rollouts", _SHORT))
 
-    def _read(self, run: RunDirectory, index: int) -> dict[str, _Found]:
+    def _read(self, run: RunDirectory, index: int, of: dict[str, _Found]) -> None:
         columns = ("prompt_id", "verdict", "finish_reason", "extracted", "completion_ids")
         table = read_table(run.part("rollouts", index), columns)
         names, verdicts, ends = (table.column(name).to_pylist() for name in columns[:3])
         missing = pc.is_null(table.column("extracted")).to_pylist()
         lengths = pc.list_value_length(table.column("completion_ids")).to_pylist()
-        of: dict[str, _Found] = {}
         for name, verdict, end, none, length in zip(names, verdicts, ends, missing, lengths, strict=True):
             own = of.setdefault(name, _Found())
             own.failed &= verdict == "wrong"
@@ -81,7 +84,6 @@ class ZeroHit:
             self.without += none
             self.cut += none and end == "length"
         self.rollouts += len(names)
-        return of
 
     def aimed(self, seed: int, answers: pa.ChunkedArray, verifier: Verifier) -> Iterator[Target]:
         """Each with a wrong target: another prompt's answer, drawn by the case's seed and verified to differ. answers:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from latentrevise.checkers.loading import Checker, Derivation, load
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Sample, Start, Verdict, decoded, row_seed
 from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.model.branches import Branch, completion_logprobs, score_branches
@@ -31,7 +32,7 @@ Generate = Callable[[Sequence[Request], Sequence[SamplingParams]], list[list[Com
 class Judge:
     """Judges the samples of any arm of a run.
 
-    checker: reads derivations; None: the task cannot check them. boundary: tokens that end a step.
+    checker: reads derivations; None: the task cannot check them. boundary: what ends a step.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Judge:
         verifier: Verifier,
         checker: Checker | None,
         config: RecoverConfig,
-        boundary: Collection[int],
+        boundary: Boundary | None,
     ) -> None:
         self.tools, self.policy, self.tokenizer = tools, tools.policy, tools.tokenizer
         self.verifier, self.checker, self.config, self.boundary = verifier, checker, config, boundary
@@ -143,10 +144,12 @@ class Judge:
             return [None] * len(rows)
         requests, params = [], []
         for prompt, start, sample in rows:
-            ids = sample.completion_ids
+            before, ids = self.config.rendered(start), sample.completion_ids
             cut = int(guards.agreement_cut * self._before_answer(sample))
-            cut = max((i + 1 for i in range(cut) if ids[i] in self.boundary), default=cut)
-            context = (*prompt.ids, *self.config.rendered(start), *ids[:cut])
+            if self.boundary is not None:
+                ends = (end - len(before) for end in self.boundary.ends((*before, *ids)))
+                cut = max((end for end in ends if 0 < end <= cut), default=cut)
+            context = (*prompt.ids, *before, *ids[:cut])
             left = self.tools.left(len(context))
             requests.append(Request(context))
             params.append(self.config.sampling(1, greedy=True, left=left))

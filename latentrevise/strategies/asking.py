@@ -13,6 +13,7 @@ from typing import Any
 
 from latentrevise.data.records import decoded
 from latentrevise.engines import Request
+from latentrevise.engines.base import stops_text
 from latentrevise.errors import ConfigError
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.base import Tools, Work
@@ -83,15 +84,16 @@ def write(
     greedy: bool = False,
     max_tokens: int | None = None,
     stop: tuple[str, ...] = (),
+    stop_pattern: str | None = None,
     cached: bool = False,
 ) -> tuple[list[list[Written]], list[Compute]]:
     """``n`` texts behind each context as the run samples (greedy: the likeliest one), and what each context took.
 
-    max_tokens, stop: where a text ends beside where the run's samples do. cached: the contexts have been run before.
-    A context that fills all of the model's positions gets no text.
+    max_tokens, stop, stop_pattern: where a text ends beside where the run's samples do. cached: the contexts have been
+    run before. A context that fills all of the model's positions gets no text.
     """
     most = min(max_tokens or tools.sampling.max_new_tokens, tools.sampling.max_new_tokens)
-    shared = replace(tools.sampling, n=n, stop=(*tools.sampling.stop, *stop), logprobs=False)
+    shared = replace(tools.sampling, n=n, stop=(*tools.sampling.stop, *stop), stop_pattern=stop_pattern, logprobs=False)
     if greedy:
         shared = replace(shared, temperature=0.0)
     served = [i for i, context in enumerate(contexts) if tools.left(len(context)) > 0]
@@ -106,6 +108,6 @@ def write(
             ended = completion.finish_reason == "stop"
             texts[i].append(Written(completion.ids, text, ended))
             # The token that ended it, where it is none of the ids, was decoded too.
-            in_text = any(end in text[-len(end) - 8 :] for end in shared.stop)
+            in_text = stops_text(shared, text)
             computes[i].decoded += len(completion.ids) + (ended and not in_text)
     return texts, computes

@@ -20,6 +20,7 @@ from latentrevise.revise.revision import FailedRollout, Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from latentrevise.data.boundary import Boundary
     from latentrevise.data.records import Prompt, Rollout
     from latentrevise.engines import Engine, SamplingParams
     from latentrevise.model.policy import Policy
@@ -31,7 +32,7 @@ class Tools:
 
     policy: gradients, log-probs and branch scores. engine: samples, should finding a proposal need any. sampling: how
     the run samples (temperature, lengths, stop strings), one sample a request. token_budget: padded tokens in one batch
-    of branch scores. boundary: the text that ends a step; None where the run names none. chat_template_kwargs: what the
+    of branch scores. boundary: what ends a step; None where the run names none. chat_template_kwargs: what the
     run's chat template reads beside the messages.
     """
 
@@ -40,7 +41,7 @@ class Tools:
     tokenizer: PreTrainedTokenizerBase
     sampling: SamplingParams
     token_budget: int | None
-    boundary: str | None
+    boundary: Boundary | None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def left(self, length: int) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Rollout
 from latentrevise.engines import Request, SamplingParams
 from latentrevise.errors import ConfigError
@@ -93,7 +94,8 @@ class Reader:
         self._template = frozenset(template_ids)
         self._texts: dict[int, str] = {}
         self._opener = next((text for token in template_ids if (text := self.text(token).strip())), None)
-        self.step_end = tools.boundary or "\n"
+        self.boundary = tools.boundary or Boundary("\n", tools.tokenizer)
+        self._ends: dict[tuple[int, ...], list[int]] = {}
 
     def text(self, token: int) -> str:
         if token not in self._texts:
@@ -104,8 +106,12 @@ class Reader:
         text = self.text(token)
         return text.strip() != self._opener and not any(banned in text for banned in self._banned)
 
-    def ends_step(self, token: int) -> bool:
-        return self.step_end in self.text(token)
+    def ends(self, ids: Sequence[int]) -> list[int]:
+        """How many of a rollout's ids each of its steps ends behind; read once."""
+        key = tuple(ids)
+        if key not in self._ends:
+            self._ends[key] = self.boundary.ends(key)
+        return self._ends[key]
 
     def reasoning(self, ids: Sequence[int]) -> int:
         """How many tokens come before the answer, or whatever ``banned`` opens."""
@@ -233,17 +239,29 @@ def _off_trie(paths: Sequence[tuple[Rollout, tuple[int, ...], Reading]]) -> Iter
 
 
 def next_steps(
-    tools: Tools, reader: Reader, contexts: Sequence[Sequence[int]], step_tokens: int
+    tools: Tools,
+    reader: Reader,
+    contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    step_tokens: int,
+    least: int = 1,
 ) -> list[tuple[tuple[int, ...], int]]:
-    """What the policy greedily writes behind each context up to the next end of a step, and the tokens decoded."""
+    """What the policy greedily writes behind each (prompt, ids) up to the next end of a step, at least so many tokens;
+    and the tokens decoded."""
+    stops = reader.boundary.stops
     params = SamplingParams(
-        temperature=0.0, max_new_tokens=step_tokens, stop=(*tools.sampling.stop, reader.step_end), logprobs=False
+        temperature=0.0,
+        max_new_tokens=step_tokens,
+        stop=(*tools.sampling.stop, *stops["stop"]),
+        stop_pattern=stops["stop_pattern"],
+        logprobs=False,
     )
     found = []
-    for (completion,) in tools.engine.generate([Request(tuple(context)) for context in contexts], params):
-        # A stop string is kept and counted; what else ended it, an end-of-sequence token, is not among the ids.
-        ended = completion.finish_reason == "stop" and not (completion.ids and reader.ends_step(completion.ids[-1]))
-        found.append((completion.ids, len(completion.ids) + ended))
+    written = tools.engine.generate([Request((*prompt, *ids)) for prompt, ids in contexts], params)
+    for (_, ids), (completion,) in zip(contexts, written, strict=True):
+        end = reader.boundary.first(ids, completion.ids, least)
+        # What ends a step is kept and counted; what else ended it, an end-of-sequence token, is not among the ids.
+        ended = completion.finish_reason == "stop" and end is None
+        found.append((completion.ids[:end], len(completion.ids) + ended))
     return found
 
 
@@ -267,16 +285,19 @@ def target_values(
     completed greedily, and an answer that this opens is left out. Charged are the forced token, what was decoded,
     template and answer; the completion up to there is cached.
     """
-    stems = [(*item.prompt.ids, *ids[:at], token) for item, ids, at, token in branches]
-    unfinished = [stem for stem in stems if not reader.ends_step(stem[-1])]
-    written = iter(next_steps(tools, reader, unfinished, step_tokens))
+    stems = [(item.prompt.ids, (*ids[:at], token)) for item, ids, at, token in branches]
+    closed = [reader.boundary.closes(stem) for _, stem in stems]
+    unfinished = [stem for stem, done in zip(stems, closed, strict=True) if not done]
+    written = iter(next_steps(tools, reader, unfinished, step_tokens, least=0))
     trunks: dict[tuple[int, ...], int] = {}
     rows, computes = [], []
-    for stem, (item, ids, _, token) in zip(stems, branches, strict=True):
-        tail, decoded = ((), 0) if reader.ends_step(token) else next(written)
+    for (_, stem), done, (item, ids, _, token) in zip(stems, closed, branches, strict=True):
+        tail, decoded = ((), 0) if done else next(written)
         trunk = trunks.setdefault((*item.prompt.ids, *ids), len(trunks))
         before = (token, *tail[: reader.reasoning(tail)], *item.template_ids)
-        rows.append(Branch(trunk, len(stem) - 1, (*before, *item.answer_ids), scored_from=len(before)))
+        rows.append(
+            Branch(trunk, len(item.prompt.ids) + len(stem) - 1, (*before, *item.answer_ids), scored_from=len(before))
+        )
         computes.append(Compute(forward=len(item.template_ids) + len(item.answer_ids), decoded=decoded))
     scores = score_branches(tools.policy, list(trunks), rows, token_budget=tools.token_budget)
     return list(zip(scores.total.tolist(), computes, strict=True))

@@ -59,8 +59,7 @@ class Hint:
         text = self._solution(prompt)
         ids = tuple(tools.tokenizer.encode(text, add_special_tokens=False))
         every = range(1, len(ids) + 1)
-        step, decode = tools.boundary, tools.tokenizer.decode
-        ends = [end for end in every if step is not None and step in decode([ids[end - 1]])] or every
+        ends = (tools.boundary and tools.boundary.ends(ids)) or every
         return [ids[: min(ends, key=lambda end: (abs(end - f * len(ids)), end))] for f in fractions]
 
     def _solution(self, prompt: Prompt) -> str:

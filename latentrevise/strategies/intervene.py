@@ -125,12 +125,14 @@ class Intervene:
             contexts.append((*asked, *steps.before(step)))
         seeds = [row_seed(work[i].seed, self.name, "correct", rollout.sample_id) for i, rollout, _, _ in found]
         texts, computes = write(
-            tools, contexts, seeds, n=config.corrections, max_tokens=config.step_tokens, stop=(reader.step_end,)
+            tools, contexts, seeds, n=config.corrections, max_tokens=config.step_tokens, **reader.boundary.stops
         )
         corrections = []
         for (i, _, steps, step), own, compute in zip(found, texts, computes, strict=True):
             spent[i] += compute
-            distinct = dict.fromkeys(written.ids for written in own if written.ids)
+            kept = steps.before(step)
+            taken = (written.ids[: reader.boundary.first(kept, written.ids)] for written in own)
+            distinct = dict.fromkeys(ids for ids in taken if ids)
             distinct.pop(steps.step(step), None)
             corrections.append([ids for ids in distinct if reader.reasoning(ids) == len(ids)])
         return corrections

@@ -105,9 +105,9 @@ class Latent:
 
 def _step_around(reader: Reader, ids: Sequence[int], at: int, step_tokens: int) -> tuple[int, int]:
     """Start and end of the step that the token ``at`` lies in; a step takes ``step_tokens`` at the most."""
-    start = 0
-    for end, token in enumerate(ids, 1):
-        if reader.ends_step(token) or end - start == step_tokens or end == len(ids):
+    start, ends = 0, reader.ends(ids)
+    for end in range(1, len(ids) + 1):
+        if end in ends or end - start == step_tokens or end == len(ids):
             if at < end:
                 break
             start = end

@@ -164,7 +164,7 @@ class Pair:
         for own in found:
             ids = own.rollout.completion_ids
             stop = min(reader.reasoning(ids), room(tools, own.item, self.forks.step_tokens))
-            ends = (at + 1 for at in range(stop) if reader.ends_step(ids[at]))
+            ends = [end for end in reader.ends(ids) if end <= stop]
             end = next(islice(ends, self.config.steps - 1, None), stop)
             windows.append(ids[: min(end, self.config.steps * self.forks.step_tokens)])
         usable = [(own, ids) for own, ids in zip(found, windows, strict=True) if ids]
@@ -180,7 +180,8 @@ class Pair:
             own.values = [values[at] for at in own.positions]
             if own.values:
                 last = own.positions[-1]
-                own.end = next((at + 1 for at in range(last, len(ids)) if reader.ends_step(ids[at])), len(ids))
+                ends = reader.ends(own.rollout.completion_ids)
+                own.end = next((end for end in ends if last < end <= len(ids)), len(ids))
                 own.entropy = reading.entropies[own.positions[0]]
         return found
 
@@ -194,10 +195,11 @@ class Pair:
         for own, (token, _) in tried:
             ids = list(own.rollout.completion_ids[: own.end])
             ids[own.positions[0]] = token
-            stems.append((*own.item.prompt.ids, *ids))
+            stems.append((own.item.prompt.ids, ids))
         written = next_steps(tools, reader, stems, self.forks.step_tokens)
         trunks, branches = [], []
-        for i, (stem, (own, _), (step, decoded)) in enumerate(zip(stems, tried, written, strict=True)):
+        for i, ((prompt, ids), (own, _), (step, decoded)) in enumerate(zip(stems, tried, written, strict=True)):
+            stem = (*prompt, *ids)
             first = len(own.item.prompt.ids) + own.positions[0]
             before = (*stem[first:], *step)
             trunks.append(stem[:first])

@@ -170,4 +170,4 @@ def _step_end(reader: Reader, fork: Fork) -> int:
     """Where the rollout's step ends that the fork lies in."""
     ids = fork.rollout.completion_ids
     stop = max(reader.reasoning(ids), fork.at + 1)
-    return next((at + 1 for at in range(fork.at, stop) if reader.ends_step(ids[at])), stop)
+    return next((end for end in reader.ends(ids) if fork.at < end <= stop), stop)

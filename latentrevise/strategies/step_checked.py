@@ -59,7 +59,7 @@ class StepChecked:
         while going := [(item, path) for item, own in zip(work, paths, strict=True) for path in own if path.going]:
             seeds = [row_seed(item.seed, self.name, path.number, len(path.ids), path.tried) for item, path in going]
             contexts = [(*item.prompt.ids, *path.ids) for item, path in going]
-            texts, computes = write(tools, contexts, seeds, stop=(reader.step_end,), cached=True)
+            texts, computes = write(tools, contexts, seeds, **reader.boundary.stops, cached=True)
             for (item, path), step, compute in zip(going, texts, computes, strict=True):
                 path.compute += compute
                 self._take(tools, reader, item, path, step[0] if step else None)
@@ -73,13 +73,16 @@ class StepChecked:
     def _take(self, tools: Tools, reader: Reader, item: Work, path: _Path, step: Written | None) -> None:
         """Judge what was sampled for a path's next step."""
         length = tools.sampling.max_new_tokens
-        if step is None or not step.ids or reader.reasoning((*path.ids, *step.ids)) < len(path.ids) + len(step.ids):
+        end = None if step is None else reader.boundary.first(path.ids, step.ids)
+        ids = () if step is None else step.ids[:end]
+        if not ids or reader.reasoning((*path.ids, *ids)) < len(path.ids) + len(ids):
             path.going = False  # no room is left, it ended, or the answer opens
             return
         path.tried += 1
-        if self.step_checker(item.prompt.text, decoded(tools.tokenizer, path.ids), step.text) is False:
+        before, written = (decoded(tools.tokenizer, part) for part in (path.ids, ids))
+        if self.step_checker(item.prompt.text, before, written) is False:
             path.given_up = path.tried == self.config.tries
             path.going = not path.given_up
             return
-        path.ids, path.tried = (*path.ids, *step.ids), 0
-        path.going = reader.ends_step(step.ids[-1]) and len(path.ids) < length - 1
+        path.ids, path.tried = (*path.ids, *ids), 0
+        path.going = end is not None and len(path.ids) < length - 1

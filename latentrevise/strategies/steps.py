@@ -32,7 +32,7 @@ class Steps:
 def steps_of(reader: Reader, ids: Sequence[int]) -> Steps:
     """The steps of a completion in front of its answer."""
     own = tuple(ids[: reader.reasoning(ids)])
-    ends = [at + 1 for at, token in enumerate(own) if reader.ends_step(token)]
+    ends = [end for end in reader.ends(ids) if end <= len(own)]
     return Steps(own, tuple(ends if not own or ends[-1:] == [len(own)] else [*ends, len(own)]))
 
 

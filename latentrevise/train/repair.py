@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout, decoded, original_prefix, row_seed
 from latentrevise.engines import Completion, Engine, SamplingParams
 from latentrevise.errors import ConfigError
 from latentrevise.model.branches import completion_logprobs
 from latentrevise.model.compute import Compute
 from latentrevise.model.policy import Policy
-from latentrevise.recovery.cases import chosen_cuts, request_of, tokens_with
+from latentrevise.recovery.cases import chosen_cuts, request_of
 from latentrevise.recovery.guards import Candidate, guard, signals
 from latentrevise.recovery.provenance import provenance
 from latentrevise.recovery.settings import CutSettings, at_least_one
@@ -52,6 +53,13 @@ class RepairSettings(CutSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "replace")
+        for name in ("min_agreement", "min_contrast"):
+            if getattr(self.guards, name) is not None:
+                raise ConfigError(
+                    f"repair.guards.{name} = {getattr(self.guards, name)!r}: a repair does not measure it (every"
+                    " row would be sampled or scored again at each step); set it to null, or recover with it and train"
+                    " by `latentrevise train sft`"
+                )
         if self.strategy == "hint":
             raise ConfigError(
                 "repair.strategy = hint: no reference solution reaches a trainer; recover with it, and train by"
@@ -113,8 +121,7 @@ class Repairer:
     ) -> None:
         self.policy, self.engine, self.tokenizer, self.verifier = policy, engine, tokenizer, verifier
         self.settings, self.sampling, self.ended = settings, sampling, ended
-        boundary = settings.prefix_boundary
-        self._boundary = set() if boundary is None else tokens_with(tokenizer, boundary, policy.table.shape[0])
+        self._boundary = Boundary.of(settings.prefix_boundary, tokenizer)
         template = verifier.pattern.template(settings.answer_template)
         self._template = tuple(tokenizer.encode(template, add_special_tokens=False))
         self._strategy = build(settings.strategy, settings)
@@ -124,7 +131,7 @@ class Repairer:
             tokenizer,
             sampling,
             settings.token_budget,
-            settings.prefix_boundary,
+            self._boundary,
             chat_template_kwargs or {},
         )
 

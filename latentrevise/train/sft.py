@@ -30,7 +30,7 @@ from latentrevise.data.records import (
     read_records,
     row_seed,
 )
-from latentrevise.data.tables import BadRow, plain, read_rows
+from latentrevise.data.tables import BadRow, plain_row, read_rows
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.recovery.rundir import RunDirectory
@@ -148,9 +148,9 @@ def file_dataset(path: str | os.PathLike[str], settings: SFTSettings, tokenizer:
     rows = []
     for number, row in read_rows(path):
         try:
-            if isinstance(row, BadRow):
-                raise row
-            cells = plain(row)
+            cells = plain_row(row)
+            if isinstance(cells, BadRow):
+                raise cells
             completion = cells.get("completion")
             if not isinstance(completion, str) or not completion:
                 raise BadRow("no-completion", "column 'completion' is no text; give each row a prompt and a completion")

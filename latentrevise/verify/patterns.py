@@ -143,31 +143,32 @@ _PARTS = 12
 
 
 def _boxed(text: str) -> Found | None:
-    boxes: list[tuple[int, int, str]] = []  # start, end, content; the last one first
-    before = len(text)
+    boxes: list[tuple[int, int, slice]] = []  # start, end, where the content is; the last one first
+    before, pairs = len(text), dict[int, int]()
     while len(boxes) < _PARTS and (start := max(text.rfind(rf"\{name}", 0, before) for name in _BOX_NAMES)) >= 0:
         before = start
         found = _BOX.match(text, start)
         if found is None:  # a word about boxes
             continue
         if found[1]:
-            end = closing(text, found.end() - 1)
+            end = closing(text, found.end() - 1, pairs)
             if end is None:
                 if not boxes:
                     return None
                 break
+            pairs[found.end() - 1] = end
             if boxes and end > boxes[-1][0]:  # a box in a box
                 boxes[-1:] = []
-            box = (start, end + 1, text[found.end() : end].strip())
+            box = (start, end + 1, slice(found.end(), end))
         else:
-            box = (start, found.end(), found[2].rstrip(".,"))
+            box = (start, found.end(), slice(found.start(2), found.start(2) + len(found[2].rstrip(".,"))))
         if boxes and not _joined(text[box[1] : boxes[-1][0]]):
             break
         boxes.append(box)
     if not boxes:
         return None
     boxes.reverse()
-    contents = [content for _, _, content in boxes]
+    contents = [text[content].strip() for _, _, content in boxes]
     if len(boxes) == 1 or "" in contents:
         return Found(contents[-1], boxes[-1][0])
     if len(set(contents)) == 1:

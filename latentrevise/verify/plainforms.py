@@ -281,6 +281,8 @@ def _residue(text: str) -> Residue | None:
     return Residue(int(found[2].replace(" ", "")), int(found[3] or found[4]), found[1])
 
 
+# Each word and what stands in front of it are taken whole: a long text has countless ways to be parted otherwise.
+_WORDS = re.compile(r"[^\W_]++(?:(?>['.,]?[ \-/']?\s?)[^\W_]++)*+")
 _FOLDED = frozenset(
     re.findall(
         r"\S+",
@@ -299,7 +301,7 @@ def words(text: str) -> Literal | None:
     bare = bare.strip(" .!\"'")
     if re.fullmatch(r"[A-Z](?: [A-Z])+|[a-z](?: [a-z]){2,}", text):
         return Literal("words", tuple(text.split()))  # an order of letters
-    if not re.fullmatch(r"[^\W_]+(?:['.,]?[ \-/']?\s?[^\W_]+)*", bare) or len(bare.split()) > 8:
+    if not _WORDS.fullmatch(bare) or len(bare.split()) > 8:
         return None
     letters = re.findall(r"[^\W\d_]+", bare)
     if not letters or not (marked or max(map(len, letters)) > 1) or bare in ("e", "i", "x"):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from types import MappingProxyType
 
 LONGEST = 2000
 """Characters of an answer that are read; a longer one is only compared as text."""
@@ -24,6 +26,7 @@ _CHARACTERS = {
     "\u202f": r"\,", "\u2007": " ", "\u2008": " ", "\u200a": r"\,", "\u3000": " ", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∧": r"\land ", "∨": r"\lor ", "√": "\u221a",
 }  # fmt: skip
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _FRACTIONS = re.findall(r"\S+", "¼ ½ ¾ ⅐ ⅑ ⅒ ⅓ ⅔ ⅕ ⅖ ⅗ ⅘ ⅙ ⅚ ⅛ ⅜ ⅝ ⅞")
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n", strict=True))
@@ -59,17 +62,21 @@ _DELIMITED = (
 )  # fmt: skip
 
 
-def closing(text: str, opening: int) -> int | None:
-    """Where the brace that opens at ``opening`` is closed, ``\\{`` and ``\\}`` aside; None if it is not."""
-    depth, i = 0, opening
-    while i < len(text):
-        if text[i] == "\\":
-            i += 2
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return i
-        i += 1
+def closing(text: str, opening: int, known: Mapping[int, int] = MappingProxyType({})) -> int | None:
+    """Where the brace that opens at ``opening`` is closed, ``\\{`` and ``\\}`` aside; None if it is not. known: pairs
+    inside, which are not looked through again."""
+    depth, found = 0, _BRACE.search(text, opening)
+    while found is not None:
+        at = found.start()
+        if at in known:
+            at = known[at]
+        elif len(found[0]) == 1:
+            depth += 1 if found[0] == "{" else -1
+            if depth == 0:
+                return at
+        else:
+            at += 1
+        found = _BRACE.search(text, at + 1)
     return None
 
 

@@ -1,5 +1,6 @@
 """Word problems that can be read back and checked; the real model where its wheel is, else what is said of it."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentrevise.data.boundary import Boundary, Regex
 from latentrevise.demo import real
 from latentrevise.demo.wordproblems import NAME, check, lessons, parse, sample, word_problems
 from latentrevise.errors import InputError, ModelError
@@ -78,16 +80,42 @@ def test_the_bundled_adapter_is_small_and_half_precision(tmp_path):
     assert json.loads((kept / "adapter_config.json").read_text()) == settings
 
 
-def test_the_taught_model_recovers_on_real_text(tmp_path):
-    """A cut of ``make real``: short problems, two rollouts; every arm writes text that the checker reads."""
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """The taught model and its tokenizer."""
     try:
         source = real.source_of()
     except ModelError as error:
         pytest.skip(f"the real model is not here: {error}")
     pytest.importorskip("gguf", reason="gguf is not installed (extra `real`)")
-    model, tokenizer = load_model(real.taught_model(tmp_path / "model", source), dtype="float32", device="cpu")
+    path = real.taught_model(tmp_path_factory.mktemp("taught") / "model", source)
+    return load_model(path, dtype="float32", device="cpu")
+
+
+def test_steps_end_where_sentences_do_under_a_real_tokenizer(taught):
+    """``3.5`` is one number, ``". "`` is in no token, and an emoji is three."""
+    _, tokenizer = taught
+    text = "Tom has 3.5 pies 😀. He eats half of them.\n\n3.5 / 2 = 1.75. The answer is \\boxed{1.75}."
+    ids = tokenizer.encode(text)
+
+    def steps(boundary):
+        ends = [0, *Boundary.of(boundary, tokenizer).ends(ids), len(ids)]
+        return [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(ends) if b > a]
+
+    story = ["Tom has 3.5 pies 😀.", " He eats half of them."]
+    sentences = [*story, "\n\n3.5 / 2 = 1.75.", " The answer is \\boxed{1.75}."]
+    assert steps(Regex(r"\.(?=\s)")) == steps(Regex(r"[.!?](?!\d)")) == sentences
+    assert steps("them.\n\n3") == ["".join(story) + "\n\n3", ".5 / 2 = 1.75. The answer is \\boxed{1.75}."]
+    assert steps(". ")[0] == "Tom has 3.5 pies 😀. He", "no token is a full stop and a space"
+    assert len(steps(".")) == 7
+
+
+def test_the_taught_model_recovers_on_real_text(taught, tmp_path):
+    """A cut of ``make real``: short problems, two rollouts; every arm writes text that the checker reads."""
+    model, tokenizer = taught
     names = ("latent", "pivot", "resample")
     config = replace(real.real_config(), strategies=names, rollouts=2, samples=2, equal_compute=False, audit=False)
+    config = replace(config, prefix_boundary=Regex(r"\.(?!\d)"))
     metrics = recover(model, tokenizer, word_problems(4, 5), config, tmp_path / "run").metrics
     assert metrics["rollouts"].get("wrong", 0) >= 4, "the taught model solves few problems of five steps"
     assert set(metrics["arms"]) == set(names)

@@ -28,14 +28,13 @@ PROCESSORS = 3  # few, so that small tests cut the vocabulary into few parts of 
 
 
 def translate(source: str) -> str:
-    """CUDA's two pieces of syntax that C++ does not have: launches, and the block's shared memory."""
-    source = re.sub(
+    """CUDA's launches, which are no syntax of C++."""
+    return re.sub(
         r"(\w+(?:<[\w, ]+>)?)<<<(.+?), (\w+), \w+, \w+>>>\((.*?)\);",
         r"emulated::launch(\2, \3, [=] { \1(\4); });",
         source,
         flags=re.DOTALL,
     )
-    return re.sub(r"extern __shared__ .*? shared\[\];", "unsigned char *shared = emulated::block->shared;", source)
 
 
 def build(folder: Path) -> Path:

@@ -191,14 +191,15 @@ def test_a_rehearsal_checks_the_cuda_kernels_in_the_emulation(tmp_path, emulated
     (tmp_path / "bin/compute-sanitizer").write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
     (tmp_path / "bin/compute-sanitizer").chmod(0o755)
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    only = "^check-vertex_oracle-(cuda|hopper)|^memcheck-mixture_embed"
+    only = "^check-(vertex_oracle|linear_logprob)-hopper|^memcheck-mixture_embed"
     pieces = ("--rehearse", "build-check", "sanitize", "--only", only)
     emulation = {emulated_cuda.VARIABLE: str(emulated_library)}
     failed, (check, sanitize) = run_pieces(*pieces, results=tmp_path / "out", PATH=path, **emulation)
-    assert (failed, steps(check)) == (0, {"check-vertex_oracle-cuda": 0, "check-vertex_oracle-hopper": 0})
-    rows = json.load(check.extractfile("./check-vertex_oracle-hopper.json"))["rows"]
-    assert rows
-    assert all(row["backend"] == "hopper" and row["fine"] for row in rows)
+    assert (failed, steps(check)) == (0, {"check-vertex_oracle-hopper": 0, "check-linear_logprob-hopper": 0})
+    for op in ("vertex_oracle", "linear_logprob"):
+        rows = json.load(check.extractfile(f"./check-{op}-hopper.json"))["rows"]
+        assert rows
+        assert all(row["backend"] == "hopper" and row["fine"] for row in rows)
     assert steps(sanitize) == {"memcheck-mixture_embed-cuda": 0}
     assert {row["T"] for row in json.load(sanitize.extractfile("./memcheck-mixture_embed-cuda.json"))["rows"]} == {1}
 
@@ -215,17 +216,17 @@ def fake_machine(tmp_path: Path, **scripts: str) -> str:
 
 def test_a_failed_build_and_a_hang_cost_nothing_else(tmp_path):
     """No build with CUDA, nor one without it, tried once for both pieces; every op and backend is still checked."""
-    fault = 'case "$*" in *"pip install"*|*hopper*) exit 1;; *"--op linear_logprob --backend cuda"*) exit 124;; esac'
+    fault = 'case "$*" in *"pip install"*|*hopper*) exit 1;; *"--op mixture_embed --backend cuda"*) exit 124;; esac'
     path = fake_machine(tmp_path, timeout=fault)
     failed, (check, kernels) = run_pieces("build-check", "kernels", results=tmp_path / "out", PATH=path)
     status = steps(check)
-    assert failed == 5
+    assert failed == 7
     assert {name for name, code in status.items() if code} == {
-        "build", "build-cpu", "check-linear_logprob-cuda", "check-vertex_oracle-hopper",
+        "build", "build-cpu", "check-mixture_embed-cuda", "check-vertex_oracle-hopper", "check-linear_logprob-hopper",
     }  # fmt: skip
-    assert len([name for name in status if name.startswith("check-")]) == 11
-    assert list(status)[-1] == "check-vertex_oracle-hopper"
-    assert {name for name, code in steps(kernels).items() if code} == {"vertex_oracle_hopper"}
+    assert len([name for name in status if name.startswith("check-")]) == 10
+    assert list(status)[-1] == "check-linear_logprob-hopper"
+    assert {name for name, code in steps(kernels).items() if code} == {"vertex_oracle_hopper", "linear_logprob_hopper"}
 
 
 def test_a_build_without_cuda_stands_in(tmp_path):

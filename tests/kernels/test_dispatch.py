@@ -106,15 +106,18 @@ def gpu_call(*present: str, aligned: bool = True) -> Call:
 
 def test_without_triton_the_cuda_kernels_get_what_they_can_serve(monkeypatch):
     """What they cannot is known before one is chosen: the automatic choice goes on, nothing is raised."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: "not here" if backend == "triton" else None)
-    assert choose("vertex_oracle", gpu_call("E", "G")).backend == "cuda"
-    assert choose("linear_logprob", gpu_call("W", "H")).backend == "cuda"
+    assert choose("vertex_oracle", gpu_call("E", "G")).backend == "hopper"
+    assert choose("linear_logprob", gpu_call("W", "H")).backend == "hopper"
     for call in (gpu_call("E", "candidates"), gpu_call("E", "W2", "Q2"), gpu_call("E", aligned=False)):
         assert choose("vertex_oracle", call).backend == "reference"
     assert choose("linear_logprob", gpu_call("W", "H", aligned=False)).backend == "reference"
     with pytest.raises(kernels.BackendError, match="no candidate sets"):
-        choose("vertex_oracle", gpu_call("E", "candidates"), "cuda")
+        choose("vertex_oracle", gpu_call("E", "candidates"), "hopper")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(kernels.BackendError, match=r"needs compute capability 9\.0, this is 8\.0"):
+        choose("linear_logprob", gpu_call("W", "H"), "hopper")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +31,22 @@ def test_contracts(emulated_library):
     run(emulated_library, "late", "test_mixture_embed.py", "-k", "cuda and not beyond_two_to_the_31 and not gpu")
 
 
-def run(module: Path, copies: str, file: str, *options: str) -> None:
+@pytest.mark.parametrize("copies", ["late", "early"])
+def test_a_cluster_that_ends_without_its_last_barrier_is_seen(emulated_library, copies):
+    """A block of it may then be written to when it has ended."""
+    chosen = ("-s", "-k", "test_oracle and 260")
+    done = execute(emulated_library, copies, "test_cuda.py", *chosen, LATENTREVISE_EMULATED_FAULT="1")
+    assert done.returncode == -signal.SIGABRT
+    assert "a block may have ended before" in done.stderr or "a block that has ended is written to" in done.stderr
+
+
+def execute(module: Path, copies: str, file: str, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file), *options]
-    env = emulated_cuda.environment(module, copies)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    env = emulated_cuda.environment(module, copies) | more
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def run(module: Path, copies: str, file: str, *options: str) -> None:
+    done = execute(module, copies, file, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -5,7 +5,10 @@ import importlib.util
 import os
 import sys
 import types
+import typing
 import warnings
+
+import typing_extensions
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -39,6 +42,8 @@ def without_flash_attn() -> None:
 
 
 without_flash_attn()
+# SkyRL hands TypedDicts to pydantic, which takes Python 3.12's, or these.
+typing.TypedDict = typing_extensions.TypedDict
 collect_ignore = []
 if importlib.util.find_spec("vllm") is None:
     warnings.warn(

@@ -50,7 +50,7 @@ typedef struct lr_mixture_args {
 
 /* ids[t] = argmin over allowed v of <queries[t], table[v]> (+ <queries2[t], table2[v]>), lowest id on ties, NaN below
  * everything; -1 and +inf where nothing competes. With candidates (padded with -1) only those compete.
- * 2 * rows * vocab * dim operations. The table is read once for every 16 MiB of queries in float32 (CPU) or 128 queries
+ * 2 * rows * vocab * dim operations. The table is read once for every 16 MiB of queries in float32 (CPU) or 256 queries
  * (CUDA), a gathered row once a candidate. */
 typedef struct lr_oracle_args {
   size_t size;
@@ -66,14 +66,13 @@ typedef struct lr_oracle_args {
   int32_t splits; /* CUDA: how many parts the vocabulary is cut into; CPU: ignored */
   void *workspace; /* CUDA: rows * splits * 8 bytes; CPU: ignored */
   int32_t threads;
-  int32_t hopper; /* CUDA: nonzero takes the form for compute capability 9.0 */
 } lr_oracle_args;
 
 /* Softmax over the vocabulary of z = softcap * tanh(scale * (<queries, table> + bias) / softcap) / temperature.
  *   logp[n] = log p(targets[n]); entropy[n] in nats (or null);
  *   gradient[n] = d logp[n] / d queries[n] [rows, dim] (or null).
  * 2 * rows * vocab * dim operations, twice that with the gradient. On the CPU the table is read once for every 256
- * queries and serves both products; on CUDA once for every 128 queries and product, with the exponentials in the
+ * queries and serves both products; on CUDA once for every 256 queries and product, with the exponentials in the
  * workspace between. */
 typedef struct lr_logprob_args {
   size_t size;
@@ -84,7 +83,7 @@ typedef struct lr_logprob_args {
   int64_t rows, vocab, dim, queries_stride, table_stride;
   double scale, softcap, temperature; /* softcap 0: no tanh */
   int32_t queries_dtype, table_dtype, threads;
-  int32_t blocks;          /* CUDA: how many thread blocks the vocabulary is cut for; CPU: ignored, as what follows */
+  int32_t blocks;          /* CUDA: how many thread blocks run at once; CPU: ignored, as what follows */
   void *workspace;         /* CUDA: aligned to 16 bytes */
   int64_t workspace_bytes; /* at least what lr_cuda_linear_logprob_workspace says */
 } lr_logprob_args;
@@ -173,7 +172,7 @@ int64_t lr_cpu_rescored(void);
 const char *lr_cpu_isa(void);  /* one of lr_cpu_isas(): as this machine (or LATENTREVISE_ISA) selects */
 const char *lr_cpu_isas(void); /* all that the library was built with, separated by spaces */
 
-/* CUDA library; `stream` is a cudaStream_t */
+/* CUDA library; `stream` is a cudaStream_t. The oracle and the log-probs need compute capability 9.0. */
 int lr_cuda_mixture_embed(const lr_mixture_args *args, void *stream);
 int lr_cuda_mixture_embed_backward(const lr_mixture_args *args, void *stream);
 int lr_cuda_vertex_oracle(const lr_oracle_args *args, void *stream); /* bfloat16, one table, no candidates */

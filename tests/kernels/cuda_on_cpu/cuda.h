@@ -1,4 +1,4 @@
-// The driver's tensor maps, as much as csrc/cuda/vertex_oracle_sm90.cu uses.
+// The driver's tensor maps, as much as csrc/cuda/hopper.cuh uses.
 #pragma once
 
 #include "cuda_runtime.h"

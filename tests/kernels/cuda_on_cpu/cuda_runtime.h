@@ -65,12 +65,6 @@ namespace emulated {
 
 constexpr int kWarp = 32, kStack = 64 << 10, kSharedBytes = 227 << 10;
 
-struct Copy {
-  uint32_t to;
-  const void *from;
-  int bytes, given;
-};
-
 struct Barrier {
   int arrived = 0, round = 0;
 };
@@ -105,8 +99,6 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   bool done = false;
   int shown = 0;  // exchanges so far; two slots by turns need one wait an exchange
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
-  std::vector<Copy> open;
 };
 
 struct Block {
@@ -124,6 +116,7 @@ inline Block *block = nullptr;         // whose thread runs
 inline std::vector<Block *> cluster;  // the blocks that run together
 inline Barrier all_of_cluster;
 inline int cluster_live = 0;
+inline std::function<void()> cluster_ended;  // what is checked then
 
 inline void yield() { emulated_switch(&block->threads[block->current].context, block->scheduler); }
 
@@ -166,34 +159,6 @@ inline bool late() {
   return value;
 }
 
-inline void carry_out(const Copy &copy) {
-  std::memset(block->shared + copy.to, 0, copy.bytes);
-  std::memcpy(block->shared + copy.to, copy.from, copy.given);
-}
-
-inline void start_copy(uint32_t to, const void *from, int bytes, int given) {
-  if (to % bytes || reinterpret_cast<uintptr_t>(from) % bytes || to + bytes > kSharedBytes) std::abort();
-  const Copy copy{to, from, bytes, given};
-  if (late())
-    block->threads[block->current].open.push_back(copy);
-  else
-    carry_out(copy);
-}
-
-inline void commit() {
-  Thread &thread = block->threads[block->current];
-  thread.groups.push_back(std::move(thread.open));
-  thread.open.clear();
-}
-
-inline void await(size_t pending) {
-  Thread &thread = block->threads[block->current];
-  while (thread.groups.size() > pending) {
-    for (const Copy &copy : thread.groups.front()) carry_out(copy);
-    thread.groups.erase(thread.groups.begin());
-  }
-}
-
 inline void enter() {
   block->body();
   Thread &thread = block->threads[block->current];
@@ -214,7 +179,6 @@ inline void prepare(Block &b, int threads, const std::function<void()> &body) {
   for (Thread &thread : b.threads) {
     thread.done = false;
     thread.shown = 0;
-    thread.groups.clear(), thread.open.clear();
     if (!thread.stack) thread.stack = std::make_unique<char[]>(kStack);
     auto *top = reinterpret_cast<uint64_t *>(thread.stack.get() + kStack) - 2;  // entered as if by a call
     *top = reinterpret_cast<uint64_t>(&enter);
@@ -249,6 +213,7 @@ inline void launch(int64_t blocks, int threads, const std::function<void()> &bod
         blockIdx.x = static_cast<unsigned>(b + at / threads);
         emulated_switch(&block->scheduler, block->threads[t].context);
       }
+    if (cluster_ended) cluster_ended();
   }
 }
 

@@ -1,7 +1,8 @@
-"""CUDA implementation for bfloat16 (csrc/cuda/linear_logprob.cu), launched on the current stream, no synchronisation.
+"""CUDA implementation for bfloat16 on Hopper (csrc/cuda/linear_logprob.cu): tensor copies and wgmma for both products,
+launched on the current stream, no synchronisation.
 
-4NVd FLOP with a gradient, 2NVd without; the exponentials of a chunk of tokens are written and read once in between
-(``WORKSPACE``). Limits: bfloat16, table rows of whole 16-byte chunks. The automatic choice takes Triton until a
+4NVd FLOP with a gradient, 2NVd without; the exponentials of a chunk of tokens are written once in between and read once
+a block of 256 columns. Limits: bfloat16, table rows of whole 16-byte chunks. The automatic choice takes Triton until a
 measurement says otherwise.
 """
 
@@ -15,8 +16,7 @@ from torch import Tensor
 from .. import native
 from ..dispatch import Call
 from ..numerics import Transform
-
-WORKSPACE = 256 << 20  # bytes of exponentials at a time, never fewer than one tile of tokens
+from .chunks import MOST_ROWS, chunk_rows
 
 
 def unsupported(call: Call) -> str | None:
@@ -31,21 +31,20 @@ def unsupported(call: Call) -> str | None:
 def linear_logprob(
     H: Tensor, W: Tensor, y: Tensor, bias: Tensor | None, transform: Transform, entropy: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    H, y, (N, d), V = native.aligned_rows(H), y.contiguous(), H.shape, W.shape[0]
+    H, y, (N, d) = native.aligned_rows(H), y.contiguous(), H.shape
     bias = None if bias is None else bias.float().contiguous()
     logp = torch.empty(N, device=W.device)
     entropies = torch.empty(N if entropy else 0, device=W.device)
     gradients = torch.empty(N if gradient else 0, d, device=W.device)
     processors = torch.cuda.get_device_properties(W.device).multi_processor_count
-    chunk = max(128, WORKSPACE // (2 * V) // 128 * 128) if gradient else 16384
+    chunk = chunk_rows(W) if gradient else 8 * MOST_ROWS
     for start in range(0, N, chunk):
         part = slice(start, start + chunk)
         call = partial(
             native.call, "cuda", table=W, queries=H[part], bias=bias, targets=y[part], logp=logp[part],
             entropy=entropies[part] if entropy else None, gradient=gradients[part] if gradient else None,
             rows=H[part].shape[0], scale=transform.scale, softcap=transform.softcap or 0.0,
-            temperature=transform.temperature,
-            blocks=2 * processors,  # a processor holds two blocks of the means, one of the scores
+            temperature=transform.temperature, blocks=processors,
         )  # fmt: skip
         needed = call("linear_logprob_workspace")
         workspace = torch.empty(needed, dtype=torch.uint8, device=W.device)

@@ -1,0 +1,205 @@
+"""The leak guards on finished runs of the recovery study: of the samples with the right answer, what they keep and let
+through, each alone and together.
+
+Thresholds are chosen on the first set of prompts of a family and measured on the others; where those hold fewer than
+ten valid samples, on all and the same (and the table says so). Provenance is read from the texts again, so that runs
+from before those guards serve as well. A combination is found greedily: of all guards and thresholds the one that
+lowers contamination most while so much of the valid is kept, until none does. Samples of one prompt are not
+independent, so the intervals are too narrow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks import harness
+from benchmarks.recovery import publish
+from latentrevise.data.records import (
+    Prompt,
+    Sample,
+    Start,
+    Verdict,
+    decoded,
+    original_prefix,
+    read_records,
+    write_json,
+)
+from latentrevise.errors import InputError
+from latentrevise.recovery.guards import GUARDS, GuardConfig, auc, guard, guard_curves, wilson
+from latentrevise.recovery.provenance import provenance
+from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.verdicts import before_answer
+from latentrevise.verify.patterns import BOXED, AnswerPattern
+
+Judged = tuple[Mapping[str, float], bool]  # signals, and whether the derivation is valid
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "benchmarks/results/guards.json", ROOT / "docs/audits.md"
+FLOORS = (0.95, 0.9, 0.8, 0.7)  # shares of the valid samples that a combination must keep
+_FEWEST = 10
+_MOST = 4  # guards in a combination
+
+
+def samples_of(run: Path) -> list[Judged]:
+    """Every sample of a strategy that has the right answer, with all its signals."""
+    directory = RunDirectory(run)
+    header = json.loads(directory.header.read_text(encoding="utf-8"))
+    pattern = AnswerPattern(header["config"].get("answer_pattern", BOXED))
+    tokenizer = AutoTokenizer.from_pretrained(header["model"]["path"])
+    prompts = {prompt.id: prompt.text for prompt in read_records(directory.prompts, Prompt)}
+    found = []
+    for arm in sorted(path.name for path in (run / "verdicts").iterdir() if "@" not in path.name):
+        starts = {s.start_id: s for part in directory.parts("starts", arm) for s in read_records(part, Start)}
+        samples = {s.sample_id: s for part in directory.parts("samples", arm) for s in read_records(part, Sample)}
+        verdicts = [v for part in directory.parts("verdicts", arm) for v in read_records(part, Verdict)]
+        for verdict in (v for v in verdicts if v.verdict == "correct"):
+            start, sample = starts[verdict.start_id], samples[verdict.sample_id]
+            prefix = start.plain_ids
+            if header["config"]["rendering"] == "original":
+                prefix = original_prefix(start.prefix_ids, prefix)
+            end = before_answer(tokenizer, sample.completion_ids, sample.completion, pattern)
+            text = decoded(tokenizer, (*prefix, *sample.completion_ids[:end]))
+            signals = (verdict.signals or {}) | provenance(prompts[verdict.prompt_id], text)
+            found.append((signals, bool(verdict.valid)))
+    return found
+
+
+def rates(samples: Sequence[Judged], thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """What these thresholds (by guard) do: ``kept`` of the valid, ``let_through`` of the invalid, ``contamination``
+    (invalid among the admitted), each ``[rate, low, high]``."""
+    admitted = [valid for found, valid in samples if not _objects(found, thresholds)]
+    valid = sum(valid for _, valid in samples)
+    return {
+        "thresholds": dict(thresholds),
+        "kept": wilson(sum(admitted), valid),
+        "let_through": wilson(len(admitted) - sum(admitted), len(samples) - valid),
+        "contamination": wilson(len(admitted) - sum(admitted), len(admitted)),
+    }
+
+
+def _objects(found: Mapping[str, float], thresholds: Mapping[str, float]) -> bool:
+    return any(
+        GUARDS[code].signal in found and GUARDS[code].rejects(found[GUARDS[code].signal], threshold)
+        for code, threshold in thresholds.items()
+    )
+
+
+def combination(samples: Sequence[Judged], floor: float, codes: Sequence[str] = tuple(GUARDS)) -> dict[str, float]:
+    """The thresholds of the guards that a greedy search takes, keeping at least ``floor`` of the valid samples."""
+    taken: dict[str, float] = {}
+    options = {code: own for code, own in guard_curves(samples).items() if code in codes}
+    best = rates(samples, taken)["contamination"][0]
+    while len(taken) < _MOST:
+        tried = [
+            (measured["contamination"][0], -measured["kept"][0], code, point["threshold"])
+            for code, points in options.items()
+            if code not in taken
+            for point in points
+            if (measured := rates(samples, {**taken, code: point["threshold"]}))["kept"][0] >= floor
+        ]
+        if not tried or min(tried)[0] >= best:
+            break
+        best, _, code, threshold = min(tried)
+        taken[code] = threshold
+    return taken
+
+
+def measure(chosen_on: Sequence[Judged], others: Sequence[Judged]) -> dict[str, Any]:
+    """The guards of a family, chosen on the first samples, measured on the second; on all where those are too few."""
+    in_sample = sum(valid for _, valid in others) < _FEWEST
+    if in_sample:
+        chosen_on = others = [*chosen_on, *others]
+    usual = [(not guard(found, GuardConfig()), valid) for found, valid in others]
+    kept, admitted = sum(a and v for a, v in usual), sum(a for a, _ in usual)
+    valid = sum(v for _, v in others)
+    defaults = {
+        "kept": wilson(kept, valid),
+        "let_through": wilson(admitted - kept, len(others) - valid),
+        "contamination": wilson(admitted - kept, admitted),
+    }
+    split: dict[str, tuple[list[float], list[float]]] = {}
+    for found, good in others:
+        for name, value in found.items():
+            split.setdefault(name, ([], []))[not good].append(value)
+    return {
+        "valid": valid,
+        "invalid": len(others) - valid,
+        "chosen_on": len(chosen_on),
+        "in_sample": in_sample,
+        "none": rates(others, {}),
+        "defaults": defaults,
+        "alone": {code: rates(others, combination(chosen_on, 0.7, (code,))) for code in guard_curves(chosen_on)},
+        "together": {str(floor): rates(others, combination(chosen_on, floor)) for floor in FLOORS},
+        "auc": {name: auc(*pair) for name, pair in split.items() if all(pair)},
+    }
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    """``python -m benchmarks guards --runs DIR ...``."""
+    families: dict[str, dict[int, list[Path]]] = {}
+    for run in options.runs or ():
+        family, _, rest = run.name.partition("-m")
+        seed = rest.partition("-p")[2]
+        if not seed.isdigit() or not RunDirectory(run).metrics.is_file():
+            raise InputError(f"{run}: no finished run of the recovery study (FAMILY-mMODEL-pSEED); leave it out")
+        families.setdefault(family, {}).setdefault(int(seed), []).append(run)
+    if not families:
+        raise InputError("guards: name the run directories of a finished recovery study with --runs")
+    found = {}
+    for family, sets in sorted(families.items()):
+        judged = {seed: [sample for run in runs for sample in samples_of(run)] for seed, runs in sets.items()}
+        others = [sample for seed in sorted(judged)[1:] for sample in judged[seed]]
+        found[family] = measure(judged[min(judged)], others)
+    document = {
+        "name": "guards",
+        "command": " ".join(["python -m benchmarks guards --runs", *(run.name for run in options.runs)]),
+        "commit": harness.commit(),
+        "families": found,
+    }
+    print(table(document))
+    if options.publish:
+        write_json(RESULTS, document)
+        publish(table(document), PAGE, "guards")
+    return document
+
+
+def table(document: dict[str, Any]) -> str:
+    """Two Markdown tables: what guards keep and let through, and how each signal ranks valid over invalid."""
+
+    def rate(r: Sequence[float]) -> str:
+        return f"{100 * r[0]:.1f} [{100 * r[1]:.0f}, {100 * r[2]:.0f}]"
+
+    def row(name: str, told: str, found: dict[str, Any]) -> str:
+        cells = [rate(found[key]) for key in ("kept", "let_through", "contamination")]
+        return f"| {name} | {told} | {' | '.join(cells)} |"
+
+    def thresholds(found: dict[str, Any]) -> str:
+        return " ".join(f"`{code}` {value:.3g}" for code, value in found["thresholds"].items()) or "none"
+
+    lines = ["| family (valid, invalid) | guards | valid kept % | invalid let through % | invalid among admitted % |"]
+    lines.append("|---" * 5 + "|")
+    for family, found in document["families"].items():
+        same = ", chosen on the same" if found["in_sample"] else ""
+        lines.append(row(f"{family} ({found['valid']}, {found['invalid']}{same})", "the defaults", found["defaults"]))
+        alone = [one for one in found["alone"].values() if one["thresholds"]]
+        best = min(alone, key=lambda one: one["contamination"][0] / max(one["kept"][0], 1e-9))
+        lines.append(row("", f"{thresholds(best)} alone", best))
+        seen: set[str] = set()
+        for floor in (FLOORS[0], FLOORS[-1]):
+            one = found["together"][str(floor)]
+            if (text := thresholds(one)) not in seen:
+                lines.append(row("", f"{text} (for {100 * floor:.0f} % kept)", one))
+            seen.add(text)
+    names = ("used", "founded", "plain", "step", "answer", "derivation", "length")
+    lines += ["", "The AUC of each signal there, valid over invalid:", "", f"| family | {' | '.join(names)} |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for family, found in document["families"].items():
+        cells = [f"{found['auc'][name]:.2f}" if name in found["auc"] else "-" for name in names]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines)
