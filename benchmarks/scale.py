@@ -246,7 +246,7 @@ def simulate(out: Path, count: int, rate: float) -> dict[str, Any]:
         parts = sum(worker.parts for worker in workers)
         return {"makespan": makespan, **total, "parts": parts, "files": files, "bytes": size}
 
-    asleep = types.SimpleNamespace(sleep=clock.sleep)
+    asleep = types.SimpleNamespace(sleep=clock.sleep, monotonic=lambda: clock.me.now)
     with patch.multiple(pipeline, **stand_ins(clock, rate)), patch.object(schedule, "time", asleep):
         return measured(all_of_them)
 

@@ -23,9 +23,10 @@ from latentrevise.data.records import (
 )
 from latentrevise.errors import InputError, LatentReviseError
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.targets import Target
 from tests.tiny import tiny_model, tiny_tokenizer
 
-CLASSES = {"rollouts": Rollout, "starts": Start, "samples": Sample, "verdicts": Verdict}
+CLASSES = {"rollouts": Rollout, "targets.parquet": Target, "starts": Start, "samples": Sample, "verdicts": Verdict}
 FLIPS = 60  # a file
 
 

@@ -26,6 +26,7 @@ from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.stages import continuations
+from latentrevise.recovery.targets import Target
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -56,9 +57,9 @@ def content(out):
     """Everything a run computes, without what a clock wrote."""
     found = {}
     for path in sorted(out.rglob("*.parquet")):
-        kind = {"rollouts": Rollout, "starts": Start, "samples": Sample, "verdicts": Verdict}.get(
-            path.relative_to(out).parts[0], Trajectory if path.name == "trajectories.parquet" else Prompt
-        )
+        kinds = {"rollouts": Rollout, "targets.parquet": Target, "starts": Start, "samples": Sample}
+        kinds |= {"verdicts": Verdict, "prompts.parquet": Prompt, "trajectories.parquet": Trajectory}
+        kind = kinds[path.relative_to(out).parts[0]]
         rows = [dataclasses.asdict(row) for row in read_records(path, kind)]
         found[str(path.relative_to(out))] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     for path in sorted(out.rglob("*.safetensors")):
