@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from latentrevise.data.records import Prompt, Rollout
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, SamplingParams
+from latentrevise.engines.draw import choose
 from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.model.policy import Policy
@@ -54,12 +56,14 @@ class Boxing(HFEngine):
     """Begins every continuation with the answer to PROMPTS, boxed; the log-probs are the model's."""
 
     def _sample(self, *args):
-        self._forced = iter(encode("\\boxed{7}"))
-        return super()._sample(*args)
+        forced = iter(encode("\\boxed{7}"))
 
-    def _choose(self, logits, params, uniform):
-        own, forced = super()._choose(logits, params, uniform), next(self._forced, None)
-        return own if forced is None else torch.full_like(own, forced)
+        def boxing(*given):
+            own, token = choose(*given), next(forced, None)
+            return own if token is None else torch.full_like(own, token)
+
+        with patch("latentrevise.engines.hf.choose", boxing):
+            return super()._sample(*args)
 
 
 @dataclass(frozen=True)
