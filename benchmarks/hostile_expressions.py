@@ -45,7 +45,7 @@ PATHOLOGICAL: dict[str, Callable[[int], str]] = {
     "zero": lambda n: rf"\frac{{{n}}}{{\sin(\pi)\cdot 10^{{{n}}}}}",
     "parentheses": lambda n: "(" * (200 + n) + "1" + ")" * (200 + n),
     "open": lambda n: r"\frac{\sqrt{" * (n % 50 + 1) + str(n),
-    "digits": lambda n: str(n + 1) * 400 + r"\cdot\pi",
+    "digits": lambda n: "7" * 200 + str(n) + r"\cdot\pi",
     "words": lambda n: ("aa' " * (60 + n))[: 200 + n] + "!",
     "small": lambda n: rf"10^{{-{n}0000}}\pi",
     "code": lambda n: f"__import__('os').system('touch /tmp/latentrevise-executed-{n}')",
