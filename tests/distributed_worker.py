@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, SFTConfig
 
 from latentrevise import strategies
-from latentrevise.engines import HFEngine, Request, SamplingParams
+from latentrevise.engines import HFEngine, Request, SamplingParams, hf
 from latentrevise.model import memory
 from latentrevise.model.loading import sharded
 from latentrevise.recovery.evaluate import EvalConfig
@@ -116,7 +116,7 @@ class Skewed(Seeded):
         if self.accelerator.process_index and sharded(self._base):
             memory._CPU_TOKENS, memory._CPU_BYTES = {4: 1}, 1
             repairer.verifier = Undecided()
-            repairer.engine._choose = lambda logits, *_: torch.full((len(logits),), TOKENIZER.eos_token_id)
+            hf.choose = lambda logits, *_: torch.full((len(logits),), TOKENIZER.eos_token_id)
         return repairer
 
 
