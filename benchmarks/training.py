@@ -64,6 +64,7 @@ from benchmarks.training_plan import (
 )
 from benchmarks.training_tables import brief, figure, pool, sign_flip, table, tables
 from latentrevise.config import load_config
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.exports import Row, prefix_rows, rollout_row, sft_rows
 from latentrevise.data.prompts import load_prompts
 from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records, row_seed, write_json
@@ -283,7 +284,7 @@ def starts(cell: Cell, strategy: str, tokenizer: Any, out: Path, sizes: Sizes) -
     """
     found = [t for t in read_records(cell.run(out, "guarded").trajectories, Trajectory) if t.strategy == strategy]
     config = demo_config(get_family(cell.family))
-    rows = prefix_rows(found, tokenizer, config.prefix_boundary, config.pattern())
+    rows = prefix_rows(found, tokenizer, Boundary.of(config.prefix_boundary, tokenizer), config.pattern())
     groups = sizes.rl_steps * sizes.rl_groups
     chosen = [rows[i * len(rows) // groups] for i in range(groups)] if rows else []
     return [

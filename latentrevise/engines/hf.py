@@ -310,7 +310,7 @@ class HFEngine:
         table = self._embedding.weight
         lengths = torch.tensor([request.length for request in requests], device=table.device)
         width = int(lengths.max())
-        embeddings = table.new_zeros(len(requests), width, table.shape[1])
+        embeddings = torch.zeros(len(requests), width, table.shape[1], dtype=table.dtype, device=table.device)
         for line, request in zip(embeddings, requests, strict=True):
             line[width - request.length :] = self._embedded(request)
         mask = (torch.arange(width, device=table.device) >= width - lengths[:, None]).long()
@@ -323,13 +323,13 @@ class HFEngine:
         table, cache = self._embedding.weight, self._empty_cache()
         layout = layout.to(table.device)
         count, width = layout.owner.shape
-        embeddings = table.new_zeros(count, width, table.shape[1])
+        embeddings = torch.zeros(count, width, table.shape[1], dtype=table.dtype, device=table.device)
         for member, (line, columns) in zip(layout.members, layout.places, strict=True):
             request = requests[member]
             embeddings[line, columns] = self._embedded(request, request.length - len(columns))
         # No more of a mask at once than is cheap beside the pass; all last tokens in one pass, for their logits.
         stop, step = 0, max(layout.wanted, _MASK // (count * width))
-        logits = table.new_empty(0)
+        logits = torch.empty(0)
         while stop < width:
             start, stop = stop, stop + step
             if stop > width - layout.wanted:
@@ -347,9 +347,11 @@ class HFEngine:
 
     def _masks_hold(self) -> bool:
         """Whether requests packed into one line give what each gives alone: the masks are ours, and a model may read
-        its own from them. Tried on a few tokens."""
+        its own from them. Tried on a few tokens; not where processes share the weights, for one may be alone here."""
         if getattr(self.model.config.get_text_config(decoder=True), "_attn_implementation", None) not in _MASKED:
             return False
+        if sharded(self.model):
+            return True
         rows = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
         ids = spread(rows, 9, repeat=True)
         requests = [Request(ids[:6]), Request([*ids[:3], *ids[6:]])]
