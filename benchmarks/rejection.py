@@ -28,12 +28,12 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout
 from latentrevise.demo import BUNDLED, Family, get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.loading import load_model
-from latentrevise.recovery.cases import tokens_with
 from latentrevise.recovery.collect import decoded_tokens
 from latentrevise.recovery.pipeline import Recovery
 
@@ -110,7 +110,7 @@ def watched(
     run: Recovery, family: Family, prompts: Sequence[Prompt], rollouts: Mapping[str, Sequence[Rollout]]
 ) -> list[Watched]:
     """The later rollouts of the zero-hit prompts, scored behind each step; the answer's own step is none of them."""
-    ends, template = tokens_with(run.job.tokenizer, ";", run.job.policy.table.shape[0]), run.job.template_ids
+    steps, template = Boundary(";", run.job.tokenizer), run.job.template_ids
     found = []
     for prompt in prompts:
         if any(r.verdict == "correct" for r in rollouts[prompt.id][:MINED]):
@@ -118,7 +118,7 @@ def watched(
         answer = tuple(run.job.tokenizer.encode(prompt.answer, add_special_tokens=False))
         own = rollouts[prompt.id][MINED:]
         trunks = [(*prompt.ids, *r.completion_ids) for r in own]
-        places = [[i + 1 for i, token in enumerate(r.completion_ids) if token in ends] for r in own]
+        places = [steps.ends(r.completion_ids) for r in own]
         branches = [
             Branch(t, len(prompt.ids) + at, (*template, *answer), len(template))
             for t, ats in enumerate(places)
