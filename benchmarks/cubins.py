@@ -51,7 +51,9 @@ class Resources:
 
     @property
     def fine(self) -> bool:
-        return not (self.spills or self.warnings or self.converted or self.fences)
+        # Triton puts a fence of its own where an operand goes to the tensor cores by shared memory.
+        fenced = self.fences and not self.kernel.startswith("triton ")
+        return not (self.spills or self.warnings or self.converted or fenced)
 
 
 def compile_triton(arch: int, wanted: Callable[[str, str], bool] = lambda op, what: True) -> Iterator[Resources]:

@@ -59,7 +59,7 @@ def test_faults_of_compiled_code_are_seen():
         /*0020*/ @!P1 MEMBAR.ALL.GPU ;
         /*0030*/ @P0 BRA 0x10 ;
         /*0040*/ MEMBAR.ALL.GPU ;""") == (3, 1, 1, 1)
-    assert not cubins.Resources("k", "", "sm_90a", 168, 0, 0, 0, fences=1).fine
+    assert not cubins.Resources("cuda k", "", "sm_90a", 168, 0, 0, 0, fences=1).fine
     assert cubins.bad_warnings("ptxas info : (C7515) Potential Performance Loss") == ("C7515",)
     assert cubins.count_spills("8 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads") == 20
 
