@@ -148,13 +148,13 @@ def test_bfloat16():
 
 
 class _OutOfMemoryAbove:
-    """Runs out of memory whenever more than ``rows`` sequences are decoded at once."""
+    """Runs out of memory whenever more than ``rows`` tokens, padding among them, are decoded at once."""
 
     def __init__(self, model, rows):
         self.forward_of, self.rows, self.failures = model.forward, rows, 0
 
     def __call__(self, *args, **inputs):
-        if "input_ids" in inputs and inputs["input_ids"].shape[0] > self.rows:
+        if "input_ids" in inputs and inputs["input_ids"].numel() > self.rows:
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
         return self.forward_of(*args, **inputs)
@@ -166,7 +166,7 @@ def test_out_of_memory_makes_smaller_batches_and_changes_nothing():
     params = SamplingParams(n=4, max_new_tokens=8)
     expected = HFEngine(model).generate(requests, params)
     engine = HFEngine(model)
-    model.forward = narrow = _OutOfMemoryAbove(model, 6)
+    model.forward = narrow = _OutOfMemoryAbove(model, 8)
     seen = []
     found = engine.generate(requests, params, lambda *now: seen.append(now))
     assert narrow.failures == 2
