@@ -78,7 +78,7 @@ def test_zero_hit_prompts_are_found_and_aimed(tmp_path):
         [rollout("e", 0, "wrong", extracted=None, end="length"), rollout("e", 1, "wrong", extracted=None)],
     )
     ids = pa.chunked_array([["a", "b", "c"], ["d", "e"]])
-    found = ZeroHit(run, [0, 2], 2, ids)  # the part with c and d was given up
+    found = ZeroHit(run, {0: [0], 2: [2]}, 2, ids)  # the part with c and d was given up
     with Verifier() as verifier:
         first, second = found.aimed(0, pa.chunked_array([answers]), verifier)
     assert (first.prompt_id, first.row, first.rollouts, first.decoded) == ("a", 0, 2, 3)
@@ -91,7 +91,7 @@ def test_zero_hit_prompts_are_found_and_aimed(tmp_path):
 def test_what_cannot_be_cut_is_told(tmp_path):
     run = RunDirectory(tmp_path)
     write_records(run.part("rollouts", 0), [rollout("a", 0, "wrong", ids=(5,)), rollout("b", 0, "correct")])
-    found = ZeroHit(run, [0], 2, pa.chunked_array([["a", "b"]]))
+    found = ZeroHit(run, {0: [0]}, 2, pa.chunked_array([["a", "b"]]))
     assert not found.found
     assert [(error.row, error.id, error.reason) for error in found.uncut] == [(0, "a", "short-rollouts")]
 
@@ -100,7 +100,7 @@ def test_of_any_number_of_answers_as_many_are_drawn_from(tmp_path):
     """Else the wrong targets of n prompts would cost n * n."""
     run, n = RunDirectory(tmp_path), 5000
     write_records(run.part("rollouts", 0), [rollout(f"p{i}", 0, "wrong") for i in range(n)])
-    found = ZeroHit(run, [0], n, pa.chunked_array([[f"p{i}" for i in range(n)]]))
+    found = ZeroHit(run, {0: [0]}, n, pa.chunked_array([[f"p{i}" for i in range(n)]]))
     with Verifier() as verifier:
         aimed = list(found.aimed(0, pa.chunked_array([[str(i) for i in range(n)]]), verifier))
     assert len(aimed) == n
