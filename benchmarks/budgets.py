@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import harness
 from latentrevise.data.records import Prompt, Rollout
@@ -105,11 +101,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     if max(UNIFORM) % options.round or options.most % options.round or options.most < max(UNIFORM):
         raise SystemExit(f"--round must divide {max(UNIFORM)} and --most, which must be at least {max(UNIFORM)}")
     document: dict[str, Any] = {
-        "name": "budgets",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": harness.commit(),
-        "machine": harness.describe(torch.device("cpu")),
-        "load_average": os.getloadavg()[0],
+        **harness.heading("budgets"),
         "round": options.round,
         "families": {},
     }

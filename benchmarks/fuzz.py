@@ -17,21 +17,18 @@ import csv
 import gzip
 import io
 import json
-import os
 import random
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -314,11 +311,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
-        "name": "fuzz",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": harness.commit(),
-        "machine": harness.describe(torch.device("cpu")),
-        "load_average": os.getloadavg()[0],
+        **harness.heading("fuzz"),
     }
     began, tally, number = time.perf_counter(), Tally(), (options.seeds or [0])[0]
     with tempfile.TemporaryDirectory(prefix="latentrevise-fuzz-") as place, Verifier(1.0, 1) as verifier:

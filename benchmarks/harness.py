@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +53,18 @@ def commit() -> str:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return f"version {version('latentrevise')}"
+
+
+def heading(name: str) -> dict[str, Any]:
+    """What every document of a study on the CPU begins with: what was run, when, where, and of which commit."""
+    return {
+        "name": name,
+        "command": command_line(sys.argv[1:]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": describe(torch.device("cpu")),
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def provenance(what: str, commits: Mapping[str, int]) -> str:

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import harness
 from latentrevise.data.boundary import Boundary
@@ -167,11 +163,7 @@ def add_options(group: argparse._ArgumentGroup) -> None:
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
     document: dict[str, Any] = {
-        "name": "rejection",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": harness.commit(),
-        "machine": harness.describe(torch.device("cpu")),
-        "load_average": os.getloadavg()[0],
+        **harness.heading("rejection"),
         "families": {},
     }
     with tempfile.TemporaryDirectory() as place:
