@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.recovery_strata import strata
 from benchmarks.recovery_tables import brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
@@ -88,7 +89,12 @@ PLANS = {
         (0,),
         (0, 1),
         24,
-        ("latent", "latent-random", "resample-rho0.8", "pivot", "branch-mass", "resample"),
+        (
+            *("latent", "latent-nearest", "latent-adam", "latent-no-guide", "latent-no-explore", "latent-no-fluency"),
+            *("latent-rho0.5", "latent-rho0.2", "latent-k5", "latent-k20", "latent-random", "latent-plausible"),
+            *("explain", "dart", "pivot", "pivot-trie", "branch-mass", *RIVALS),
+            *("resample-rho0.8", "resample-prefix", "resample"),
+        ),
     ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
 }
@@ -144,6 +150,7 @@ def recovery_of(
             strategies=strategies,
             label=unit.name,
             step_checker="latentrevise.checkers.arithmetic:check_step",
+            equal_compute_cap=128,  # what the dearest strategy spends
         )
         prompts = wordproblems.word_problems(unit.prompts, real.STEPS, seed=unit.seed)
         return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
@@ -373,6 +380,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     study = {
         family: pool(sorted(own, key=lambda item: order[item[0]]), strategies)
         | {"guards": guards([unit for unit, _ in own], out)}
+        | {"strata": strata([out / unit.name for unit, _ in own], strategies)}
         for family, own in found.items()
         if sum(m["zero_hit"] for _, m in own)
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkers, guards, harness, iterates, recovery, recovery_tables, training
+from benchmarks import checkers, guards, harness, iterates, recovery, recovery_strata, recovery_tables, training
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
 from latentrevise.data.records import Verdict, write_json, write_records
@@ -223,6 +223,27 @@ def test_a_unit_knows_all_code_that_made_its_rows(tmp_path, monkeypatch):
     unit.commits(tmp_path).unlink()
     recovery.note_commit(unit, tmp_path)
     assert recovery.commits_of(unit, tmp_path) == [harness.NOT_RECORDED, "later"]
+
+
+def test_strata_are_what_the_controls_rollouts_reach(tmp_path):
+    """Two runs: `easy` is right once among the control's rollouts, `hard` and `other` never."""
+
+    def write(run, arm, *found):
+        rows = [
+            Verdict(f"{i}", "s", prompt, "1", verdict, False, False, valid, [], None, None)
+            for i, (prompt, verdict, valid) in enumerate(found)
+        ]
+        write_records(RunDirectory(tmp_path / run).part("verdicts", 0, arm), rows, Verdict)
+
+    write("a", "resample@equal", ("easy", "wrong", False), ("easy", "correct", False), ("hard", "wrong", False))
+    write("a", "pivot", ("easy", "correct", True), ("easy", "correct", True), ("hard", "correct", False))
+    write("b", "resample@equal", ("other", "wrong", False))
+    write("b", "pivot", ("other", "correct", True))
+    found = recovery_strata.strata([tmp_path / "a", tmp_path / "b"], ["pivot"])
+    assert found["rollouts"] == 1
+    assert found["prompts"] == {"within": 1, "beyond": 2}
+    assert found["within"]["pivot"] == {"answer": wilson(1, 1), "valid": wilson(1, 1)}
+    assert found["beyond"]["pivot"] == {"answer": wilson(2, 2), "valid": wilson(1, 2)}
 
 
 def test_a_mixture_of_commits_is_said():
