@@ -68,7 +68,7 @@ def test_a_text_ends_wherever_it_does(text, what):
 
 def test_broken_characters_hide_no_boundary():
     alone = BYTES.convert_tokens_to_ids(["ð", "a", ".", "ł", "ł", "ł", "ł", "ł", ".", "ð"])
-    assert "".join(pieces(BYTES, alone)) == BYTES.decode(alone)
+    assert "".join(pieces(BYTES.decode, alone)) == BYTES.decode(alone)
     assert Boundary(".", BYTES).ends(alone) == [3, 9]
 
 

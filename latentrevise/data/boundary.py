@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypedDict
 
@@ -19,6 +20,7 @@ from latentrevise.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_REMEMBERED = 1 << 16  # decoded texts of two or three ids
 _CHARACTER = 4  # tokens that one character takes at most: bytes of UTF-8
 
 
@@ -53,7 +55,8 @@ class Boundary:
     """What ends a step under a tokenizer: a text, wherever it ends, or a ``Regex``."""
 
     def __init__(self, what: str | Regex, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        # The same few ids follow each other again and again in a run, and a tokenizer's call costs more than a look.
+        self._decode = lru_cache(_REMEMBERED)(partial(_decoded, tokenizer))
         self._text = what if isinstance(what, str) else None
         self.stops: Stops = {"stop": (), "stop_pattern": None}
         self.stops |= {"stop": (what,)} if isinstance(what, str) else {"stop_pattern": what.regex}
@@ -74,7 +77,7 @@ class Boundary:
         if not kept:
             raise ConfigError("prefix_boundary is an empty text, which ends everywhere; give one, or null")
         ids = tokenizer.encode(kept, add_special_tokens=False)
-        if kept not in (read := "".join(pieces(tokenizer, ids))):
+        if kept not in (read := "".join(pieces(partial(_decoded, tokenizer), ids))):
             raise ConfigError(
                 f"prefix_boundary = {setting!r}: the tokenizer has no tokens for it (it reads {read!r}), so no rollout"
                 " holds it; choose another boundary"
@@ -83,7 +86,7 @@ class Boundary:
 
     def ends(self, ids: Sequence[int]) -> list[int]:
         """How many of the ids each step ends behind, ascending; the last step of a rollout need not be among them."""
-        added = list(pieces(self._tokenizer, ids))
+        added = list(pieces(self._decode, ids))
         lengths = list(accumulate(map(len, added)))
         found = (match.end() for match in self._pattern.finditer("".join(added)))
         return sorted({bisect_left(lengths, end) + 1 for end in found if end})
@@ -103,18 +106,18 @@ class Boundary:
         return next((end for end in ends if end >= least), None)
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[str]:
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def pieces(decode: Callable[[tuple[int, ...]], str], ids: Sequence[int]) -> Iterator[str]:
     """The text that each of the ids adds to those before, special tokens included: of a character that is spread over
     tokens the last one adds it."""
-
-    def decode(part: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     start = told = 0  # what is decoded along, since a token's text may depend on the one before; what is told already
     for end in range(1, len(ids) + 1):
-        text = decode(ids[start:end])
+        text = decode(tuple(ids[start:end]))
         if text.endswith("\ufffd") and end - told < _CHARACTER and end < len(ids):
             yield ""
             continue
-        yield text[len(decode(ids[start:told])) :]
+        yield text[len(decode(tuple(ids[start:told]))) :]
         start, told = told, end
