@@ -17,17 +17,17 @@ from latentrevise.data.records import (
     Start,
     Trajectory,
     Verdict,
-    read_jsonl,
     read_records,
     read_table,
 )
+from latentrevise.data.storage import read_signed
 from latentrevise.errors import InputError, LatentReviseError
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.targets import Target
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CLASSES = {"rollouts": Rollout, "targets.parquet": Target, "starts": Start, "samples": Sample, "verdicts": Verdict}
-FLIPS = 60  # a file
+FLIPS = 40  # a file
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
         {"prompt": "no answer\u2028here", "answer": None}
     ]
     config = RecoverConfig(
-        rollouts=2, samples=2, max_new_tokens=12, strategies=("latent", "pivot", "resample"), equal_compute=False
+        rollouts=2, samples=2, max_new_tokens=12, strategies=("latent", "pivot", "resample"), equal_compute_cap=4
     )
     recover(tiny_model(), tiny_tokenizer(), rows, config, out)
     return out
@@ -48,11 +48,12 @@ def content(path):
     if path.suffix == ".safetensors":
         pairs = {name: (ids.tolist(), weights.tolist()) for name, (ids, weights) in read_atoms(path).items()}
         return pairs, {name: offset.tolist() for name, offset in read_offsets(path).items()}
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
+    if path.name == "errors.jsonl":
+        return RunDirectory(path.parent).read_errors()
     if path.name == "run.json":
-        header = RunDirectory(path.parent).read_header()
-        return header["config"]  # model and versions are compared with what is given when the run is taken up
+        return RunDirectory(path.parent).read_header()
+    if path.suffix == ".json":
+        return read_signed(path, "remedy")
     cls = {"prompts.parquet": Prompt, "trajectories.parquet": Trajectory}.get(path.name)
     return read_records(path, cls or next(CLASSES[part] for part in path.parts if part in CLASSES))
 
@@ -66,17 +67,12 @@ def outcome(path):
 
 
 def test_every_flipped_bit_is_told_or_harmless(run, tmp_path):
-    files = sorted(
-        p for p in run.rglob("*") if (p.is_file() and p.suffix in (".parquet", ".safetensors")) or p.name == "run.json"
-    )
-    assert {p.suffix for p in files} == {".parquet", ".safetensors", ".json"}
-    assert {p.relative_to(run).parts[0] for p in files} >= {
-        "rollouts",
-        "starts",
-        "samples",
-        "verdicts",
-        "prompts.parquet",
-    }
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock")
+    assert {p.suffix for p in files} == {".parquet", ".safetensors", ".json", ".jsonl"}
+    assert {p.relative_to(run).parts[0] for p in files} == {
+        "rollouts", "starts", "samples", "verdicts", "plan", "run.json", "prompts.parquet", "errors.jsonl",
+        "control.json", "targets.parquet", "trajectories.parquet", "atoms.safetensors", "metrics.json",
+    }  # fmt: skip
     draw, told = random.Random(0), 0
     for number, file in enumerate(files):
         whole, good = file.read_bytes(), content(file)
@@ -109,7 +105,7 @@ def test_a_flip_in_values_is_always_found(run, tmp_path):
     atoms = tmp_path / "a.safetensors"
     write_atoms(atoms, {"x": (torch.arange(6).view(3, 2), torch.rand(3, 2))}, {"x": torch.rand(3, 4)})
     with safe_open(atoms, "pt") as stored:
-        assert len(stored.metadata()["sha256"]) == 64
+        assert len(stored.metadata()["digest"]) == 64
     whole = atoms.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     for i in range(start, len(whole)):

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from latentrevise import RecoverConfig
-from latentrevise.data.records import GROUP, Prompt, Rollout, write_jsonl, write_records
+from latentrevise.data.parquet import GROUP
+from latentrevise.data.records import Prompt, Rollout, write_jsonl, write_records
 from latentrevise.data.stored import Stored
 from latentrevise.errors import InputError, RunError
 from latentrevise.recovery.job import Job

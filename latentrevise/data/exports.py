@@ -18,7 +18,6 @@ with ``continuation`` it belongs to the prompt, which no trainer puts into its l
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from latentrevise.data.records import (
     write_jsonl,
     write_table,
 )
+from latentrevise.data.storage import read_signed
 from latentrevise.errors import ConfigError, InputError, ModelError
 from latentrevise.verify.patterns import BOXED, AnswerPattern
 
@@ -335,7 +335,7 @@ def export_run(
         raise ConfigError(f"{out}: {to} is written as {' or '.join(wanted)}; name the file accordingly")
     if not (run / "trajectories.parquet").is_file():
         raise InputError(f"{run}: no trajectories.parquet in it; give the directory of a finished run")
-    header = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    header = read_signed(run / "run.json", "restore it, or recover into a new directory")
     settings = header["config"]
     found = read_records(run / "trajectories.parquet", Trajectory)
     chosen = [t for t in found if strategy in (None, t.strategy) and (t.valid is True or not valid_only)]

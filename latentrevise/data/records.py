@@ -7,23 +7,27 @@ drift away from the code. Nothing here is ever pickled.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from latentrevise.errors import InputError, RunError
+from latentrevise.data.parquet import GROUP, table_writer
+from latentrevise.data.parquet import read_table as read_table
+from latentrevise.data.parquet import write_table as write_table
+from latentrevise.data.storage import atomic_write as atomic_write
+from latentrevise.data.storage import read_jsonl as read_jsonl
+from latentrevise.data.storage import stable_hash as stable_hash
+from latentrevise.data.storage import write_json as write_json
+from latentrevise.data.storage import write_jsonl as write_jsonl
+from latentrevise.errors import InputError
 from latentrevise.verify.verifier import VerdictName
 
 if TYPE_CHECKING:
@@ -33,7 +37,6 @@ FinishReason = Literal["stop", "length"]
 PrefixRendering = Literal["original", "argmax", "continuation"]
 
 Record = TypeVar("Record")
-GROUP = 1024  # rows that are written, and may be read, at a time
 
 
 def _column(name: str) -> Any:
@@ -220,114 +223,9 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def stable_hash(value: Any, length: int = 16) -> str:
-    """The first ``length`` hex digits of the SHA-256 of ``value`` as canonical JSON: the same everywhere and always."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
 def row_seed(run_seed: int, *parts: str | int) -> int:
     """The seed of one row, in ``[0, 2**63)``. It depends on ``parts`` only: no batch or order changes a row's draws."""
     return int(stable_hash([run_seed, *parts]), 16) >> 1
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed, on failure removed.
-
-    A reader therefore sees the old file, or the whole new one, whenever the writer dies. Missing folders are created.
-    Raises RunError if the place cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        try:
-            with temporary.open("rb") as held:
-                with suppress(OSError):  # not every file system has locks
-                    fcntl.flock(held, fcntl.LOCK_EX)  # as long as this process lives, see ``leftovers``
-                yield temporary
-                _sync(temporary)
-                os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; choose an output directory that is writable and has space"
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Indented JSON. NaN and infinity are refused (``ValueError``): they are not JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """One JSON object a line, from dataclasses or mappings."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as out:
-        for row in rows:
-            plain = dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
-            out.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What ``write_jsonl`` wrote; nothing where there is no file. Its lines end at ``\\n`` alone: texts may hold other
-    characters at which ``str.splitlines`` parts them (U+2028, U+2029, U+0085)."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [json.loads(line) for line in text.split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON lines ({error}); restore it, or start a new run") from error
-
-
-def write_table(path: str | os.PathLike[str], table: pa.Table) -> None:
-    """A table to a parquet file, atomically, each page with a checksum."""
-    with atomic_write(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def read_table(
-    path: str | os.PathLike[str],
-    columns: Sequence[str] | None = None,
-    filters: list[tuple] | None = None,  # type: ignore[type-arg]
-    *,
-    remedy: str = "delete it and run again",
-) -> pa.Table:
-    """A parquet file; the pages that have checksums are held against them. Raises InputError with the remedy."""
-    with readable(path, remedy):
-        table = pq.read_table(
-            path,
-            columns=list(columns) if columns else None,
-            filters=filters,
-            partitioning=None,
-            page_checksum_verification=True,
-        )
-        _ = table.column_names  # decoded only when they are asked for
-        return table
-
-
-@contextmanager
-def readable(path: str | os.PathLike[str], remedy: str = "delete it and run again") -> Iterator[None]:
-    """What goes wrong while a parquet file is read, as an InputError with the remedy."""
-    try:
-        yield
-    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        told = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a readable parquet file ({told}); {remedy}") from error
 
 
 def write_records(path: str | os.PathLike[str], rows: Iterable[Record], cls: type[Record] | None = None) -> None:
@@ -339,12 +237,9 @@ def write_records(path: str | os.PathLike[str], rows: Iterable[Record], cls: typ
         if not group:
             raise ValueError("write_records needs cls to write a file without rows")
         cls = type(group[0])
-    with (
-        atomic_write(path) as temporary,
-        pq.ParquetWriter(temporary, schema(cls), compression="zstd", write_page_checksum=True) as out,
-    ):
+    with table_writer(path, schema(cls)) as out:
         while group:
-            out.write_table(_table(group, cls))
+            out.write(_table(group, cls))
             group = list(islice(left, GROUP))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Generic, overload
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from latentrevise.data.records import Record, read_table, readable, records_of
+from latentrevise.data.parquet import REMEDY, TableFile, read_table
+from latentrevise.data.records import Record, records_of
 
 
 class Stored(Sequence[Record], Generic[Record]):
@@ -21,12 +21,10 @@ class Stored(Sequence[Record], Generic[Record]):
     Raises InputError, as ``read_records`` does, where the file can't be read or doesn't hold ``cls``.
     """
 
-    def __init__(self, path: str | os.PathLike[str], cls: type[Record]) -> None:
-        self.path, self.cls = Path(path), cls
-        with readable(path):
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
-            about = self._file.metadata
-            self._ends = list(accumulate(about.row_group(i).num_rows for i in range(about.num_row_groups)))
+    def __init__(self, path: str | os.PathLike[str], cls: type[Record], remedy: str = REMEDY) -> None:
+        self.path, self.cls, self._remedy = Path(path), cls, remedy
+        self._file = TableFile(path, remedy)
+        self._ends = list(accumulate(self._file.sizes))
         self._held: tuple[int, list[Record]] = (-1, [])
 
     def __len__(self) -> int:
@@ -45,12 +43,10 @@ class Stored(Sequence[Record], Generic[Record]):
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of all rows, as Arrow holds it."""
-        return read_table(self.path, [name]).column(name)
+        return read_table(self.path, [name], remedy=self._remedy).column(name)
 
     def _at(self, place: int) -> Record:
         group = bisect_right(self._ends, place)
         if self._held[0] != group:
-            with readable(self.path):
-                table = self._file.read_row_group(group)
-            self._held = (group, records_of(table, self.cls, self.path))
+            self._held = (group, records_of(self._file.group(group), self.cls, self.path))
         return self._held[1][place - (self._ends[group - 1] if group else 0)]

@@ -16,12 +16,11 @@ from latentrevise.data.records import (
     Start,
     Trajectory,
     Verdict,
-    read_jsonl,
     read_records,
     read_table,
-    write_json,
     write_records,
 )
+from latentrevise.data.storage import write_signed
 from latentrevise.errors import RunError
 from latentrevise.model.compute import Compute
 from latentrevise.recovery.job import Job
@@ -125,13 +124,13 @@ def collect(
         zero_hit=job.targets["prompt_id"].to_pylist(),
         aimed_wrong=job.targets.filter(pc.is_valid(job.targets["wrong"]))["prompt_id"].to_pylist(),
         mined=mining_cost(job.prompts, rollouts, job.config),
-        left_out=len(read_jsonl(job.run.errors)),
+        left_out=len(job.run.read_errors()),
         checked=job.checker is not None,
         chained=job.config.stop_at_success,
         label=job.config.label,
         set_aside=given_up(job.run),
     )
-    write_json(job.run.metrics, metrics)
+    write_signed(job.run.metrics, metrics)
     return rows, metrics
 
 

@@ -21,13 +21,12 @@ from latentrevise.data.records import (
     Prompt,
     Rollout,
     decoded,
-    read_jsonl,
     read_records,
     row_seed,
     stable_hash,
-    write_json,
     write_records,
 )
+from latentrevise.data.storage import write_signed
 from latentrevise.data.tables import file_hash
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError
@@ -293,12 +292,12 @@ def evaluate_run(
         metrics = {
             "data": str(data),
             "model": header["model"]["path"],
-            "left_out": len(read_jsonl(run.errors)),
+            "left_out": len(run.read_errors()),
             **summary(scores, config),
             "unparsed": sum(not understood(r.extracted) for r in rollouts) / len(rollouts),
             "config": to_dict(config),
         }
-        write_json(run.metrics, metrics)
+        write_signed(run.metrics, metrics)
     return metrics
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import (
@@ -19,7 +20,6 @@ from latentrevise.data.records import (
     Rollout,
     RowError,
     Start,
-    read_jsonl,
     read_records,
     read_table,
     records_of,
@@ -101,7 +101,7 @@ class Job:
         with self.run.once():
             if not self.run.check(self.header):  # again: another process may have begun it meanwhile
                 self._begin(prompts, errors, known)
-            elif other_prompts(prompts, errors, self.prompts, read_jsonl(self.run.errors)):
+            elif other_prompts(prompts, errors, self.prompts, self.run.read_errors()):
                 raise RunError(
                     f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
                 )
@@ -125,7 +125,7 @@ class Job:
         if self._prompts is None:
             if not self.run.prompts.exists():
                 raise RunError(f"{self.run.path} has no prompts yet; run `latentrevise mine --prompts FILE` first")
-            self._prompts = Stored(self.run.prompts, Prompt)
+            self._prompts = Stored(self.run.prompts, Prompt, "restore it, or recover into a new directory")
         return self._prompts
 
     @property
@@ -147,8 +147,9 @@ class Job:
                 return
             left: dict[int, Sequence[int]] = {}
             for index in self._kept(found):
-                columns, right = ("prompt_id", "verdict"), [("verdict", "=", "correct")]
-                correct.update(read_table(self.run.part("rollouts", index), columns, right)["prompt_id"].to_pylist())
+                columns, right = ("prompt_id", "verdict"), pc.field("verdict") == "correct"
+                found_right = read_table(self.run.part("rollouts", index), columns, where=right)
+                correct.update(found_right["prompt_id"].to_pylist())
                 stop = self.config.mine.stop_after_correct
                 if own := [row for row in found.parts[index] if correct[self.prompts[row].id] < stop]:
                     left[index + self.chunks] = own
@@ -203,8 +204,8 @@ class Job:
         found = ZeroHit(self.run, self.mined(), config.chunk, prompts.column("prompt_id"))
         if found.uncut:  # they go to the file of left-out rows
             log.warning("%d zero-hit prompts left out: %s", len(found.uncut), found.uncut[0].message)
-            before = [row for row in read_jsonl(self.run.errors) if row["reason"] != found.uncut[0].reason]
-            write_jsonl(self.run.errors, [*before, *map(asdict, found.uncut)])
+            before = [row for row in self.run.read_errors() if row["reason"] != found.uncut[0].reason]
+            write_jsonl(self.run.errors, [*before, *map(asdict, found.uncut)], signed=True)
         warn_of_missing_answers(found.without, found.cut, found.rollouts, self.verifier.pattern)
         write_records(self.run.targets, found.aimed(config.seed, prompts.column("answer"), self.verifier), Target)
 
@@ -226,7 +227,7 @@ class Job:
         drawn = range(self.config.mine.rounds)  # none was solved, so each was in all rounds
         for index, own in ((chunk + i * self.chunks, own) for chunk, own in names.items() for i in drawn):
             path = self.run.part("rollouts", index)
-            for rollout in records_of(read_table(path, filters=[("prompt_id", "in", own)]), Rollout, path):
+            for rollout in records_of(read_table(path, where=pc.field("prompt_id").isin(own)), Rollout, path):
                 if len(rollout.completion_ids) >= 2:
                     failed[rollout.prompt_id].append(rollout)
         prompts = self.zero_hit_at(rows)

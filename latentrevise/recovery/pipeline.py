@@ -12,7 +12,6 @@ sampled until it has cost as much as the dearest strategy (the arm ``resample@eq
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -25,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json
+from latentrevise.data.records import Prompt, Rollout, Trajectory
+from latentrevise.data.storage import write_signed
 from latentrevise.engines import Engine
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.cases import Case
@@ -174,8 +174,8 @@ class Recovery:
             config = self.config
             solved, tools = [item for _, item in work], self.job.tools()
             found = implicit_value(tools, solved, self.job.succeed, config.forks, config.gate)
-            write_json(self.run.gate, found)
-        return dict(json.loads(self.run.gate.read_text(encoding="utf-8")))
+            write_signed(self.run.gate, found)
+        return self.run.read_gate()
 
     def arms(self) -> list[Arm]:
         """The strategies, and behind each one that reads the answer its wrong-target arm."""
@@ -198,8 +198,8 @@ class Recovery:
             dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(targets)
             fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
             count = max(min(self.config.equal_compute_cap, math.ceil(dearest / fresh)), self.config.samples)
-            write_json(self.run.control, {"samples": count})
-        count = json.loads(self.run.control.read_text(encoding="utf-8"))["samples"]
+            write_signed(self.run.control, {"samples": count})
+        count = self.run.read_control()["samples"]
         self._pool = Arm(POOL, build("resample", self.config), False, count)
         return self._pool
 
@@ -222,7 +222,7 @@ class Recovery:
             plan = self.run.plan(stage.folder, key)
             if own and not plan.exists():
                 arm = own[0].arm.name if own[0].arm else ""
-                write_json(plan, {"stage": name, "arm": arm, "sizes": {part.index: part.size for part in own}})
+                write_signed(plan, {"stage": name, "arm": arm, "sizes": {part.index: part.size for part in own}})
         missing = [part for own in parts.values() for part in unsettled(self.run, stage, own)]
         total = sum(part.size for own in parts.values() for part in own)
         left = sum(part.size for part in missing)

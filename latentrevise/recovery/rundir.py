@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import to_dict
 from latentrevise.data.leftovers import sweep
-from latentrevise.data.records import Prompt, RowError, stable_hash, write_json, write_jsonl, write_records
+from latentrevise.data.records import Prompt, RowError, read_jsonl, stable_hash, write_jsonl, write_records
+from latentrevise.data.storage import read_signed, write_signed
 from latentrevise.errors import InputError, LatentReviseError, ModelError, RunError
 from latentrevise.recovery.leases import Leases
 
@@ -79,6 +80,19 @@ class RunDirectory:
     def gate(self) -> Path:
         return self.path / "gate.json"
 
+    def read_errors(self) -> list[dict[str, Any]]:
+        """The rows that were left out, see ``RowError``. Raises InputError."""
+        return read_jsonl(self.errors, signed=True)
+
+    def read_gate(self) -> dict[str, Any]:
+        return read_signed(self.gate, "delete it and run `latentrevise audit` again")
+
+    def read_control(self) -> dict[str, Any]:
+        return read_signed(self.control, "delete it and run again; nothing else is lost")
+
+    def read_plan(self, path: Path) -> dict[str, Any]:
+        return read_signed(path, "delete it: the stage writes it anew when it is run")
+
     @property
     def report(self) -> Path:
         return self.path / "report"
@@ -123,10 +137,7 @@ class RunDirectory:
                 f"{self.path} holds no run (there is no run.json); start one with `latentrevise mine` or"
                 " `latentrevise recover`"
             )
-        try:
-            header = json.loads(self.header.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.header} can't be read ({error}); restore it or start a new run elsewhere") from error
+        header = read_signed(self.header, "restore it or start a new run elsewhere")
         if header.get("format") != FORMAT:
             raise RunError(
                 f"{self.header} is of format {header.get('format')!r}, this version reads {FORMAT}; use the version"
@@ -160,7 +171,7 @@ class RunDirectory:
                     " settings, or choose another --out"
                 )
             if old["model"]["path"] != new["model"]["path"]:
-                write_json(self.header, old | {"model": new["model"]})
+                write_signed(self.header, old | {"model": new["model"]})
             return True
         # What a start that came to no prompt leaves behind is in nobody's way.
         own = (self.header.name, self.errors.name, self.prompts.name)
@@ -174,10 +185,10 @@ class RunDirectory:
 
     def begin(self, header: dict[str, Any], prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
         """Write what a run starts from: the rows left out, the header, the prompts. Raises InputError without any."""
-        write_jsonl(self.errors, errors)
+        write_jsonl(self.errors, errors, signed=True)
         if not prompts:
             raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.errors}")
-        write_json(self.header, _complete(header))
+        write_signed(self.header, _complete(header))
         write_records(self.prompts, prompts, Prompt)  # last: a run without them has not begun
 
     @contextmanager

@@ -12,7 +12,6 @@ a part's stages in theirs.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
+from latentrevise.data.parquet import REMEDY
 from latentrevise.data.records import (
     Prompt,
     Rollout,
@@ -33,9 +33,9 @@ from latentrevise.data.records import (
     decoded,
     read_records,
     row_seed,
-    write_json,
     write_records,
 )
+from latentrevise.data.storage import read_signed, write_signed
 from latentrevise.engines import Completion, Request
 from latentrevise.errors import RunError
 from latentrevise.recovery import verdicts
@@ -124,14 +124,14 @@ def give_up(job: Job, stage: Stage, part: Part, reasons: Sequence[str]) -> None:
     arm = "" if part.arm is None else part.arm.name
     path = job.run.aside(stage.folder, part.index, arm)
     note = {"stage": stage.name, "arm": arm, "part": part.index, "prompts": part.names(job), "reasons": list(reasons)}
-    write_json(path, note)
+    write_signed(path, note)
     log.warning("%s is set aside: %s", described(note), "; ".join(reasons))
 
 
 def given_up(run: RunDirectory) -> list[dict[str, Any]]:
     """What was noted of every part that was given up."""
     found = sorted((run.path / "aside").rglob("part-*.json"))
-    return [dict(json.loads(path.read_text(encoding="utf-8"))) for path in found]
+    return [read_signed(path, "delete it and run again: the part is then tried anew") for path in found]
 
 
 def described(note: Mapping[str, Any]) -> str:
@@ -151,7 +151,8 @@ def read_output(run: RunDirectory, folder: str, part: Part, command: str) -> Pat
 def read_starts(run: RunDirectory, part: Part) -> tuple[list[Start], dict[str, Mixture]]:
     """The starts of a part, and the mixtures of those that have one."""
     path = read_output(run, "starts", part, "revise")
-    return read_records(path, Start), read_mixtures(path.with_suffix(".safetensors"))
+    remedy = f"delete it and {path.name} beside it, and run again; nothing else is lost"
+    return read_records(path, Start), read_mixtures(path.with_suffix(".safetensors"), remedy)
 
 
 class Mine:
@@ -331,7 +332,7 @@ def write_mixtures(path: Path, mixtures: Mapping[str, Mixture]) -> None:
     write_atoms(path, {name: (m.ids, m.weights) for name, m in mixtures.items()}, offsets)
 
 
-def read_mixtures(path: Path) -> dict[str, Mixture]:
-    """What ``write_mixtures`` wrote."""
-    offsets = read_offsets(path)
-    return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in read_atoms(path).items()}
+def read_mixtures(path: Path, remedy: str = REMEDY) -> dict[str, Mixture]:
+    """What ``write_mixtures`` wrote. Raises InputError with the remedy."""
+    offsets = read_offsets(path, remedy)
+    return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in read_atoms(path, remedy).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def stages(run: RunDirectory) -> list[StageStatus]:
     """The stages that were begun, in their order."""
     plans: dict[str, list[Path]] = {}
     for path in sorted((run.path / "plan").glob("*/*.json"), key=lambda path: path.stat().st_mtime_ns):
-        plans.setdefault(json.loads(path.read_text(encoding="utf-8"))["stage"], []).append(path)
+        plans.setdefault(run.read_plan(path)["stage"], []).append(path)
     return [_stage(run, name, own) for name, own in plans.items()]
 
 
@@ -83,7 +82,7 @@ def _stage(run: RunDirectory, name: str, plans: list[Path]) -> StageStatus:
     total, parts, aside = 0, 0, 0
     began = min(path.stat().st_mtime for path in plans)
     for path in plans:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = run.read_plan(path)
         folder, arm, sizes = path.parent.name, plan["arm"], {int(i): size for i, size in plan["sizes"].items()}
         total, parts = total + sum(sizes.values()), parts + len(sizes)
         there = [(int(part.stem[5:]), part.stat().st_mtime) for part in run.parts(folder, arm)]

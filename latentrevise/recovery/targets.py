@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from latentrevise.data.records import GROUP, RowError, read_table, row_seed
+from latentrevise.data.parquet import GROUP
+from latentrevise.data.records import RowError, read_table, row_seed
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.verify.verifier import Verifier
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentrevise.data.atoms import read_atoms
-from latentrevise.data.records import read_jsonl, read_table
+from latentrevise.data.records import read_table
+from latentrevise.data.storage import read_signed
 from latentrevise.errors import RunError
 from latentrevise.recovery.rundir import RunDirectory
 
@@ -50,11 +51,8 @@ class FinishedRun:
             raise RunError(
                 f"{path} holds an unfinished run (there is no metrics.json); finish it with `latentrevise recover`"
             )
-        try:
-            metrics = json.loads(files.metrics.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{files.metrics} can't be read ({error}); delete it and resume the run") from error
-        if not isinstance(metrics, dict) or not isinstance(metrics.get("arms"), dict):
+        metrics = read_signed(files.metrics, "delete it and resume the run")
+        if not isinstance(metrics.get("arms"), dict):
             raise RunError(
                 f"{files.metrics} has no arms, so it isn't the metrics of a run; delete it and resume the run"
             )
@@ -72,7 +70,7 @@ class FinishedRun:
     @cached_property
     def gate(self) -> dict[str, Any] | None:
         """The implicit-value gate, where it was measured."""
-        return json.loads(self.files.gate.read_text(encoding="utf-8")) if self.files.gate.is_file() else None
+        return self.files.read_gate() if self.files.gate.is_file() else None
 
     @cached_property
     def prompts(self) -> dict[str, dict[str, Any]]:
@@ -83,7 +81,7 @@ class FinishedRun:
     @cached_property
     def error_counts(self) -> Counter[str]:
         """reason code -> number of input rows set aside."""
-        return Counter(str(row["reason"]) for row in read_jsonl(self.files.errors))
+        return Counter(str(row["reason"]) for row in self.files.read_errors())
 
     def has_arm(self, arm: str) -> bool:
         """Whether the rows of ``arm`` are there (metrics alone may be kept when a run is archived)."""
@@ -164,18 +162,16 @@ class FinishedRun:
                 found[name] = Atoms(ids.numpy(), weights.numpy())
         return found
 
-    def _read(
-        self, stage: str, arm: str, columns: Sequence[str] | None, filters: list[tuple] | None = None
-    ) -> pa.Table:
+    def _read(self, stage: str, arm: str, columns: Sequence[str] | None) -> pa.Table:
         parts = self.files.parts(stage, arm)
         if not parts:
             raise RunError(f"{self.path / stage / arm} has no parts; resume the run to complete it")
-        return pa.concat_tables([_read_table(part, columns, filters) for part in parts])
+        return pa.concat_tables([_read_table(part, columns) for part in parts])
 
 
 def _list_lengths(column: pa.ChunkedArray) -> list[int]:
     return pc.fill_null(pc.list_value_length(column), 0).to_pylist()
 
 
-def _read_table(path: Path, columns: Sequence[str] | None, filters: list[tuple] | None = None) -> pa.Table:
-    return read_table(path, columns, filters, remedy="recover into a new directory")
+def _read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    return read_table(path, columns, remedy="recover into a new directory")
