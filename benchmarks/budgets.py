@@ -25,8 +25,9 @@ from latentrevise.data.records import Prompt, Rollout
 from latentrevise.demo import BUNDLED, get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.model.loading import load_model
-from latentrevise.recovery.collect import decoded_tokens, mining_cost
+from latentrevise.recovery.collect import mined
 from latentrevise.recovery.guards import wilson
+from latentrevise.recovery.mined import decoded_tokens
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.settings import MineConfig
 
@@ -91,7 +92,7 @@ def measure(name: str, options: argparse.Namespace, place: Path) -> dict[str, An
         with mining.session():
             mining.mine(rows)
     table = compared(run.prompts, run.rollouts(), options.most, options.round)
-    spent = mining_cost(in_rounds.prompts, in_rounds.rollouts(), rounds).passes / len(rows)
+    spent = mined(in_rounds.job).compute.passes / len(rows)
     expected = table[UNIFORM.index(checked)]["rounds"]["passes"]
     assert spent == expected, f"{name}: rounds cost {spent} passes a prompt, not {expected}"
     return {"prompts": len(rows), "seconds": time.perf_counter() - began, "table": table}

@@ -30,9 +30,11 @@ import torch
 from benchmarks import harness
 from benchmarks.recovery import Unit, commits_of, note_commit, publish, recovery_of, refuse_part, train
 from latentrevise.data.records import atomic_write, write_json
-from latentrevise.recovery.collect import Result, decoded_tokens, results
+from latentrevise.recovery.collect import results
 from latentrevise.recovery.guards import MARKERS, markers, wilson
 from latentrevise.recovery.metrics import WRONG
+from latentrevise.recovery.mined import decoded_tokens
+from latentrevise.recovery.outcome import Result
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.stages import Arm, Continue, Judge, Propose, output
@@ -71,7 +73,7 @@ def run(unit: Unit, out: Path) -> dict[str, Any]:
                     for stage in (Propose(), Continue(), Judge()):
                         if not output(recovery.run, stage, part).exists():
                             stage.run(recovery.job, part, Progress())
-                found[arm.name] = results(recovery.job, parts)
+                found[arm.name] = [row for part in parts for row in results(recovery.job, part)]
     cases = recovery.cases()
     return {
         "zero_hit": len(cases),

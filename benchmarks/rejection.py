@@ -30,7 +30,7 @@ from latentrevise.demo import BUNDLED, Family, get_family, make_prompts, model_d
 from latentrevise.demo.run import demo_config
 from latentrevise.model.branches import Branch, score_branches
 from latentrevise.model.loading import load_model
-from latentrevise.recovery.collect import decoded_tokens
+from latentrevise.recovery.mined import decoded_tokens
 from latentrevise.recovery.pipeline import Recovery
 
 RESULTS = Path(__file__).parent / "results" / "rejection.json"

@@ -157,7 +157,7 @@ def test_a_sample_that_was_told_the_answer_must_derive_it_first():
 
 
 def test_guard_rates_are_counts_of_the_four_kinds():
-    found = guard_rates([(True, True)] * 8 + [(False, True)] * 2 + [(True, False)] * 1 + [(False, False)] * 4)
+    found = guard_rates({(True, True): 8, (False, True): 2, (True, False): 1, (False, False): 4})
     assert (found["valid"], found["invalid"], found["admitted"]) == (10, 5, 9)
     assert found["false_reject"] == list(wilson(2, 10))
     assert found["false_accept"] == list(wilson(1, 5))

@@ -12,7 +12,6 @@ from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.guards import GuardConfig, guard, wilson
-from latentrevise.recovery.job import Job
 from latentrevise.recovery.pipeline import Recovery
 
 
@@ -81,7 +80,7 @@ def test_a_chain_is_taken_up_where_it_stopped(finished, rule):
         run.revise()
         run.sample()
         run.verify()
-        assert run.collect().trajectories == before
+        assert list(run.collect().trajectories) == before
 
 
 def test_one_trajectory_a_prompt_and_it_is_the_shortest(finished):
@@ -126,7 +125,7 @@ def test_contrast_is_the_answers_lead_over_the_wrong_ones_at_hand(finished, rule
     """By plain passes of the model, over the answers of failed rollouts and the audit's target."""
     recovered, config, _ = finished
     model, tokenizer = rule
-    cases = {case.prompt.id: case for case in Job(*rule, config, recovered.out).cases()}
+    cases = {case.prompt.id: case for case in Recovery(*rule, config, recovered.out).cases()}
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)

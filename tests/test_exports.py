@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentrevise.data.boundary import Boundary
+from latentrevise.data.export import export_run
 from latentrevise.data.exports import (
     FORMATS,
-    export_run,
     message_rows,
     preference_rows,
     prefix_rows,

@@ -35,7 +35,9 @@ from latentrevise.data.records import (
 )
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.compute import Compute
-from latentrevise.recovery.metrics import Outcome, run_metrics
+from latentrevise.recovery.metrics import run_metrics
+from latentrevise.recovery.mined import Glance, Mined
+from latentrevise.recovery.outcome import Judged, Outcome
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.report import console_table, write_report
 from latentrevise.report.audits import audit_table, guard_table
@@ -75,6 +77,7 @@ class RunBuilder:
         self.files, self.checkable = RunDirectory(path), checkable
         self.rng = np.random.default_rng(seed)
         self.outcomes: list[Outcome] = []
+        self.judged = Judged()
         self.prompts = [
             Prompt(
                 id=f"p{index:03d}",
@@ -160,8 +163,9 @@ class RunBuilder:
         revising = strategy in LATENT
         decoded = sum(len(sample.completion_ids) + 1 for _, sample, _ in rows)
         compute = Compute(900 * len(starts) * revising, 700 * len(starts) * revising, decoded, 12.25)
-        names = [prompt.id for prompt in self.prompts]
-        self.outcomes.append(Outcome(arm, strategy, revising, side == "wrong", names, compute, rows))
+        outcome = Outcome(arm, strategy, revising, side == "wrong", self.judged)
+        outcome.add([prompt.id for prompt in self.prompts], len(starts), compute, rows)
+        self.outcomes.append(outcome)
 
     def continuation(self, arm: str, start: Start, index: int, rate: float) -> tuple[Start, Sample, Verdict]:
         wrong = arm.endswith("@wrong")
@@ -189,13 +193,16 @@ class RunBuilder:
         return start, sample, verdict
 
     def finish(self, model: Path | str = "/nowhere/model", errors: list[RowError] | None = None) -> Path:
-        names = [prompt.id for prompt in self.prompts]
+        mined = Mined()
+        for own in self.rollouts.values():
+            mined.add([Glance(r.verdict, r.finish_reason, r.extracted, len(r.completion_ids)) for r in own], 0, True)
+        if not any(outcome.wrong for outcome in self.outcomes):
+            for outcome in self.outcomes:
+                outcome.aimed = 0
         metrics = run_metrics(
             self.outcomes,
-            rollouts=self.rollouts,
-            zero_hit=names,
-            aimed_wrong=names if any(outcome.wrong for outcome in self.outcomes) else [],
-            mined=Compute(),
+            self.judged,
+            mined=mined,
             left_out=len(errors or []),
             checked=self.checkable,
         )

@@ -10,7 +10,8 @@ from trl import DPOConfig, DPOTrainer
 from typer.testing import CliRunner
 
 from latentrevise.cli import app
-from latentrevise.data.exports import export_run, group_rows, step_preference_rows
+from latentrevise.data.export import export_run
+from latentrevise.data.exports import group_rows, step_preference_rows
 from latentrevise.data.records import Rollout, write_json, write_jsonl, write_records
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.train.distill import DistillSettings, train_distill

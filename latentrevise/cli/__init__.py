@@ -190,7 +190,7 @@ def export(
     valid_only: Annotated[bool, typer.Option("--valid-only", help="Only those with a derivation found valid.")] = False,
 ) -> None:
     """Write a run's trajectories as a trainer's data set."""
-    from latentrevise.data.exports import export_run
+    from latentrevise.data.export import export_run
     from latentrevise.model.loading import load_tokenizer
     from latentrevise.recovery.rundir import RunDirectory, where_it_is
 

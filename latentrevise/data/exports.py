@@ -18,31 +18,20 @@ with ``continuation`` it belongs to the prompt, which no trainer puts into its l
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
 
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import (
     Prompt,
     Rollout,
-    Sample,
-    Start,
     Trajectory,
-    Verdict,
     decoded,
-    read_records,
     shared_head,
-    write_jsonl,
-    write_table,
 )
-from latentrevise.data.storage import read_signed
-from latentrevise.errors import ConfigError, InputError, ModelError
-from latentrevise.verify.patterns import BOXED, AnswerPattern
+from latentrevise.errors import ConfigError, InputError
+from latentrevise.verify.patterns import AnswerPattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,9 +165,11 @@ def group_rows(
     prompts: Iterable[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     stop: Sequence[str] = (),
+    size: int | None = None,
 ) -> list[Row]:
     """Whole groups to train on without sampling, one row a prompt: its decided rollouts, of a zero-hit one the first
-    trajectory in place of the longest. Undecided rollouts are left out; so are groups of fewer rows than the others.
+    trajectory in place of the longest. Undecided rollouts are left out; so are groups of fewer rows than
+    ``size`` (None: than the others).
 
     completions: ids, the end among them. masks: 1 where a token is learned. outcomes: 1.0 or 0.0. recovered: booleans.
     """
@@ -187,7 +178,7 @@ def group_rows(
     for r in rollouts:
         if r.verdict != "unknown":
             by_prompt.setdefault(r.prompt_id, []).append(r)
-    size = max(map(len, by_prompt.values()), default=0)
+    size = max(map(len, by_prompt.values()), default=0) if size is None else size
     rows = []
     for prompt in prompts:
         own = by_prompt.get(prompt.id, [])
@@ -234,9 +225,13 @@ def message_rows(
 
 
 def verl_rl_rows(
-    trajectories: Iterable[Trajectory], conversations: Conversations, tokenizer: PreTrainedTokenizerBase
+    trajectories: Iterable[Trajectory],
+    conversations: Conversations,
+    tokenizer: PreTrainedTokenizerBase,
+    first: int = 0,
 ) -> list[Row]:
-    """verl's RL rows, one a recovered prompt; ``extra_info.target`` is its first trajectory, for off-policy mixing.
+    """verl's RL rows, one a recovered prompt, numbered from ``first``; ``extra_info.target`` is its first trajectory,
+    for off-policy mixing.
 
     ``data_source`` is ``latentrevise``: verl picks the reward function by it, so give it a custom one.
     """
@@ -253,7 +248,7 @@ def verl_rl_rows(
                 **_origin(t),
             },
         }
-        for index, t in enumerate(_one_a_prompt(trajectories))
+        for index, t in enumerate(_one_a_prompt(trajectories), first)
     ]
 
 
@@ -275,6 +270,7 @@ def rl_rows(trajectories: Iterable[Trajectory], conversations: Conversations) ->
 
 
 _KEPT = (0.75, 0.5, 0.25, 0.0)  # of a trajectory's reasoning, stage by stage; our own decision
+STAGES = len(_KEPT)
 
 
 def prefix_rows(
@@ -313,82 +309,6 @@ def prefix_rows(
 FORMATS = ("trl-sft", "trl-pref", "trl-step-pref", "trl-groups", "messages", "verl-sft", "verl-rl", "prefix-rl", "rl")
 
 
-def export_run(
-    run: str | os.PathLike[str],
-    to: str,
-    out: str | os.PathLike[str],
-    *,
-    strategy: str | None = None,
-    valid_only: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> int:
-    """Write the trajectories of a finished run to ``out`` (``.jsonl`` or ``.parquet``) in one of FORMATS.
-
-    strategy: only this one's. valid_only: only those whose derivation was checked and holds. tokenizer: by default
-    the one of the run's model. Returns the number of rows. Raises ConfigError, InputError, ModelError or RunError.
-    """
-    run, out = Path(run).expanduser(), Path(out).expanduser()
-    if to not in FORMATS:
-        raise ConfigError(f"export format {to!r}: choose one of {', '.join(FORMATS)}")
-    wanted = (".parquet",) if to.startswith("verl") else (".jsonl", ".parquet")
-    if out.suffix not in wanted:
-        raise ConfigError(f"{out}: {to} is written as {' or '.join(wanted)}; name the file accordingly")
-    if not (run / "trajectories.parquet").is_file():
-        raise InputError(f"{run}: no trajectories.parquet in it; give the directory of a finished run")
-    header = read_signed(run / "run.json", "restore it, or recover into a new directory")
-    settings = header["config"]
-    found = read_records(run / "trajectories.parquet", Trajectory)
-    chosen = [t for t in found if strategy in (None, t.strategy) and (t.valid is True or not valid_only)]
-    if not chosen:
-        names = ", ".join(sorted({t.strategy for t in found})) or "none"
-        raise InputError(
-            f"{run}: none of its {len(found)} trajectories is left (strategies there: {names};"
-            f" {sum(t.valid is True for t in found)} valid); relax --strategy or --valid-only, or recover more prompts"
-        )
-    tokenizer = tokenizer or _tokenizer(header["model"]["path"])
-    conversations = {p.id: p.conversation for p in read_records(run / "prompts.parquet", Prompt)}
-    pattern = AnswerPattern(settings.get("answer_pattern", BOXED))
-    makers: dict[str, Callable[[], list[Row]]] = {
-        "trl-sft": lambda: sft_rows(chosen, tokenizer, settings.get("stop", ())),
-        "trl-pref": lambda: preference_rows(chosen, read_records(run / "rollouts", Rollout), tokenizer),
-        "trl-step-pref": lambda: step_preference_rows(chosen, _failed_branches(run), tokenizer),
-        "trl-groups": lambda: group_rows(
-            chosen,
-            read_records(run / "rollouts", Rollout),
-            read_records(run / "prompts.parquet", Prompt),
-            tokenizer,
-            settings.get("stop", ()),
-        ),
-        "messages": lambda: message_rows(chosen, conversations, tokenizer),
-        "verl-sft": lambda: message_rows(chosen, conversations, tokenizer),
-        "verl-rl": lambda: verl_rl_rows(chosen, conversations, tokenizer),
-        "prefix-rl": lambda: prefix_rows(
-            chosen, tokenizer, Boundary.of(settings.get("prefix_boundary"), tokenizer), pattern
-        ),
-        "rl": lambda: rl_rows(chosen, conversations),
-    }
-    rows = makers[to]()
-    if out.suffix == ".jsonl":
-        write_jsonl(out, rows)
-    else:
-        write_table(out, pa.Table.from_pylist(rows))
-    return len(rows)
-
-
-def _failed_branches(run: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
-    """The rollouts of a run that were verified wrong, and the continuations behind their starts' plain tokens."""
-    for r in read_records(run / "rollouts", Rollout):
-        if r.verdict == "wrong":
-            yield r.prompt_id, r.sample_id, r.completion_ids
-    for part in sorted((run / "samples").glob("*/part-?????.parquet")):
-        places = [run / stage / part.parent.name / part.name for stage in ("starts", "verdicts")]
-        starts = {s.start_id: s for s in read_records(places[0], Start)}
-        wrong = {v.sample_id for v in read_records(places[1], Verdict) if v.verdict == "wrong"}
-        for s in read_records(part, Sample):
-            if s.sample_id in wrong:
-                yield s.prompt_id, s.sample_id, (*starts[s.start_id].plain_ids, *s.completion_ids)
-
-
 def _one_a_prompt(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
     """The first trajectory of each prompt."""
     first: dict[str, Trajectory] = {}
@@ -423,15 +343,3 @@ def _prompt_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     if automatic and list(ids[: len(automatic)]) == automatic:
         ids = ids[len(automatic) :]
     return str(tokenizer.decode(list(ids)))
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{name}: the tokenizer of this run's model cannot be loaded ({error}); restore it, or name its place"
-            " with --model (in Python: pass a tokenizer)"
-        ) from error

@@ -33,12 +33,14 @@ class TableWriter:
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer, self._digests = writer, list[dict[str, str]]()
+        self.rows = 0
 
     def write(self, table: pa.Table) -> None:
         """One row group; nothing for a table without rows."""
         if table.num_rows:
             self._writer.write_table(table, row_group_size=table.num_rows)
             self._digests.append({name: _digest(table[name]) for name in table.column_names})
+            self.rows += table.num_rows
 
     def end(self) -> None:
         self._writer.add_key_value_metadata({_DIGESTS: json.dumps(self._digests)})

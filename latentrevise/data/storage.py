@@ -101,13 +101,16 @@ def _checked(value: Any) -> dict[str, Any]:
     return value
 
 
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any], *, signed: bool = False) -> None:
-    """One JSON object a line, from dataclasses or mappings; ``signed``: each with a digest."""
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any], *, signed: bool = False) -> int:
+    """One JSON object a line, from dataclasses or mappings; ``signed``: each with a digest. Returns their number."""
+    count = 0
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for row in rows:
             plain = dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
             plain = _signed(plain) if signed else plain
             out.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
 
 
 def read_jsonl(path: str | os.PathLike[str], *, signed: bool = False) -> list[dict[str, Any]]:

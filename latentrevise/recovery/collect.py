@@ -1,17 +1,18 @@
-"""What a run came to: results of every arm, what each cost, admitted trajectories and metrics."""
+"""What a run came to: results of every arm, what each cost, admitted trajectories and metrics; part by part."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentrevise.data.atoms import AtomsWriter, atoms_writer
 from latentrevise.data.records import (
     Prompt,
-    Rollout,
     Sample,
     Start,
     Trajectory,
@@ -24,32 +25,27 @@ from latentrevise.data.storage import write_signed
 from latentrevise.errors import RunError
 from latentrevise.model.compute import Compute
 from latentrevise.recovery.job import Job
-from latentrevise.recovery.metrics import Outcome, run_metrics
+from latentrevise.recovery.metrics import run_metrics
+from latentrevise.recovery.mined import Mined, glances
+from latentrevise.recovery.outcome import Judged, Outcome, Result
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.selection import select
-from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Arm, Part, given_up, read_output, read_starts, write_mixtures
-from latentrevise.revise.hull import Mixture
+from latentrevise.recovery.stages import Arm, Part, given_up, read_output, read_starts, tensors_of
 
 _STARTS = ("forward_tokens", "backward_tokens", "decoded_tokens", "seconds")
 _SAMPLES = ("completion_ids", "finish_reason", "seconds")
-Result = tuple[Start, Sample, Verdict]
 
 
-def results(job: Job, parts: Iterable[Part]) -> list[Result]:
-    """Every sample of an arm with its start and its verdict. Raises RunError before all parts are verified."""
-    rows: list[Result] = []
-    for part in parts:
-        arm = part.of()
-        path = job.run.part("verdicts", part.index, arm.name)
-        if not path.exists():
-            step = "revise" if job.config.stop_at_success else "verify"
-            raise RunError(f"{job.run.path}: {arm.name} is not verified yet; run `latentrevise {step}` first")
-        starts = {start.start_id: start for start in read_starts(job.run, part)[0]}
-        samples = read_records(job.run.part("samples", part.index, arm.name), Sample)
-        verdicts = read_records(path, Verdict)
-        rows += [(starts[s.start_id], s, v) for s, v in zip(samples, verdicts, strict=True)]
-    return rows
+def results(job: Job, part: Part) -> list[Result]:
+    """Every sample of a part with its start and its verdict. Raises RunError before it is verified."""
+    name = part.of().name
+    path = job.run.part("verdicts", part.index, name)
+    if not path.exists():
+        step = "revise" if job.config.stop_at_success else "verify"
+        raise RunError(f"{job.run.path}: {name} is not verified yet; run `latentrevise {step}` first")
+    starts = {s.start_id: s for s in read_records(read_output(job.run, "starts", part, "revise"), Start)}
+    samples = read_records(job.run.part("samples", part.index, name), Sample)
+    return [(starts[s.start_id], s, v) for s, v in zip(samples, read_records(path, Verdict), strict=True)]
 
 
 def admitted(verdict: Verdict) -> bool:
@@ -70,94 +66,73 @@ def cost(run: RunDirectory, parts: Iterable[Part]) -> Compute:
     return total
 
 
-def mining_cost(prompts: Iterable[Prompt], rollouts: Mapping[str, Sequence[Rollout]], config: RecoverConfig) -> Compute:
-    """What the rollouts cost: their tokens, and each prompt's once for every round that it was drawn in."""
-    total = Compute()
-    for prompt in prompts:
-        own = rollouts.get(prompt.id, ())
-        rounds = sum(config.drawn(number).start < len(own) for number in range(config.mine.rounds))
-        decoded = sum(decoded_tokens(r.completion_ids, r.finish_reason) for r in own)
-        total += Compute(forward=rounds * len(prompt.ids), decoded=decoded)
-    return total
+def mined(job: Job) -> Mined:
+    """What mining came to. Raises RunError while it is not complete."""
+    found, config = Mined(), job.config
+    zero_hit = set(job.targets["row"].to_pylist())
+    for chunk, parts in job.mined().items():
+        own, first = glances(job.run, parts), chunk * config.chunk
+        for row, prompt in enumerate(job.prompts[first : first + config.chunk], first):
+            if rollouts := own.get(prompt.id):
+                rounds = sum(config.drawn(number).start < len(rollouts) for number in range(config.mine.rounds))
+                found.add(rollouts, rounds * len(prompt.ids), row in zero_hit)
+    return found
 
 
-def decoded_tokens(ids: Sequence[int], finish_reason: str) -> int:
-    """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
-    return len(ids) + (finish_reason == "stop")
-
-
-def collect(
-    job: Job, arms: Sequence[Arm], parts: Mapping[str, Sequence[Part]]
-) -> tuple[list[Trajectory], dict[str, Any]]:
-    """Write the admitted trajectories, their mixtures and the metrics, and return rows and metrics.
+def collect(job: Job, arms: Sequence[Arm], parts: Mapping[str, Sequence[Part]]) -> dict[str, Any]:
+    """Write the admitted trajectories, their mixtures and the metrics, and return the metrics. No more than a part is
+    held.
 
     parts: of every arm, by its name; without those that were set aside.
     """
-    found = {arm.name: results(job, parts[arm.name]) for arm in arms}
-    rows: list[Trajectory] = []
-    mixtures: dict[str, Mixture] = {}
-    header, prompts = job.run.read_header(), {prompt.id: prompt for prompt in job.prompts}
-    for arm in arms:
-        if not arm.wrong and arm.name == arm.strategy.name:
-            kept, own = _trajectories(job, arm, parts[arm.name], found[arm.name], header, prompts)
-            rows += kept
-            mixtures.update(own)
-    write_mixtures(job.run.atoms, mixtures)
-    write_records(job.run.trajectories, rows, Trajectory)
-    count = Counter(row.strategy for row in rows)
-    rollouts = job.rollouts()
+    header, judged, chained = job.run.read_header(), Judged(), job.config.stop_at_success
+    outcomes = {
+        a.name: Outcome(a.name, a.strategy.name, a.strategy.uses_answer, a.wrong, judged, chained) for a in arms
+    }
+    with atoms_writer(job.run.atoms) as atoms:
+        each = ((arm, part) for arm in arms for part in parts[arm.name])
+        rows = (row for arm, part in each for row in _counted(job, header, part, outcomes[arm.name], atoms))
+        write_records(job.run.trajectories, rows, Trajectory)
     metrics = run_metrics(
-        [
-            Outcome(
-                arm.name,
-                arm.strategy.name,
-                arm.strategy.uses_answer,
-                arm.wrong,
-                [name for part in parts[arm.name] for name in part.names(job)],
-                cost(job.run, parts[arm.name]),
-                found[arm.name],
-                0 if arm.wrong else count[arm.name],
-            )
-            for arm in arms
-        ],
-        rollouts=rollouts,
-        zero_hit=job.targets["prompt_id"].to_pylist(),
-        aimed_wrong=job.targets.filter(pc.is_valid(job.targets["wrong"]))["prompt_id"].to_pylist(),
-        mined=mining_cost(job.prompts, rollouts, job.config),
+        list(outcomes.values()),
+        judged,
+        mined=mined(job),
         left_out=len(job.run.read_errors()),
         checked=job.checker is not None,
-        chained=job.config.stop_at_success,
+        chained=chained,
         label=job.config.label,
         set_aside=given_up(job.run),
     )
     write_signed(job.run.metrics, metrics)
-    return rows, metrics
+    return metrics
 
 
-def _trajectories(
-    job: Job,
-    arm: Arm,
-    parts: Sequence[Part],
-    found: Sequence[Result],
-    header: Mapping[str, Any],
-    prompts: Mapping[str, Prompt],
-) -> tuple[list[Trajectory], dict[str, Mixture]]:
-    """The rows of one arm, in the order of the selection, and the mixtures of their starts."""
+def _counted(job: Job, header: Mapping[str, Any], part: Part, outcome: Outcome, atoms: AtomsWriter) -> list[Trajectory]:
+    """The trajectories of a part, none of a side arm; their mixtures are written, and the part is counted."""
+    found, arm, kept = results(job, part), part.of(), list[Trajectory]()
+    if not arm.wrong and arm.name == arm.strategy.name:
+        kept = _trajectories(job, header, part, found)
+        names = {row.start_id for row in kept}
+        mixtures = read_starts(job.run, part)[1]
+        atoms.write(*tensors_of({name: mixture for name, mixture in mixtures.items() if name in names}))
+    aimed = job.targets["wrong"].take(pa.array(part.rows, pa.int64()))
+    outcome.add(part.names(job), len(aimed) - aimed.null_count, cost(job.run, [part]), found, len(kept))
+    return kept
+
+
+def _trajectories(job: Job, header: Mapping[str, Any], part: Part, found: Sequence[Result]) -> list[Trajectory]:
+    """The rows of a part, in the order of the selection."""
+    prompts = {prompt.id: prompt for prompt in job.zero_hit_at(part.rows)}
     by_prompt: dict[str, list[Trajectory]] = defaultdict(list)
     for start, sample, verdict in found:
         if admitted(verdict):
             prompt = prompts[sample.prompt_id]
-            by_prompt[prompt.id].append(_trajectory(job, arm, header, prompt, start, sample, verdict))
-    mixtures: dict[str, Mixture] = {}
-    for part in parts:
-        mixtures.update(read_starts(job.run, part)[1])
-    rows = [
+            by_prompt[prompt.id].append(_trajectory(job, part.of(), header, prompt, start, sample, verdict))
+    return [
         replace(trajectory, rank=rank)
         for own in by_prompt.values()
         for rank, trajectory in enumerate(select(own, job.config.select, job.config.keep))
     ]
-    kept = {row.start_id for row in rows}
-    return rows, {name: mixture for name, mixture in mixtures.items() if name in kept}
 
 
 def _trajectory(

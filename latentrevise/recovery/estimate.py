@@ -13,7 +13,7 @@ import torch
 
 from latentrevise.engines import Request
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.recovery.collect import cost, decoded_tokens
+from latentrevise.recovery.collect import cost, mined
 from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.pipeline import Recovery
 
@@ -84,13 +84,12 @@ def estimate(
 
 def costs_of(recovery: Recovery) -> list[Cost]:
     """Run a recovery that has its prompts and nothing else from stage to stage, to its end: what each took."""
-    mined = _seconds(recovery.mine)
+    mining = _seconds(recovery.mine)
     recovery.revise()
     recovery.sample()
     verified = _seconds(recovery.verify)
-    rollouts = [r for own in recovery.rollouts().values() for r in own]
-    decoded = sum(decoded_tokens(r.completion_ids, r.finish_reason) for r in rollouts)
-    costs = [Cost("mine", len(recovery.prompts), decoded, mined)]
+    decoded = mined(recovery.job).compute.decoded
+    costs = [Cost("mine", len(recovery.prompts), decoded, mining)]
     for arm in recovery.all_arms():
         parts = recovery.parts(arm)
         spent = cost(recovery.run, parts)

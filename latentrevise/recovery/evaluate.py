@@ -32,6 +32,7 @@ from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLM
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.model.loading import sharded, unwrapped
 from latentrevise.recovery.guards import bootstrap_mean, pass_at_k
+from latentrevise.recovery.mined import glances
 from latentrevise.recovery.rundir import RunDirectory, run_header
 from latentrevise.recovery.settings import new_tokens
 from latentrevise.recovery.verdicts import load_checker, warn_of_missing_answers
@@ -285,16 +286,20 @@ def evaluate_run(
                     write_records(part, found, Score)
                 scores += read_records(part, Score)
                 bar.update(len(chunk))
-        rollouts = [r for part in run.parts("rollouts") for r in read_records(part, Rollout)]
-        without = [r for r in rollouts if r.extracted is None]
-        cut = sum(r.finish_reason == "length" for r in without)
-        warn_of_missing_answers(len(without), cut, len(rollouts), verifier.pattern)
+        total = without = cut = unparsed = 0
+        for index in sorted(run.there("rollouts")):
+            glimpsed = [r for own in glances(run, [index]).values() for r in own]
+            silent = [r for r in glimpsed if r.extracted is None]
+            total, without = total + len(glimpsed), without + len(silent)
+            cut += sum(r.finish_reason == "length" for r in silent)
+            unparsed += sum(not understood(r.extracted) for r in glimpsed)
+        warn_of_missing_answers(without, cut, total, verifier.pattern)
         metrics = {
             "data": str(data),
             "model": header["model"]["path"],
             "left_out": len(run.read_errors()),
             **summary(scores, config),
-            "unparsed": sum(not understood(r.extracted) for r in rollouts) / len(rollouts),
+            "unparsed": unparsed / total,
             "config": to_dict(config),
         }
         write_signed(run.metrics, metrics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,20 +232,21 @@ def guard(found: Mapping[str, float], config: GuardConfig) -> list[str]:
     return [code for code, each in GUARDS.items() if each.objects(found, config)]
 
 
-def guard_rates(samples: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    """How well guards tell valid derivations from others, from (admitted, valid) of checked samples.
+def guard_rates(samples: Mapping[tuple[bool, bool], int]) -> dict[str, Any]:
+    """How well guards tell valid derivations from others, from the numbers of checked samples by (admitted, valid).
 
     false_accept: invalid ones admitted; false_reject: valid ones turned away; contamination: invalid ones among the
     admitted. Each ``[rate, low, high]``, the interval as if samples were independent.
     """
-    valid = sum(v for _, v in samples)
-    admitted = sum(a for a, _ in samples)
-    both = sum(a and v for a, v in samples)
+    total = sum(samples.values())
+    valid = sum(count for (_, v), count in samples.items() if v)
+    admitted = sum(count for (a, _), count in samples.items() if a)
+    both = samples.get((True, True), 0)
     return {
         "valid": valid,
-        "invalid": len(samples) - valid,
+        "invalid": total - valid,
         "admitted": admitted,
-        "false_accept": list(wilson(admitted - both, len(samples) - valid)),
+        "false_accept": list(wilson(admitted - both, total - valid)),
         "false_reject": list(wilson(valid - both, valid)),
         "contamination": list(wilson(admitted - both, admitted)),
     }
@@ -347,7 +348,28 @@ MARKERS = {
 }
 
 
-def markers(texts: Sequence[str]) -> dict[str, float]:
+class MarkerCounts:
+    """How many texts there were, and how many of them with each kind of reflection marker."""
+
+    def __init__(self) -> None:
+        self.texts, self.found = 0, dict.fromkeys(MARKERS, 0)
+
+    def add(self, text: str) -> None:
+        self.texts += 1
+        for name, pattern in _PATTERNS.items():
+            self.found[name] += pattern.search(text) is not None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: count / max(self.texts, 1) for name, count in self.found.items()}
+
+
+def markers(texts: Iterable[str]) -> dict[str, float]:
     """Share of the texts with each kind of reflection marker."""
-    found = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in MARKERS.items()}
-    return {name: sum(bool(p.search(t)) for t in texts) / max(len(texts), 1) for name, p in found.items()}
+    counts = MarkerCounts()
+    for text in texts:
+        counts.add(text)
+    return counts.shares
+
+
+_PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in MARKERS.items()}

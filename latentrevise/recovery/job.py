@@ -178,13 +178,15 @@ class Job:
         aside = self.run.given_up("rollouts")
         return {chunk: own for chunk, own in parts.items() if aside.isdisjoint(own)}
 
-    def rollouts(self) -> dict[str, list[Rollout]]:
-        """The mined rollouts of each prompt, all of them. Raises RunError while mining is not complete."""
-        found: dict[str, list[Rollout]] = defaultdict(list)
-        for index in (index for own in self.mined().values() for index in own):
-            for rollout in read_records(self.run.part("rollouts", index), Rollout):
-                found[rollout.prompt_id].append(rollout)
-        return found
+    def rollouts(self) -> Iterator[tuple[Prompt, list[Rollout]]]:
+        """Each prompt that was mined with its rollouts, in order. Raises RunError while mining is not complete."""
+        size = self.config.chunk
+        for chunk, parts in self.mined().items():
+            own: dict[str, list[Rollout]] = defaultdict(list)
+            for rollout in (r for index in parts for r in read_records(self.run.part("rollouts", index), Rollout)):
+                own[rollout.prompt_id].append(rollout)
+            prompts = self.prompts[chunk * size : (chunk + 1) * size]
+            yield from ((prompt, own[prompt.id]) for prompt in prompts if prompt.id in own)
 
     @property
     def targets(self) -> pa.Table:
@@ -196,7 +198,7 @@ class Job:
                     if not self.run.targets.exists():
                         self._find_targets()
             remedy = "restore it, or delete it and the folders starts, samples and verdicts, and run the command again"
-            self._targets = read_table(self.run.targets, remedy=remedy)
+            self._targets = read_table(self.run.targets, remedy=remedy).combine_chunks()
         return self._targets
 
     def _find_targets(self) -> None:
@@ -208,10 +210,6 @@ class Job:
             write_jsonl(self.run.errors, [*before, *map(asdict, found.uncut)], signed=True)
         warn_of_missing_answers(found.without, found.cut, found.rollouts, self.verifier.pattern)
         write_records(self.run.targets, found.aimed(config.seed, prompts.column("answer"), self.verifier), Target)
-
-    def cases(self) -> list[Case]:
-        """All zero-hit prompts."""
-        return self.cases_at(range(len(self.targets)))
 
     def zero_hit_at(self, rows: Sequence[int]) -> list[Prompt]:
         """The prompts in these rows of ``targets``."""

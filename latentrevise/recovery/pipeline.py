@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from latentrevise.data.records import Prompt, Rollout, Trajectory
 from latentrevise.data.storage import write_signed
+from latentrevise.data.stored import Stored
 from latentrevise.engines import Engine
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.cases import Case
@@ -38,7 +39,7 @@ from latentrevise.recovery.ray_workers import RayWorkers
 from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, unsettled
-from latentrevise.strategies import build
+from latentrevise.strategies import Work, build
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,9 +47,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What ``recover`` gives back: the admitted trajectories, the metrics, and the directory everything is in."""
+    """What ``recover`` gives back: the admitted trajectories (read when they are asked for), the metrics, and the
+    directory everything is in."""
 
-    trajectories: list[Trajectory]
+    trajectories: Sequence[Trajectory]
     metrics: dict[str, Any]
     out: Path
 
@@ -123,8 +125,8 @@ class Recovery:
     def collect(self) -> Recovered:
         """Gather the admitted trajectories and the metrics, and write both."""
         arms = self.all_arms()
-        trajectories, metrics = collect(self.job, arms, self._parts_of(arms))
-        return Recovered(trajectories, metrics, self.run.path)
+        metrics = collect(self.job, arms, self._parts_of(arms))
+        return Recovered(Stored(self.run.trajectories, Trajectory), metrics, self.run.path)
 
     def recover(self, prompts: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None = None) -> Recovered:
         """All stages, one after another, and what they come to."""
@@ -152,28 +154,27 @@ class Recovery:
         return self.job.prompts
 
     def rollouts(self) -> dict[str, list[Rollout]]:
-        """The mined rollouts of each prompt. Raises RunError while mining is not complete."""
-        return self.job.rollouts()
+        """The mined rollouts of each prompt, all at once: for a look at a small run. Raises RunError while mining is
+        not complete."""
+        return {prompt.id: own for prompt, own in self.job.rollouts()}
 
     def cases(self) -> list[Case]:
-        """The zero-hit prompts, see ``Job.cases``."""
-        return self.job.cases()
+        """All zero-hit prompts, at once: for a look at a small run."""
+        return self.job.cases_at(range(len(self.job.targets)))
 
     def gate(self) -> dict[str, Any]:
         """Measure on the solved prompts whether the answer's score knows which branches succeed (see ``gate``); once
         measured, it is read from ``gate.json``. Needs the mined rollouts alone."""
         if not self.run.gate.exists():
-            rollouts, work = self.rollouts(), []
-            for prompt in self.prompts:
-                own = [r for r in rollouts[prompt.id] if len(r.completion_ids) >= 2]
-                if any(r.verdict == "correct" for r in own):
-                    # A failed rollout is what a recovery leaves; the prompts that have one come first.
-                    failed = [r for r in own if r.verdict == "wrong"]
-                    work.append((not failed, self.job.case(prompt, failed or own).work(False)))
-            work.sort(key=lambda pair: pair[0])
-            config = self.config
-            solved, tools = [item for _, item in work], self.job.tools()
-            found = implicit_value(tools, solved, self.job.succeed, config.forks, config.gate)
+            config, first, last = self.config, list[Work](), list[Work]()
+            for prompt, rollouts in self.job.rollouts():
+                own = [r for r in rollouts if len(r.completion_ids) >= 2]
+                failed = [r for r in own if r.verdict == "wrong"]
+                # A failed rollout is what a recovery leaves; the prompts that have one come first.
+                kept = first if failed else last
+                if any(r.verdict == "correct" for r in own) and len(kept) < config.gate.prompts:
+                    kept.append(self.job.case(prompt, failed or own).work(False))
+            found = implicit_value(self.job.tools(), first + last, self.job.succeed, config.forks, config.gate)
             write_signed(self.run.gate, found)
         return self.run.read_gate()
 
@@ -246,8 +247,8 @@ class Recovery:
         """The prompts of which this strategy brought an admitted trajectory. Raises RunError before it is verified."""
         if name not in self._recovered:
             arm = next(arm for arm in self.arms() if arm.name == name)
-            found = results(self.job, self.parts(arm))
-            self._recovered[name] = {verdict.prompt_id for _, _, verdict in found if admitted(verdict)}
+            found = (verdict for part in self.parts(arm) for _, _, verdict in results(self.job, part))
+            self._recovered[name] = {verdict.prompt_id for verdict in found if admitted(verdict)}
         return self._recovered[name]
 
 

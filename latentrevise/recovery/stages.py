@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
@@ -44,6 +44,9 @@ from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal, Strategy, Work
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -328,8 +331,13 @@ def _start(start_id: str, item: Work, proposal: Proposal, seconds: float, shares
 
 def write_mixtures(path: Path, mixtures: Mapping[str, Mixture]) -> None:
     """Atoms and offsets of mixtures by id, to one safetensors file."""
+    write_atoms(path, *tensors_of(mixtures))
+
+
+def tensors_of(mixtures: Mapping[str, Mixture]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Mixtures as ``write_atoms`` takes them: ids and weights, and offsets, by id."""
     offsets = {name: m.offset for name, m in mixtures.items() if m.offset is not None}
-    write_atoms(path, {name: (m.ids, m.weights) for name, m in mixtures.items()}, offsets)
+    return {name: (m.ids, m.weights) for name, m in mixtures.items()}, offsets
 
 
 def read_mixtures(path: Path, remedy: str = REMEDY) -> dict[str, Mixture]:

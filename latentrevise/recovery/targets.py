@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import torch
 
 from latentrevise.data.parquet import GROUP
-from latentrevise.data.records import RowError, read_table, row_seed
+from latentrevise.data.records import RowError, row_seed
+from latentrevise.recovery.mined import Glance, glances
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.verify.verifier import Verifier
 
@@ -35,16 +36,6 @@ class Target:
     decoded: int
 
 
-@dataclass
-class _Found:
-    """What the rollouts of a prompt come to. long: one has two tokens, so that it can be cut."""
-
-    failed: bool = True
-    long: bool = False
-    rollouts: int = 0
-    decoded: int = 0
-
-
 class ZeroHit:
     """Looks through the mined parts ``mined``: those of each ``chunk`` prompts, one a round.
 
@@ -58,33 +49,23 @@ class ZeroHit:
     ) -> None:
         self.uncut: list[RowError] = []
         self.without = self.cut = self.rollouts = 0
-        self.found: list[tuple[str, int, _Found]] = []
+        self.found: list[tuple[str, int, int, int]] = []  # id, row, rollouts, decoded
         for index, parts in mined.items():
-            of: dict[str, _Found] = {}
-            for part in parts:
-                self._read(run, part, of)
+            own = glances(run, parts)
             for row, name in enumerate(prompt_ids.slice(index * chunk, chunk).to_pylist(), index * chunk):
-                own = of.get(name)
-                if own is not None and own.failed and own.long:
-                    self.found.append((name, row, own))
-                elif own is not None and own.failed:
-                    self.uncut.append(RowError(row, name, "short-rollouts", _SHORT))
+                self._count(row, name, own.get(name, ()))
 
-    def _read(self, run: RunDirectory, index: int, of: dict[str, _Found]) -> None:
-        columns = ("prompt_id", "verdict", "finish_reason", "extracted", "completion_ids")
-        table = read_table(run.part("rollouts", index), columns)
-        names, verdicts, ends = (table.column(name).to_pylist() for name in columns[:3])
-        missing = pc.is_null(table.column("extracted")).to_pylist()
-        lengths = pc.list_value_length(table.column("completion_ids")).to_pylist()
-        for name, verdict, end, none, length in zip(names, verdicts, ends, missing, lengths, strict=True):
-            own = of.setdefault(name, _Found())
-            own.failed &= verdict == "wrong"
-            own.long |= length >= 2
-            own.rollouts += 1
-            own.decoded += length + (end == "stop")
-            self.without += none
-            self.cut += none and end == "length"
-        self.rollouts += len(names)
+    def _count(self, row: int, name: str, rollouts: Sequence[Glance]) -> None:
+        self.rollouts += len(rollouts)
+        without = [r for r in rollouts if r.extracted is None]
+        self.without += len(without)
+        self.cut += sum(r.finish_reason == "length" for r in without)
+        if not rollouts or any(r.verdict != "wrong" for r in rollouts):
+            return
+        if max(r.tokens for r in rollouts) >= 2:
+            self.found.append((name, row, len(rollouts), sum(r.decoded for r in rollouts)))
+        else:
+            self.uncut.append(RowError(row, name, "short-rollouts", _SHORT))
 
     def aimed(self, seed: int, answers: pa.ChunkedArray, verifier: Verifier) -> Iterator[Target]:
         """Each with a wrong target: another prompt's answer, drawn by the case's seed and verified to differ. answers:
@@ -92,10 +73,10 @@ class ZeroHit:
         others = _spread(sorted(pc.unique(answers).to_pylist()))
         for first in range(0, len(self.found), GROUP):
             some = self.found[first : first + GROUP]
-            golds = answers.take(pa.array([row for _, row, _ in some])).to_pylist()
-            seeds = [case_seed(seed, name) for name, _, _ in some]
-            for (name, row, own), wrong in zip(some, _aim(golds, seeds, others, verifier), strict=True):
-                yield Target(name, row, wrong, own.rollouts, own.decoded)
+            golds = answers.take(pa.array([row for _, row, _, _ in some])).to_pylist()
+            seeds = [case_seed(seed, name) for name, _, _, _ in some]
+            for (name, row, count, decoded), wrong in zip(some, _aim(golds, seeds, others, verifier), strict=True):
+                yield Target(name, row, wrong, count, decoded)
 
 
 _SHORT = "no failed rollout has two tokens, so there is no prefix to revise; check the stop tokens and the template"

@@ -1,4 +1,4 @@
-"""Every zero-hit prompt with what each strategy made of it: the data of the page's browser of cases.
+"""Every zero-hit prompt (of many, MOST) with what each strategy made of it: the data of the page's browser of cases.
 
 One sample stands for a prompt and a strategy: the first with a valid derivation, else the first with the right answer,
 else the first. Nothing is picked by hand. The data travels in the page as compressed JSON; where that would be large,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import heapq
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from latentrevise.report.runs import FinishedRun
+from latentrevise.data.storage import stable_hash
+from latentrevise.report.runs import Atoms, FinishedRun
 from latentrevise.report.tokens import TokenTexts
 
 BUDGET = 1_400_000  # characters of compressed cases in one page, all runs together
 # What is tried until it fits: characters of a text, positions of a heat map.
 LIMITS = ((6000, 48), (3000, 24), (1500, 16), (700, 8), (300, 4), (120, 0))
+MOST = 1000  # prompts of a run in one page
 ATOMS = 5
 MIN_WEIGHT = 0.005  # an atom below this would print as .00
 ORDER = ("valid", "unchecked", "invalid", "missed")
@@ -48,17 +51,38 @@ def browsers(runs: Sequence[FinishedRun], tokens: Sequence[TokenTexts], arms: Se
         packed = [_pack(cases.table(characters, positions)) for cases in found]
         if sum(map(len, packed)) <= BUDGET:
             break
-    note = ""
+    note = "" if all(cases.all for cases in found) else f"Of each run {MOST} prompts are shown, drawn at random."
     if (characters, positions) != LIMITS[0]:
-        note = (
-            f"To keep this page small, texts are cut to {characters} characters and heat maps to {positions} positions."
+        note += (
+            f" To keep this page small, texts are cut to {characters} characters, heat maps to {positions} positions."
         )
-    return [Browser(data, len(cases.prompts), note) for data, cases in zip(packed, found, strict=True)]
+    return [Browser(data, len(cases.prompts), note.strip()) for data, cases in zip(packed, found, strict=True)]
 
 
 def _pack(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """The sample that stands for a prompt and a strategy; how many there are, reached their target, were admitted."""
+
+    kind: str
+    of: int
+    hits: int
+    admitted: int
+    row: dict[str, Any]
+    mixture: Atoms | None
+
+    @classmethod
+    def among(cls, samples: list[dict[str, Any]], mixtures: dict[str, Atoms]) -> _Picked:
+        kinds = [outcome(row) for row in samples]
+        kind = min(kinds, key=ORDER.index)
+        row = samples[kinds.index(kind)]
+        admitted = sum(sample["verdict"] == "correct" and sample["guard"] is None for sample in samples)
+        hits = sum(bool(sample["hits_target"]) for sample in samples)
+        return cls(kind, len(samples), hits, admitted, row, mixtures.get(row["start_id"]))
 
 
 class _Cases:
@@ -67,21 +91,24 @@ class _Cases:
     def __init__(self, run: FinishedRun, tokens: TokenTexts, arms: Sequence[str]) -> None:
         self.run, self.tokens = run, tokens
         self.arms = [arm for arm in arms if run.has_arm(arm)]
-        self.rows = {arm: run.cases(arm) for arm in self.arms}
-        names = {row["prompt_id"] for rows in self.rows.values() for row in rows}
-        self.prompts = [row for name, row in run.prompts.items() if name in names]
+        names, self.all = _names(run, self.arms)
+        self.picked: dict[str, dict[str, _Picked]] = defaultdict(dict)
+        for arm in self.arms:
+            for rows, mixtures in run.cases(arm, names):
+                own: dict[str, list[dict[str, Any]]] = defaultdict(list)
+                for row in rows:
+                    own[row["prompt_id"]].append(row)
+                for name, samples in own.items():
+                    self.picked[name][arm] = _Picked.among(samples, mixtures)
+        self.prompts = run.prompts(names)
         self.rollouts = run.failed_rollouts(names)
 
     def table(self, characters: int, positions: int) -> dict[str, Any]:
         pieces: dict[str, int] = {}
-        by_prompt: dict[str, dict[str, Any]] = defaultdict(dict)
-        for arm, rows in self.rows.items():
-            own: dict[str, list[dict[str, Any]]] = defaultdict(list)
-            for row in rows:
-                own[row["prompt_id"]].append(row)
-            mixtures = self.run.mixtures(arm) if positions else {}
-            for name, samples in own.items():
-                by_prompt[name][arm] = self._entry(samples, mixtures, pieces, characters, positions)
+        by_prompt = {
+            name: {arm: self._entry(picked, pieces, characters, positions) for arm, picked in own.items()}
+            for name, own in self.picked.items()
+        }
         prompts = []
         for prompt in self.prompts:
             name = prompt["prompt_id"]
@@ -101,24 +128,14 @@ class _Cases:
             )
         return {"arms": self.arms, "pieces": list(pieces), "prompts": prompts}
 
-    def _entry(
-        self,
-        samples: list[dict[str, Any]],
-        mixtures: dict[str, Any],
-        pieces: dict[str, int],
-        characters: int,
-        positions: int,
-    ) -> dict[str, Any]:
-        kinds = [outcome(row) for row in samples]
-        kind = min(kinds, key=ORDER.index)
-        row = samples[kinds.index(kind)]
-        mixture = mixtures.get(row["start_id"])
+    def _entry(self, picked: _Picked, pieces: dict[str, int], characters: int, positions: int) -> dict[str, Any]:
+        row, mixture = picked.row, picked.mixture if positions else None
         sampled, plain = row["sampling_logprobs"], row["plain_logprobs"]
         return {
-            "outcome": kind,
-            "hits": sum(bool(sample["hits_target"]) for sample in samples),
-            "of": len(samples),
-            "admitted": sum(sample["verdict"] == "correct" and sample["guard"] is None for sample in samples),
+            "outcome": picked.kind,
+            "hits": picked.hits,
+            "of": picked.of,
+            "admitted": picked.admitted,
             "guard": row["guard"],
             "sample": row["sample_id"],
             "parent": row["parent_sample_id"],
@@ -132,6 +149,18 @@ class _Cases:
             "plain": round(float(np.mean(plain)), 3) if plain else None,
             "heat": None if mixture is None else _heat(mixture, row, self.tokens, pieces, positions),
         }
+
+
+def _names(run: FinishedRun, arms: Sequence[str]) -> tuple[set[str], bool]:
+    """The prompts that are shown: all, or MOST by hash; and whether it is all."""
+    names: set[str] = set()
+    whole = True
+    for arm in arms:
+        for own in run.names(arm):
+            names |= own
+            if len(names) > MOST:
+                names, whole = set(heapq.nsmallest(MOST, names, key=stable_hash)), False
+    return names, whole
 
 
 def outcome(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -282,13 +283,23 @@ def draw_curves(axes: Axes, curves: dict[str, np.ndarray], unit: str, styles: di
     axes.set_ylabel(unit)
 
 
-def draw_boxes(axes: Axes, boxes: list[tuple[str, str, list[int]]]) -> None:
+def percentiles(values: Counter[int], wanted: Sequence[float]) -> list[float]:
+    """As ``numpy.percentile`` of all values, from how often each occurs."""
+    ordered = np.array(sorted(values))
+    ends = np.cumsum([values[value] for value in ordered.tolist()])
+    at = np.array(wanted) / 100 * (ends[-1] - 1)
+    below, above = (ordered[np.searchsorted(ends, places, side="right")] for places in (np.floor(at), np.ceil(at)))
+    return list(below + (above - below) * (at - np.floor(at)))
+
+
+def draw_boxes(axes: Axes, boxes: list[tuple[str, str, Counter[int]]]) -> None:
+    """values: how often each occurs."""
     for row, (_, colour, values) in enumerate(boxes):
-        low, first, middle, third, high = np.percentile(values, [5, 25, 50, 75, 95])
+        low, first, middle, third, high = percentiles(values, [5, 25, 50, 75, 95])
         axes.plot([low, high], [row, row], color=colour, linewidth=1.2)
         axes.barh(row, third - first, left=first, height=0.52, color=colour, alpha=0.3, linewidth=0)
         axes.plot([middle, middle], [row - 0.3, row + 0.3], color=colour, linewidth=2)
-        _beside(axes, 1.0, row, f"n = {number(len(values))}", MUTED, coordinates=("axes fraction", "data"))
+        _beside(axes, 1.0, row, f"n = {number(values.total())}", MUTED, coordinates=("axes fraction", "data"))
     axes.set_yticks(range(len(boxes)), [name for name, _, _ in boxes])
     axes.set_ylim(len(boxes) - 0.5, -0.5)
     axes.set_xlim(0, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from latentrevise.recovery.guards import markers
+from latentrevise.recovery.guards import MarkerCounts
 from latentrevise.report.drawing import (
     INK,
     PALETTE,
@@ -155,8 +156,10 @@ def _guard_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style]) ->
 
 
 def _marker_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style]) -> Group:
-    failed = run.failed_texts()
-    base: list[tuple[str, str, dict[str, float]]] = [("failed rollouts", INK, markers(failed))] if failed else []
+    failed = MarkerCounts()
+    for text in run.failed_texts():
+        failed.add(text)
+    base: list[tuple[str, str, dict[str, float]]] = [("failed rollouts", INK, failed.shares)] if failed.texts else []
     panels: list[Panel] = []
     legend: dict[str, Patch] = {}
     for key, heading in (("all", "All continuations"), ("recovered", "Continuations with the right answer")):
@@ -237,19 +240,17 @@ def _quartiles(series: list[list[float]]) -> np.ndarray | None:
 
 def _length_group(run: FinishedRun, rows: list[Row], styles: dict[str, Style]) -> Group:
     title = "Lengths"
-    boxes: list[tuple[str, str, list[int]]] = []
+    boxes: list[tuple[str, str, Counter[int]]] = []
     failed = run.failed_lengths()
     if failed:
         boxes.append(("failed rollouts", INK, failed))
     for row in rows:
         if not run.has_arm(row.arm):
             continue
-        lengths = run.trajectory_lengths(row.arm)
-        hits = [verdict for verdict in run.verdicts(row.arm) if verdict["hits_target"]]
+        lengths = run.hit_lengths(row.arm)
         by_validity = {True: ", valid", False: ", not valid", None: ""}
         for valid, suffix in by_validity.items():
-            values = [lengths[hit["sample_id"]] for hit in hits if hit["valid"] is valid]
-            if values:
+            if values := lengths[valid]:
                 boxes.append((row.strategy + suffix, styles[row.strategy].colour, values))
     if not boxes:
         return Group("lengths", title, [], empty="The run directory holds no rollouts and no recovered continuations.")

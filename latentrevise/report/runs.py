@@ -1,10 +1,11 @@
-"""Reading a finished run: only the columns the report needs, since those of a long run do not fit into memory whole."""
+"""Reading a finished run part by part, and only the columns the report needs: a long run does not fit into memory."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentrevise.data.atoms import read_atoms
-from latentrevise.data.records import read_table
+from latentrevise.data.parquet import TableFile, read_table
 from latentrevise.data.storage import read_signed
 from latentrevise.errors import RunError
 from latentrevise.recovery.rundir import RunDirectory
@@ -72,11 +73,11 @@ class FinishedRun:
         """The implicit-value gate, where it was measured."""
         return self.files.read_gate() if self.files.gate.is_file() else None
 
-    @cached_property
-    def prompts(self) -> dict[str, dict[str, Any]]:
-        """prompt_id -> row with ``prompt`` and ``answer``, in the order of the input."""
-        table = _read_table(self.files.prompts, ("prompt_id", "prompt", "answer"))
-        return {row["prompt_id"]: row for row in table.to_pylist()}
+    def prompts(self, wanted: set[str]) -> list[dict[str, Any]]:
+        """``prompt_id``, ``prompt`` and ``answer`` of these prompts, in the order of the input."""
+        columns = ("prompt_id", "prompt", "answer")
+        with TableFile(self.files.prompts, _REMEDY) as file:
+            return [row for table in file.groups(columns) for row in _of(table, wanted).to_pylist()]
 
     @cached_property
     def error_counts(self) -> Counter[str]:
@@ -87,91 +88,109 @@ class FinishedRun:
         """Whether the rows of ``arm`` are there (metrics alone may be kept when a run is archived)."""
         return bool(self.files.parts("verdicts", arm))
 
-    def verdicts(self, arm: str) -> list[dict[str, Any]]:
-        """Verdict rows of ``arm``, ordered by prompt as in the input, then as written."""
-        return self._in_order(self._read("verdicts", arm, VERDICT_COLUMNS).to_pylist())
+    def names(self, arm: str) -> Iterator[set[str]]:
+        """The prompts of each part of ``arm``."""
+        for table in self._parts("verdicts", arm, ("prompt_id",)):
+            yield set(table["prompt_id"].to_pylist())
 
-    def _in_order(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        rank = {prompt_id: position for position, prompt_id in enumerate(self.prompts)}
-        return sorted(rows, key=lambda row: rank.get(row["prompt_id"], len(rank)))
-
-    def cases(self, arm: str) -> list[dict[str, Any]]:
-        """Verdicts, samples and starts of ``arm``, joined: one row a continuation, ordered as ``verdicts``."""
-        starts = {row["start_id"]: row for row in self._read("starts", arm, START_COLUMNS).to_pylist()}
-        samples = {row["sample_id"]: row for row in self._read("samples", arm, SAMPLE_COLUMNS).to_pylist()}
+    def cases(self, arm: str, wanted: set[str]) -> Iterator[tuple[list[dict[str, Any]], dict[str, Atoms]]]:
+        """Verdicts, samples and starts of these prompts, joined, one row a continuation, in the order of the input; and
+        the token mixtures of revised starts. Part by part; every prompt's are in one."""
         columns = (*VERDICT_COLUMNS, "extracted", "steps", "plain_logprobs")
-        rows = self._in_order(self._read("verdicts", arm, columns).to_pylist())
-        missing = [row["sample_id"] for row in rows if row["sample_id"] not in samples or row["start_id"] not in starts]
-        if missing:
-            raise RunError(
-                f"{self.path}: {arm} has verdicts without their samples or starts ({missing[0]!r}); the run is damaged:"
-                " recover into a new directory"
-            )
-        return [{**starts[row["start_id"]], **samples[row["sample_id"]], **row} for row in rows]
+        for part in self.files.parts("verdicts", arm):
+            rows = _of(_read_table(part, columns), wanted).to_pylist()
+            if not rows:
+                continue
+            starts = {row["start_id"]: row for row in self._beside("starts", part, START_COLUMNS).to_pylist()}
+            samples = {row["sample_id"]: row for row in self._beside("samples", part, SAMPLE_COLUMNS).to_pylist()}
+            missing = [r["sample_id"] for r in rows if r["sample_id"] not in samples or r["start_id"] not in starts]
+            if missing:
+                raise RunError(
+                    f"{self.path}: {arm} has verdicts without their samples or starts ({missing[0]!r}); the run is"
+                    " damaged: recover into a new directory"
+                )
+            joined = [{**starts[row["start_id"]], **samples[row["sample_id"]], **row} for row in rows]
+            atoms = read_atoms(self.files.path / "starts" / arm / f"{part.stem}.safetensors")
+            yield joined, {name: Atoms(ids.numpy(), weights.numpy()) for name, (ids, weights) in atoms.items()}
 
     def failed_rollouts(self, prompt_ids: set[str]) -> dict[str, list[dict[str, Any]]]:
         """prompt_id -> its rollouts that are not correct, for these prompts."""
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        if self.files.parts("rollouts"):
-            for row in self._read("rollouts", "", ROLLOUT_COLUMNS).to_pylist():
-                if row["prompt_id"] in prompt_ids and row["verdict"] != "correct":
+        for table in self._parts("rollouts", "", ROLLOUT_COLUMNS):
+            for row in _of(table, prompt_ids).to_pylist():
+                if row["verdict"] != "correct":
                     found[row["prompt_id"]].append(row)
         return found
 
-    def traces(self, arm: str) -> list[dict[str, Any]]:
-        """The optimisation traces of ``arm``'s starts; empty for a strategy that does not optimise but choose."""
-        if not self.files.parts("starts", arm):
-            return []
-        texts = self._read("starts", arm, ("trace",)).column("trace").to_pylist()
-        traces = [json.loads(text) for text in texts if text is not None]
-        return [trace for trace in traces if "loss" in trace]
+    def traces(self, arm: str, most: int = 10_000) -> list[dict[str, Any]]:
+        """The optimisation traces of ``arm``'s starts, of ``most`` drawn at random where there are more; empty for a
+        strategy that does not optimise but choose."""
+        kept, count, draw = list[dict[str, Any]](), 0, random.Random(0)
+        for table in self._parts("starts", arm, ("trace",)):
+            for text in table["trace"].drop_null().to_pylist():
+                if "loss" not in (trace := json.loads(text)):
+                    continue
+                count += 1
+                if len(kept) < most:
+                    kept.append(trace)
+                elif (place := draw.randrange(count)) < most:
+                    kept[place] = trace
+        return kept
 
-    def failed_lengths(self) -> list[int]:
-        """Tokens of every rollout of the prompts all of whose rollouts are wrong."""
-        return _list_lengths(self._failed("completion_ids"))
-
-    def failed_texts(self) -> list[str]:
-        """Texts of every rollout of the prompts all of whose rollouts are wrong."""
-        return self._failed("completion").to_pylist()
-
-    def _failed(self, column: str) -> pa.ChunkedArray:
-        if not self.files.parts("rollouts"):
-            return pa.chunked_array([], pa.list_(pa.int32()) if column == "completion_ids" else pa.string())
-        table = self._read("rollouts", "", ("prompt_id", "verdict", column))
-        other = table.filter(pc.field("verdict") != "wrong")["prompt_id"].combine_chunks()
-        return table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=other)))[column]
-
-    def trajectory_lengths(self, arm: str) -> dict[str, int]:
-        """sample_id -> tokens after the prompt: what was fed as prefix, and the continuation."""
-        starts = self._read("starts", arm, ("start_id", "plain_ids"))
-        prefix = dict(zip(starts["start_id"].to_pylist(), _list_lengths(starts["plain_ids"]), strict=True))
-        samples = self._read("samples", arm, ("sample_id", "start_id", "completion_ids"))
-        rows = zip(
-            samples["sample_id"].to_pylist(),
-            samples["start_id"].to_pylist(),
-            _list_lengths(samples["completion_ids"]),
-            strict=True,
-        )
-        return {sample_id: prefix[start_id] + length for sample_id, start_id, length in rows}
-
-    def mixtures(self, arm: str) -> dict[str, Atoms]:
-        """start_id -> the token mixture of a revised start; plain starts have none."""
-        found = {}
-        for part in self.files.parts("starts", arm):
-            for name, (ids, weights) in read_atoms(part.with_suffix(".safetensors")).items():
-                found[name] = Atoms(ids.numpy(), weights.numpy())
+    def failed_lengths(self) -> Counter[int]:
+        """How many rollouts have so many tokens, of the prompts all of whose rollouts are wrong."""
+        found: Counter[int] = Counter()
+        for column in self._failed("completion_ids"):
+            found.update(_list_lengths(column))
         return found
 
-    def _read(self, stage: str, arm: str, columns: Sequence[str] | None) -> pa.Table:
-        parts = self.files.parts(stage, arm)
-        if not parts:
-            raise RunError(f"{self.path / stage / arm} has no parts; resume the run to complete it")
-        return pa.concat_tables([_read_table(part, columns) for part in parts])
+    def failed_texts(self) -> Iterator[str]:
+        """Texts of every rollout of the prompts all of whose rollouts are wrong."""
+        for column in self._failed("completion"):
+            yield from column.to_pylist()
+
+    def _failed(self, column: str) -> Iterator[pa.ChunkedArray]:
+        for table in self._parts("rollouts", "", ("prompt_id", "verdict", column)):
+            other = table.filter(pc.field("verdict") != "wrong")["prompt_id"].combine_chunks()
+            yield table.filter(pc.invert(pc.is_in(table["prompt_id"], value_set=other)))[column]
+
+    def hit_lengths(self, arm: str) -> dict[bool | None, Counter[int]]:
+        """Of the continuations that reached their target, by ``valid``: how many have so many tokens after the prompt,
+        what was fed as prefix included."""
+        found: dict[bool | None, Counter[int]] = defaultdict(Counter)
+        for part in self.files.parts("verdicts", arm):
+            starts = self._beside("starts", part, ("start_id", "plain_ids"))
+            prefix = dict(zip(starts["start_id"].to_pylist(), _list_lengths(starts["plain_ids"]), strict=True))
+            samples = self._beside("samples", part, ("sample_id", "start_id", "completion_ids"))
+            ids, of = samples["sample_id"].to_pylist(), samples["start_id"].to_pylist()
+            rows = zip(ids, of, _list_lengths(samples["completion_ids"]), strict=True)
+            lengths = {sample: prefix[start] + length for sample, start, length in rows}
+            for row in _read_table(part, ("sample_id", "hits_target", "valid")).to_pylist():
+                if row["hits_target"]:
+                    found[row["valid"]][lengths[row["sample_id"]]] += 1
+        return found
+
+    def _parts(self, stage: str, arm: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        return (_read_table(part, columns) for part in self.files.parts(stage, arm))
+
+    def _beside(self, stage: str, part: Path, columns: Sequence[str]) -> pa.Table:
+        """What another stage wrote of the same part."""
+        path = self.path / stage / part.parent.name / part.name
+        if not path.exists():
+            raise RunError(f"{path.parent} has no parts like {part}; resume the run to complete it")
+        return _read_table(path, columns)
 
 
 def _list_lengths(column: pa.ChunkedArray) -> list[int]:
     return pc.fill_null(pc.list_value_length(column), 0).to_pylist()
 
 
-def _read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    return read_table(path, columns, remedy="recover into a new directory")
+def _of(table: pa.Table, prompts: set[str]) -> pa.Table:
+    return table.filter(pc.is_in(table["prompt_id"], value_set=pa.array(prompts, pa.string())))
+
+
+_REMEDY = "restore it, or recover into a new directory"
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> pa.Table:
+    return read_table(path, columns)
