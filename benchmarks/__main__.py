@@ -43,7 +43,6 @@ DESCRIPTIONS = {
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",
 }
 # Import transformers, which kernels are measured without.
-MODELS = ("revise", "engines", "forks", "training_memory", "rlvr_cost", "verifier", "chaos", "scale", "plan", "fuzz")
 MODELS = (
     "revise",
     "engines",
@@ -52,6 +51,8 @@ MODELS = (
     "rlvr_cost",
     "verifier",
     "chaos",
+    "scale",
+    "plan",
     "fuzz",
     "budgets",
     "rejection",
