@@ -6,6 +6,7 @@ scheduler decides who computes a part and when, never what: it may give a part t
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.job import Job
-from latentrevise.recovery.leases import Leases
+from latentrevise.recovery.leases import BEATS, Leases
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.stages import Part, Stage, give_up, settled
@@ -76,18 +77,25 @@ class Joint:
 
     def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
         leases = Leases(job.run.leases, job.config.lease_seconds)
-        waiting = self._preferred(parts)
+        waiting, claimed = self._preferred(parts), -math.inf
         while waiting:
             if self._ended:
                 sys.exit(_ENDED)
-            left = [part for part in waiting if not self._done(job, stage, part, leases, bar)]
+            # Leases are looked at as often as they are touched: more would ask much of a file server, for each process
+            # that waits looks at each part that another is at.
+            claiming = time.monotonic() - claimed >= job.config.lease_seconds / BEATS
+            claimed = time.monotonic() if claiming else claimed
+            left = [part for part in waiting if not self._done(job, stage, part, leases, bar, claiming)]
             if len(left) == len(waiting):
                 time.sleep(min(max(job.config.lease_seconds / _LOOKS, 0.1), 2.0))
             waiting = left
 
-    def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: Progress) -> bool:
-        """Whether a part is there or set aside, after running it where nobody else does."""
+    def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: Progress, claiming: bool) -> bool:
+        """Whether a part is there or set aside; where it is not, after running it if ``claiming`` and nobody else
+        does."""
         if not settled(job.run, stage, part):
+            if not claiming:
+                return False
             with leases.claim(f"{stage.name}.{'' if part.arm is None else part.arm.name}.{part.index:05d}") as dead:
                 if dead is None:
                     return False
