@@ -2,9 +2,9 @@
 
 The work stands in: a part takes as long as its tokens do at ``--rate``, a token measured or promised elsewhere, and
 its rows are short. All else is a run's own: prompts are read, stages planned, parts claimed by leases, written by the
-record writers, and a finished run is taken up again. Workers are threads that share one plan, of which one runs at a
-time; their time is simulated, but for what the scheduler does, which takes in it as long as it took here. Each
-measurement has a process of its own, whose peak memory it gives.
+record writers, a finished run is taken up again and gathered. Workers are threads that share one plan, of which one
+runs at a time; their time is simulated, but for what the scheduler does, which takes in it as long as it took here.
+Each measurement has a process of its own, whose peak memory it gives. A run is begun, and gathered, once for each size.
 """
 
 from __future__ import annotations
@@ -223,6 +223,17 @@ def plan_again(out: Path, prompts: Path) -> dict[str, Any]:
     return measured(work)
 
 
+def gather(out: Path) -> dict[str, Any]:
+    """The results of a finished run, by ``latentrevise collect``."""
+    run = recovery(out)
+
+    def work() -> None:
+        with run.session():
+            run.collect()
+
+    return measured(work)
+
+
 def simulate(out: Path, count: int, rate: float) -> dict[str, Any]:
     """``count`` workers, from prompts to verdicts."""
     clock, first = Clock(), recovery(out)
@@ -258,34 +269,38 @@ def row(number: int) -> dict[str, str]:
     return {"id": f"prompt-{number}", "prompt": prompt, "answer": str(draw.randrange(100))}
 
 
-def cell(place: Path, prompts: int, workers: int, rate: float, alone: Callable[..., Any]) -> dict[str, Any]:
-    source, out = place / f"{prompts}.jsonl", place / f"{prompts}-{workers}"
-    if not source.exists():
-        write_jsonl(source, map(row, range(prompts)))
-    begun = alone(begin, out, source)
-    ran = alone(simulate, out, workers, rate)
-    again = alone(plan_again, out, source)
-    shutil.rmtree(out)
-    found = {"prompts": prompts, "workers": workers, "begin": begun, "run": ran, "resume": again}
-    print(line(found), flush=True)
-    return found
+def cells(
+    place: Path, prompts: int, workers: Sequence[int], rate: float, alone: Callable[..., Any]
+) -> Iterator[dict[str, Any]]:
+    """Of one size, a measurement for each number of workers."""
+    source, fresh, gathered = place / f"{prompts}.jsonl", place / f"{prompts}", None
+    write_jsonl(source, map(row, range(prompts)))
+    begun = alone(begin, fresh, source)
+    for count in workers:
+        out = place / f"{prompts}-{count}"
+        shutil.copytree(fresh, out)
+        ran = alone(simulate, out, count, rate)
+        again = alone(plan_again, out, source)
+        gathered = gathered or alone(gather, out)
+        shutil.rmtree(out)
+        yield {"prompts": prompts, "workers": count, "begin": begun, "run": ran, "resume": again, "collect": gathered}
 
 
 def line(found: dict[str, Any]) -> str:
-    run, gib = found["run"], 2**30
-    memory = max(found[name]["memory"] for name in ("begin", "run", "resume")) / gib
+    run, gib, apart = found["run"], 2**30, [found[name] for name in ("begin", "resume", "collect")]
+    memory = max(one["memory"] for one in (run, *apart)) / gib
     return (
         f"{found['prompts']:>9,} {found['workers']:>7} {run['parts']:>7,} {run['work'] / 3600:>8,.0f}"
         f" {run['scheduling'] / run['work']:>11.4%} {run['scheduling'] / run['parts'] * 1e3:>7.1f}"
-        f" {run['idle'] / (found['workers'] * run['makespan']):>6.1%}"
-        f" {found['begin']['seconds']:>8.1f} {found['resume']['seconds']:>9.1f} {memory:>7.2f}"
-        f" {run['files']:>8,} {run['bytes'] / gib:>7.2f}"
+        f" {run['idle'] / (found['workers'] * run['makespan']):>6.1%} {run['cpu']:>7.0f}"
+        + "".join(f" {one['cpu']:>9.1f} ({one['seconds']:.0f})" for one in apart)
+        + f" {memory:>7.2f} {run['files']:>8,} {run['bytes'] / gib:>7.2f}"
     )
 
 
 HEAD = (
     f"{'prompts':>9} {'workers':>7} {'parts':>7} {'work, h':>8} {'scheduling':>11} {'ms/part':>7} {'idle':>6}"
-    f" {'begin, s':>8} {'resume, s':>9} {'memory':>7} {'files':>8} {'GiB':>7}"
+    f" {'run':>7} {'begin':>13} {'resume':>13} {'collect':>13} {'memory':>7} {'files':>8} {'GiB':>7}"
 )
 
 
@@ -304,17 +319,18 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(function, *given).result()
 
-    print(f"{options.rate:g} tokens a second and worker, {TOKENS} a rollout, {ZERO_HIT:.0%} zero-hit; memory in GiB")
+    print(f"{options.rate:g} tokens a second and worker, {TOKENS} a rollout, {ZERO_HIT:.0%} zero-hit")
+    print("run, begin, resume, collect: seconds of a processor (of a clock); memory: most of any process, GiB")
     print(HEAD, flush=True)
+    found: list[dict[str, Any]] = []
     try:
-        cells = [
-            cell(place, prompts, workers, options.rate, alone)
-            for prompts in options.size
-            for workers in options.workers
-        ]
+        for prompts in options.size:
+            for one in cells(place, prompts, options.workers, options.rate, alone):
+                found.append(one)
+                print(line(one), flush=True)
     finally:
         shutil.rmtree(place)
     settings = {"rate": options.rate, "tokens": TOKENS, "zero_hit": ZERO_HIT, "spread": SPREAD, "judged": JUDGED}
     settings |= {name: getattr(CONFIG, name) for name in ("rollouts", "samples", "chunk", "lease_seconds")}
     kept = {name: value for name, value in asdict(report).items() if name not in ("floor", "rows", "absent", "failed")}
-    return {**kept, "commit": commit, "settings": settings, "cells": cells}
+    return {**kept, "commit": commit, "settings": settings, "cells": found}
