@@ -174,7 +174,7 @@ def stand_ins(clock: Clock, rate: float) -> dict[str, type]:
                 starts, _ = stages.read_starts(job.run, part)
                 ids, logprobs = (5, 6, 7), (-1.0, -1.0, -1.0)
                 rows = [
-                    Sample(s.start_id, s.prompt_id, f"{s.start_id}/{j}", ids, "5 6", "stop", logprobs, 0.0)
+                    Sample(s.start_id, s.prompt_id, f"{s.start_id}/{j}", ids, "5 6", "stop", logprobs, TOKENS / rate)
                     for s in starts
                     for j in range(s.n)
                 ]
