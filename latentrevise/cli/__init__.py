@@ -16,6 +16,7 @@ from latentrevise.cli import settings, training
 from latentrevise.cli.options import (
     Begun,
     Dtype,
+    Exported,
     Jsonl,
     Out,
     Placed,
@@ -182,7 +183,7 @@ def export(
             help="trl-sft, trl-pref, trl-step-pref, trl-groups, messages, verl-sft, verl-rl, prefix-rl or rl."
         ),
     ],
-    out: Annotated[Path, place("File to write: .jsonl or .parquet.")],
+    out: Exported,
     model: Annotated[
         str | None, typer.Option(help="Where the run's model (or its tokenizer) is now, if not where it was.")
     ] = None,

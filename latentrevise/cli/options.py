@@ -23,6 +23,11 @@ def expanded(path: str) -> Path:
     return Path(path).expanduser()
 
 
+def located(text: str) -> str:
+    """A path, or a URL as it stands."""
+    return text if "://" in text else str(expanded(text))
+
+
 def place(help: str, *names: str) -> Any:
     """An option that takes a path."""
     return typer.Option(*names, help=help, parser=expanded, metavar="PATH")
@@ -30,8 +35,15 @@ def place(help: str, *names: str) -> Any:
 
 Out = Annotated[Path, place("Run directory; taken up where it stopped if it holds this run.")]
 Prompts = Annotated[
-    Path,
-    place("JSONL, JSON, CSV, TSV or parquet (or a folder of such files) with a prompt and an answer in each row."),
+    str,
+    typer.Option(
+        help="JSONL, JSON, CSV, TSV or parquet (or a folder of such files) with a prompt and an answer in each row.",
+        parser=located,
+        metavar="PATH or URL",
+    ),
+]
+Exported = Annotated[
+    str, typer.Option("--out", help="File to write: .jsonl or .parquet.", parser=located, metavar="PATH or URL")
 ]
 Model = Annotated[str, typer.Option(help="Directory or hub id of a causal LM or a LoRA adapter, or a GGUF file.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="Write trajectories.jsonl beside the parquet file.")]

@@ -26,6 +26,7 @@ from latentrevise.data.records import (
     read_records,
     write_jsonl,
 )
+from latentrevise.data.remote import is_url, sent
 from latentrevise.data.storage import read_signed
 from latentrevise.data.stored import Stored
 from latentrevise.errors import ConfigError, InputError, ModelError
@@ -46,11 +47,14 @@ def export_run(
     valid_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> int:
-    """Write the trajectories of a finished run to ``out`` (``.jsonl`` or ``.parquet``) in one of FORMATS.
+    """Write the trajectories of a finished run to ``out`` (``.jsonl`` or ``.parquet``, also a URL) in one of FORMATS.
 
     strategy: only this one's. valid_only: only those whose derivation was checked and holds. tokenizer: by default
     the one of the run's model. Returns the number of rows. Raises ConfigError, InputError, ModelError or RunError.
     """
+    if is_url(out):
+        with sent(out) as local:
+            return export_run(run, to, local, strategy=strategy, valid_only=valid_only, tokenizer=tokenizer)
     run, out = Path(run).expanduser(), Path(out).expanduser()
     if to not in FORMATS:
         raise ConfigError(f"export format {to!r}: choose one of {', '.join(FORMATS)}")

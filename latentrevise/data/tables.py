@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
+from latentrevise.data.remote import fetched, is_url
 from latentrevise.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,16 @@ class BadRow(Exception):
 
 
 def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> Rows:
-    """Numbered rows of a file, of a folder of shards (in the order of their names, numbered through), or as given.
+    """Numbered rows of a file, of a folder of shards (in the order of their names, numbered through), of either behind
+    a URL, or as given.
 
     Lines of JSONL are numbered from 1, other rows from 0. A row that cannot be read comes as a ``BadRow``. Raises
     InputError when nothing can be read.
     """
+    if is_url(source):
+        with fetched(source) as path:
+            yield from read_rows(path)
+        return
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         shards = _shards(path) if path.is_dir() else [path]
