@@ -262,3 +262,5 @@ def test_bad_requests(run, tmp_path):
     with pytest.raises(ModelError, match="tokenizer of this run"):
         export_run(run, "trl-sft", tmp_path / "x.jsonl")
     assert export_run(run, "trl-sft", tmp_path / "x.jsonl", tokenizer=TOKENIZER) == 3
+    assert export_run(run, "trl-sft", f"file://{tmp_path}/url/x.jsonl", tokenizer=TOKENIZER) == 3
+    assert (tmp_path / "url" / "x.jsonl").read_bytes() == (tmp_path / "x.jsonl").read_bytes()

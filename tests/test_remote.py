@@ -1,10 +1,12 @@
 """Prompts and exports behind URLs: a local folder as ``file://``, and a local S3 server where moto is installed."""
 
 import contextlib
+import os
 
 import pyarrow.fs as pfs
 import pytest
 
+from latentrevise.cli.options import located
 from latentrevise.data import remote
 from latentrevise.data.records import read_jsonl, write_jsonl
 from latentrevise.data.tables import read_rows
@@ -62,6 +64,11 @@ def test_local_urls(tmp_path):
         local.write_text("")
     with pytest.raises(InputError, match="no URL of a file"):
         list(read_rows("nowhere://x/y.jsonl"))
+
+
+def test_a_url_on_the_command_line_stays_as_it_is():
+    assert located("s3://bucket/p.jsonl") == "s3://bucket/p.jsonl"
+    assert located("~/p.jsonl") == os.path.expanduser("~/p.jsonl")
 
 
 def test_s3_urls(bucket):
