@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study or NAME-quick")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
     study.add_argument(
-        "--variants", action="store_true", help="recovery: the harder families instead (far, pair64, partial)"
+        "--variants",
+        action="store_true",
+        help="recovery: the harder families instead (far, pair64, partial); of gsm: ablations",
     )
     study.add_argument("--rivals", action="store_true", help="recovery, training: what people would use instead")
     study.add_argument(

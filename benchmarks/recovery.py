@@ -90,10 +90,18 @@ PLANS = {
         (0, 1),
         24,
         (
-            *("latent", "latent-nearest", "latent-adam", "latent-no-guide", "latent-no-explore", "latent-no-fluency"),
-            *("latent-rho0.5", "latent-rho0.2", "latent-k5", "latent-k20", "latent-random", "latent-plausible"),
-            *("explain", "dart", "pivot", "pivot-trie", "branch-mass", *RIVALS),
-            *("resample-rho0.8", "resample-prefix", "resample"),
+            *("latent", "latent-nearest", "latent-random", "latent-plausible", "explain", "dart", "pivot"),
+            *("pivot-trie", "branch-mass", *RIVALS, "resample-rho0.8", "resample-prefix", "resample"),
+        ),
+    ),
+    "gsm-variants": Plan(
+        (wordproblems.NAME,),
+        (0,),
+        (0,),
+        24,
+        (
+            *("latent", "latent-adam", "latent-no-guide", "latent-no-explore", "latent-no-fluency"),
+            *("latent-rho0.5", "latent-rho0.2", "latent-k5", "latent-k20", "resample"),
         ),
     ),
     "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
@@ -321,11 +329,12 @@ def real_text(options: argparse.Namespace) -> bool:
 def study_of(options: argparse.Namespace) -> str:
     """Which plan the options ask for."""
     asked = [name for name in ("quick", "variants", "rivals") if getattr(options, name)]
-    if real_text(options):
+    if real_text(options) and asked != ["variants"]:
         asked.append(wordproblems.NAME)
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} are studies of their own; ask for one")
-    return asked[0] if asked else "recovery"
+    named = asked[0] if asked else "recovery"
+    return f"{wordproblems.NAME}-{named}" if real_text(options) and named == "variants" else named
 
 
 def refuse_part(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.recovery_strata import BEYOND
 from latentrevise.data.records import atomic_write
 
 SHOWN = {  # of a study with many rows: those that its page has; all are on the site's page of all rows
@@ -75,7 +76,7 @@ def brief(document: dict[str, Any]) -> str:
     cent of zero-hit prompts: valid derivations [95 %]; resampling at as many passes; right answers; wrong target."""
     families = document["families"]
     if len(families) == 1:
-        return tables(document)
+        return "\n".join([_by_strata(*families.values()), "", _commits(document)])
     names = SHOWN.get(document["name"]) or tuple(next(iter(families.values()))["strategies"])
     names = tuple(name for name in names if all(name in pooled["strategies"] for pooled in families.values()))
     rows = {name: [pooled["strategies"][name] for pooled in families.values()] for name in names}
@@ -86,10 +87,35 @@ def brief(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _commits(document)])
 
 
+def _by_strata(pooled: dict[str, Any]) -> str:
+    """One family. Per cent of zero-hit prompts with a valid derivation, then with a right answer: [95 %]; resampling at
+    as many passes; in as many seconds. Then wrong targets, and right and valid ones of the prompts *beyond* reach."""
+    strata, rows = pooled["strata"], pooled["strategies"]
+    prompts, beyond = strata["prompts"].get(BEYOND, 0), strata.get(BEYOND, {})
+    lines = [
+        f"| strategy | valid ({pooled['zero_hit']}) | right | wrong target | beyond reach ({prompts}): right, valid"
+        " | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(rows, key=lambda name: (-rows[name]["valid"][0], -rows[name]["answer"][0])):
+        row, hard = rows[name], beyond.get(name)
+        cells = [
+            f"{_whole(row[key])}; {_percent(row['equal_compute'][key])}; {_percent(row['equal_seconds'][key])}"
+            for key in ("valid", "answer")
+        ]
+        cells += [_percent(row["wrong_target"])]
+        cells += [f"{_percent(hard['answer'])}, {_percent(hard['valid'])}" if hard else "-", f"{row['seconds']:.1f}"]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _whole(rate: Sequence[float]) -> str:
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in rate))
+
+
 def _cell(row: dict[str, Any]) -> str:
-    valid, low, high = (100 * v for v in row["valid"])
     others = (row["equal_compute"]["valid"], row["answer"], row["wrong_target"])
-    return f"{valid:.0f} [{low:.0f}, {high:.0f}]; {'; '.join(map(_percent, others))}"
+    return f"{_whole(row['valid'])}; {'; '.join(map(_percent, others))}"
 
 
 def _rate(rate: Sequence[float]) -> str:

@@ -13,6 +13,8 @@ from benchmarks import recovery_tables, training_tables
 PAGE = "results.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 STUDIES = {
+    "gsm": ("Recovery on real text", recovery_tables.tables),
+    "gsm-variants": ("Ablations on real text", recovery_tables.tables),
     "recovery": ("Recovery", recovery_tables.tables),
     "rivals": ("What people would use instead", recovery_tables.tables),
     "variants": ("Harder families", recovery_tables.tables),

@@ -169,7 +169,7 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "study", ["gsm", "recovery", "rivals", "variants", "iterates", "training", "checkers", "guards"]
+    "study", ["gsm", "gsm-variants", "recovery", "rivals", "variants", "iterates", "training", "checkers", "guards"]
 )
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
@@ -203,6 +203,7 @@ def test_a_small_study_has_its_own_folder():
     assert where("recovery", "variants") == "variants-study"
     assert where("recovery", "rivals") == "rivals-study"
     assert where("recovery", "gsm") == "gsm-study"
+    assert where("recovery", "gsm", "variants") == "gsm-variants-study"
     with pytest.raises(ConfigError, match="rivals and gsm are studies of their own"):
         where("recovery", "rivals", "gsm")
     assert where("training", "quick") == "training-quick"
