@@ -145,7 +145,7 @@ def compiled(arch: int, wanted: Callable[[str, str], bool] = lambda op, what: Tr
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(jit.JITFunction, "run", run))
         stack.enter_context(mock.patch.object(tiles, "processors", return_value=PROCESSORS[arch]))
-        for module in (oracle, logprob):
+        for module in (oracle, logprob, tiles):
             stack.enter_context(mock.patch.object(module, "has_copy_engine", return_value=arch >= 90))
         stack.callback(driver.set_active, active)
         driver.set_active(Absent(arch))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..dispatch import Call, interpreting_triton, only_dtypes
 from ..numerics import Transform
-from ..vertex_oracle.tiles import describable, describe, has_copy_engine, split, tile_scores
+from ..vertex_oracle.tiles import describable, describe, has_copy_engine, narrowed, split, tile_scores
 from .chunks import MOST_ROWS, chunk_rows
 
 LANES, MERGED, BLOCK = 128, 8, 1024  # of a merging program: tiles and rows at a time; columns of a finishing one
@@ -40,15 +40,19 @@ LANES, MERGED, BLOCK = 128, 8, 1024  # of a merging program: tiles and rows at a
 # scores: (BM, BN, BK, warps, stages); plain ones have no bias, softcap or list, whose registers a wider tile needs, and
 # load tiles through tensor descriptors where there is Hopper's copy engine. Mean rows: (BM, BN, BK, warps, stages).
 SCORES = {"bfloat16 plain": (128, 128, 64, 8, 4), "bfloat16": (128, 64, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
-MEANS = {"bfloat16": (128, 128, 64, 8, 3), "float32": (64, 64, 32, 8, 3)}
+MEANS = {"bfloat16": (128, 128, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
 
 
 def config(x: Tensor, W: Tensor, plain: bool = False) -> tuple[int, int, int, int, int, bool]:
     """(BM, BN, BK, warps, stages, descriptors) of the scores of terms ``x [n, N, d]`` with ``W``."""
     if x.shape[0] > 1:  # three tiles of tokens at once: half the tokens, and warps that each have whole rows of a dot
-        return 64, 64, 64, 4, 3, False
+        return *narrowed((64, 64, 64, 4, 3), W.device), False
     plain = plain and W.dtype == torch.bfloat16 and has_copy_engine(W.device) and W.shape[1] % 8 == 0 and describable(W)
-    return *SCORES[name(W.dtype) + " plain" * plain], plain
+    return *tiling(SCORES[name(W.dtype) + " plain" * plain], W), plain
+
+
+def tiling(config: tuple[int, int, int, int, int], W: Tensor) -> tuple[int, int, int, int, int]:
+    return config if W.dtype == torch.bfloat16 else narrowed(config, W.device)
 
 
 def name(dtype: torch.dtype) -> str:
@@ -345,7 +349,7 @@ def _chunk(
     stats = merge(scores, transform.scale / transform.temperature, logp, entropy)
     if gradient is None or exps is None:
         return
-    BM, BN, BK, warps, stages = MEANS[name(W.dtype)]
+    BM, BN, BK, warps, stages = tiling(MEANS[name(W.dtype)], W)
     blocks, column_blocks = triton.cdiv(N, BM), triton.cdiv(d, BN)
     parts, part_rows = split(blocks * column_blocks, V, BK, W.device)
     means = gradient if parts == 1 else torch.empty(parts, N, d, device=W.device)

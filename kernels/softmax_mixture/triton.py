@@ -25,14 +25,19 @@ from torch import Tensor
 
 from .. import native
 from ..dispatch import Call, interpreting_triton, only_dtypes
-from ..linear_logprob.triton import LOG2E
+from ..linear_logprob.triton import LOG2E, name, tiling
 from ..vertex_oracle.tiles import split, tile_scores
 
 BLOCK = 4096
 
 # (BM, BN, BK, warps, stages): tokens, columns of the table, rows of the table at a time
-MIXTURES = {"bfloat16": (64, 128, 64, 8, 3), "float32": (64, 64, 32, 8, 3)}
-GRADIENTS = {"bfloat16": (128, 128, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}  # tokens, rows, columns at a time
+MIXTURES = {"bfloat16": (64, 128, 64, 8, 3), "float32": (64, 64, 32, 4, 3)}
+# Tokens, rows, columns at a time. Ragged: rows of theta do not start at multiples of 16, so each entry has an address.
+GRADIENTS = {
+    "bfloat16": (128, 128, 64, 8, 3),
+    "bfloat16 ragged": (128, 64, 64, 8, 3),
+    "float32": (64, 64, 32, 4, 3),
+}
 
 
 @triton.jit
@@ -120,7 +125,7 @@ def unsupported(call: Call) -> str | None:
 def softmax_mixture(theta: Tensor, E: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     theta, T, (V, d) = native.rows(theta), theta.shape[0], E.shape
     lse = torch.empty(T, device=E.device)
-    BM, BN, BK, warps, stages = MIXTURES[str(E.dtype).removeprefix("torch.")]
+    BM, BN, BK, warps, stages = tiling(MIXTURES[name(E.dtype)], E)
     blocks, column_blocks = triton.cdiv(T, BM), triton.cdiv(d, BN)
     parts, part_rows = split(blocks * column_blocks, V, BK, E.device)
     out, sums = torch.empty(parts, T, d, device=E.device), torch.empty(parts, T, device=E.device)
@@ -136,7 +141,8 @@ def softmax_mixture(theta: Tensor, E: Tensor, tau: float) -> tuple[Tensor, Tenso
 def softmax_mixture_backward(theta: Tensor, E: Tensor, tau: float, lse: Tensor, grad_z: Tensor, dots: Tensor) -> Tensor:
     theta, T, (V, d) = native.rows(theta), theta.shape[0], E.shape
     grad_theta, grad_z = torch.empty(T, V, dtype=theta.dtype, device=E.device), grad_z.to(E.dtype).contiguous()
-    BM, BN, BK, warps, stages = GRADIENTS[str(E.dtype).removeprefix("torch.")]
+    ragged = E.dtype == torch.bfloat16 and V % 16 + theta.stride(0) % 16 > 0
+    BM, BN, BK, warps, stages = GRADIENTS[name(E.dtype) + " ragged" * ragged]
     blocks = triton.cdiv(T, BM)
     if T:
         gradient_tiles[(blocks * triton.cdiv(V, BN),)](

@@ -120,6 +120,13 @@ def has_copy_engine(device: torch.device) -> bool:
     return interpreting_triton() or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def narrowed(config: tuple[int, int, int, int, int], device: torch.device) -> tuple[int, int, int, int, int]:
+    """(BM, BN, BK, warps, stages) where each entry sums several products (terms, TF32 in three): before Hopper half as
+    many columns at a time, for the operands of a product are in registers there, which do not suffice."""
+    BM, BN, BK, warps, stages = config
+    return config if has_copy_engine(device) else (BM, BN, BK // 2, warps, stages + 1)
+
+
 def split(blocks: int, V: int, BN: int, device: torch.device) -> tuple[int, int]:
     """(parts, rows a part) of the vocabulary: enough programs to fill the device twice, whole tiles of BN rows."""
     programs = 2 * processors(device)

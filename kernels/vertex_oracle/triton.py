@@ -50,7 +50,7 @@ NOBODY = tl.constexpr(2**31 - 1)  # no id
 
 # (BM, BN, BK, warps, stages) for few tokens, for many, and for many with tiles loaded through tensor descriptors, which
 # Hopper's copy engine serves; benchmarks/tune.py measures others.
-CONFIGS = {"few": (16, 128, 64, 4, 4), "many": (128, 128, 64, 8, 3), "described": (128, 256, 64, 8, 4)}
+CONFIGS = {"few": (16, 128, 64, 4, 4), "many": (128, 128, 32, 8, 4), "described": (128, 256, 64, 8, 4)}
 CANDIDATES, BLOCK = 8, 256  # gathered rows, and columns of them, that a program holds
 TILES = 512  # whose minima a rescoring program holds
 

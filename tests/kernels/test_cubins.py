@@ -45,6 +45,27 @@ def test_the_triton_kernels_of_a_usual_call():
     assert loops["triton score_tiles"].multiplications >= 4  # wgmma, of a loop that was found
 
 
+# Of each kernel a form that once spilled, or in float32 on sm_90 changed its accumulator's layout (but list_tiles).
+RARE = {
+    "vertex_oracle bfloat16 from bfloat16 V=50257 T=2048 allowed second": "oracle_parts",
+    "linear_logprob bfloat16 from float32 V=50257 bias softcap entropy gradient": "score_tiles",
+    "linear_logprob float32 from float32 V=50257 bias softcap entropy gradient": "weighted_rows",
+    "softmax_mixture bfloat16 from bfloat16 V=50257 backward": "gradient_tiles",
+    "softmax_mixture float32 from float32 V=50257": "mixture_tiles",
+    "plausible_vertices float32 from float32 V=50257 bias softcap allowed": "list_tiles",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("call", RARE)
+def test_the_triton_kernels_of_rare_forms(call):
+    found = [
+        r for arch in cubins.ARCHITECTURES for r in cubins.compile_triton(arch, lambda *what: " ".join(what) == call)
+    ]
+    check(found, {f"triton {RARE[call]}"})
+
+
 def test_faults_of_compiled_code_are_seen():
     loop = """scf.for {
       %x = ttg.convert_layout %acc : tensor<64x64xf32, #a> -> tensor<64x64xf32, #b>
