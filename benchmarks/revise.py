@@ -8,7 +8,10 @@ are scored go through a softmax. ``loop``: the same, one rollout at a time. ``la
 token budget the package chooses by itself; the prompts' cache is made before the clock starts, as it is once for all K
 steps, but counts in the memory.
 
-Rollouts of M tokens are cut at rho = 0.8. All three start from the same prefixes, and the gradient of the first is
+``cuda_graph``, on a GPU: ours with that setting; a step is a replay, and ``revision_s`` compares whole revisions, the
+capture within.
+
+Rollouts of M tokens are cut at rho = 0.8. All start from the same prefixes, and the gradient of the first is
 compared before anything is timed. Beside the comparison: where our step's time goes, and with ``--rollouts``,
 ``--lengths`` and ``--steps`` how it grows with the number of rollouts, their prefixes' length and K. Utilisation is the
 fewest FLOPs of the step over what torch's matmul does in that time.
@@ -151,6 +154,7 @@ class Packed:
             self.batches = [
                 self.reviser._batch(index, [rollouts[i] for i in index]) for index in batches(sizes, self.budget, share)
             ]
+        self.evaluations = [self.reviser._evaluation(batch) for batch in self.batches]
 
     def gradient(self) -> Tensor:
         return self.reviser.value_and_grad(self.rollouts[:1])[0].grad
@@ -158,9 +162,9 @@ class Packed:
     def step(self) -> None:
         config = self.reviser.config
         with self.reviser._scope():
-            for batch in self.batches:
+            for batch, evaluate in zip(self.batches, self.evaluations, strict=True):
                 mixture = Mixture.from_tokens(batch.packing.prefix_ids, config.atoms)
-                _, gradient = self.reviser._value_and_grad(batch, mixture)
+                _, gradient = evaluate(mixture)
                 solver.advance(self.reviser.hull, mixture, gradient, batch.packing.prefix_row, None, 0, config)
 
     def revise(self, steps: int = 1) -> None:
@@ -216,12 +220,22 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
         steps["loop"] = lambda: [single.step() for single in singles]
     if not singles:
         report.absent["loop"] = "not asked for"
+    graphed: Packed | None = None
+    if work.device.type == "cuda" and work.attention != "flex_attention":
+        graphed = Packed(model, rollouts, replace(config, cuda_graph=True))
+        steps["cuda_graph"] = graphed.step
+    else:
+        report.absent["cuda_graph"] = "a CUDA graph of the step needs a GPU, and sdpa or eager attention"
     extra = {
         "latentrevise": harness.extra_memory(packed.revise, work.device),
         "obvious": harness.extra_memory(obvious.step, work.device),
     }
     if singles:
         extra["loop"] = harness.extra_memory(singles[0].step, work.device)
+    if graphed:
+        extra["cuda_graph"] = harness.extra_memory(partial(graphed.revise, 3), work.device)
+        for _ in range(2):  # the first runs as it is, the second captures
+            graphed.step()
     first = Obvious(model, rollouts[:1], config).gradient()[0].float()
     found = packed.gradient()
     difference = float((found - first).norm() / first.norm())
@@ -256,9 +270,17 @@ def run(work: Work, report: harness.Report, rounds: int, loop: bool) -> dict:
         "batches": len(packed.batches),
         "gradient_difference": difference,
         "speed_ratio": {"median": median, "p20": p20, "p80": p80, "rounds": rounds},
+        "revision_s": revisions({"latentrevise": packed, "cuda_graph": graphed} if graphed else {}, work, rounds),
         "memory_ratio": extra["obvious"] / max(extra["latentrevise"], 1e-9),
         "rollouts_per_second": work.batch / (sum(times["latentrevise"]) / rounds),
     }
+
+
+def revisions(packed: dict[str, Packed], work: Work, rounds: int) -> dict[str, float]:
+    """Median seconds of a whole revision (K = 10), the capture of its graphs within."""
+    calls = {name: partial(one.revise, 10) for name, one in packed.items()}
+    times = [{name: harness.clock(call, work.device) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: statistics.median(row[name] for row in times) for name in calls}
 
 
 def breakdown(packed: Packed, device: torch.device, rounds: int) -> dict[str, float]:

@@ -4,7 +4,7 @@
 #   benchmarks/run_gpu.sh build-check   build, every kernel against float64, the GPU tests
 #   benchmarks/run_gpu.sh kernels       every op against its peers, time and memory, bfloat16 at T = 2048
 #   benchmarks/run_gpu.sh sizes         the two matmul-bound ops at other T, and in float32
-#   benchmarks/run_gpu.sh revise        one step of the reviser at the shapes of 0.5B, 1.5B and 7B models
+#   benchmarks/run_gpu.sh revise        one step of the reviser at the shapes of 0.5B, 1.5B and 7B models, as a graph too
 #   benchmarks/run_gpu.sh attention     the same at 1.5B with sdpa and with flex_attention
 #   benchmarks/run_gpu.sh sanitize      compute-sanitizer on the CUDA kernels' smallest cases, where it is installed
 #   benchmarks/run_gpu.sh engines       sampling with transformers and with vLLM, where vLLM is installed
@@ -182,6 +182,7 @@ reviser() { # reviser SECONDS SHAPE [--attention KIND OPTIONS...]
 }
 
 revise() {
+  step step-graph 40 env -u TRITON_INTERPRET python3 -m pytest -q -p no:cacheprovider tests/test_step_graph.py -m gpu
   reviser 100 0.5B
   reviser 140 1.5B
   reviser 190 7B

@@ -8,7 +8,7 @@ the sparse record is our own decision).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +60,11 @@ class Mixture:
         return self.ids.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Mixture:
-        return Mixture(self.ids[rows], self.weights[rows], None if self.offset is None else self.offset[rows])
+        return self.map(lambda x: x[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Mixture:
+        """The same with each of its tensors changed."""
+        return Mixture(change(self.ids), change(self.weights), None if self.offset is None else change(self.offset))
 
     def behind(self, token_ids: Sequence[int]) -> Mixture:
         """The same points, and those tokens themselves in front."""
@@ -73,8 +77,7 @@ class Mixture:
 
     def to(self, device: torch.device | str) -> Mixture:
         """The same mixture with its tensors on ``device``."""
-        offset = None if self.offset is None else self.offset.to(device)
-        return Mixture(self.ids.to(device), self.weights.to(device), offset)
+        return self.map(lambda x: x.to(device))
 
     def step(self, vertex: Tensor, gamma: Tensor, slot: int) -> Mixture:
         """The Frank-Wolfe move ``z <- (1 - gamma) z + gamma E[vertex]``, recorded on the atoms.

@@ -11,6 +11,7 @@ prompt's last hidden state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,12 @@ class Terms:
     fluency: Tensor
     answer: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Terms:
+        """The same with each of its tensors changed."""
+        return Terms(*(change(getattr(self, name)) for name in ("loss", "explore", "guide", "fluency", "answer")))
+
     def detach(self) -> Terms:
-        return Terms(*(getattr(self, name).detach() for name in ("loss", "explore", "guide", "fluency", "answer")))
+        return self.map(Tensor.detach)
 
 
 def suffix(rollout: FailedRollout, config: ReviseConfig) -> Suffix:
@@ -57,13 +62,13 @@ def terms(logprobs: Tensor, rows: Tensor, kinds: Tensor, count: int, config: Rev
     """
 
     def total(values: Tensor, kind: int) -> Tensor:
-        own = kinds == kind
-        return torch.zeros(count, dtype=logprobs.dtype, device=logprobs.device).index_add(0, rows[own], values[own])
+        # Not by indexing with the mask: how many there are would have to come from the device first.
+        return values.new_zeros(count).index_add(0, rows, torch.where(kinds == kind, values, 0.0))
 
     def reduced(sums: Tensor, kind: int) -> Tensor:
         if config.reduction == "sum":
             return sums
-        return sums / torch.bincount(rows[kinds == kind], minlength=count).clamp_min(1)
+        return sums / total(torch.ones_like(logprobs), kind).clamp_min(1)
 
     pushed = logprobs
     if config.explore == "unlikelihood":

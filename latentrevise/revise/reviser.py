@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from latentrevise.model.cache import PromptCache
 from latentrevise.model.compute import Compute
 from latentrevise.model.packing import Packing, pack
 from latentrevise.model.policy import Policy, Ready
-from latentrevise.revise import objective, solver
+from latentrevise.revise import graph, objective, solver
 from latentrevise.revise.hull import Mixture, VocabularyHull
 from latentrevise.revise.objective import Terms
 from latentrevise.revise.revision import Evaluation, FailedRollout, ReviseConfig, Revision, Trace
@@ -71,6 +72,8 @@ class Reviser:
     ) -> None:
         self.policy = model if isinstance(model, Policy) else Policy(model, tokenizer)
         self.config = config or ReviseConfig()
+        if self.config.cuda_graph:
+            graph.check(self.policy)
         vertices = self.policy.known if self.config.special_vertices else self.policy.allowed
         self.hull = VocabularyHull(self.policy.table, vertices)
 
@@ -138,8 +141,9 @@ class Reviser:
         if batch.candidates is not None:
             self._charge(batch, progress, 1, 0)
         move: solver.Move | None = None
+        evaluate = self._evaluation(batch)
         for k in range(config.steps):
-            terms, gradient = self._value_and_grad(batch, mixture)
+            terms, gradient = evaluate(mixture)
             self._charge(batch, progress, 1 + config.recompute, 1)
             staying = self._record(batch, progress, mixture, terms, move)
             moments = None if move is None else move.moments
@@ -147,6 +151,7 @@ class Reviser:
                 keep = torch.isin(batch.packing.prefix_row, torch.tensor(staying, device=self.policy.device))
                 batch, mixture, gradient = self._leave(batch, staying, keep), mixture[keep], gradient[keep]
                 moments = None if moments is None else moments[keep]
+                evaluate = self._evaluation(batch)
             if not staying:
                 break
             move = solver.advance(
@@ -290,6 +295,11 @@ class Reviser:
             (gradient,) = torch.autograd.grad(terms.loss.sum(), prefix)
         return terms.detach(), gradient
 
+    def _evaluation(self, batch: _Batch) -> graph.Evaluate:
+        """Objective and ``dL/dz`` of a batch, for the steps of a revision."""
+        evaluate = partial(self._value_and_grad, batch)
+        return graph.Graphed(evaluate) if self.config.cuda_graph else evaluate
+
     def _check(self, rollouts: Sequence[FailedRollout]) -> None:
         seen: set[str] = set()
         for i, rollout in enumerate(rollouts):
@@ -342,4 +352,4 @@ def _sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    return _sum_by_row(values, rows, count) / torch.bincount(rows, minlength=count).clamp_min(1)
+    return _sum_by_row(values, rows, count) / _sum_by_row(torch.ones_like(values), rows, count).clamp_min(1)

@@ -97,6 +97,9 @@ class ReviseConfig:
         tried.
     recompute: activation checkpointing: layers keep only their inputs and run again in the backward pass, about a third
         more work for several times as many tokens in the same memory. The compute counts it.
+    cuda_graph: behind its first, all evaluations of a batch replay one CUDA graph: a launch instead of some thousand.
+        Not yet measured. For one GPU, sdpa or eager attention, without ``recompute``; a body that waits for the device
+        (some mixtures of experts) is refused when it is captured.
     backend: kernel implementation; None lets the dispatch decide.
     seed: of the random choices, where a solver makes any.
     """
@@ -121,6 +124,7 @@ class ReviseConfig:
     rounding: Literal["none", "argmax"] = "none"
     token_budget: int | None = None
     recompute: bool = False
+    cuda_graph: bool = False
     backend: str | None = None
     seed: int = 0
 
@@ -158,6 +162,11 @@ class ReviseConfig:
             raise ConfigError(
                 "ReviseConfig: guide_weight, explore_weight and fluency_weight are all 0, so there is nothing to"
                 " optimise; set one of them"
+            )
+        if self.cuda_graph and self.recompute:
+            raise ConfigError(
+                "ReviseConfig: recompute keeps the state of the random numbers, which no CUDA graph can; turn recompute"
+                " or cuda_graph off"
             )
         if self.solver in ("frank-wolfe", "random") and self.step_size > 1:
             raise ConfigError(
