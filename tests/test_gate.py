@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ from latentrevise.errors import ConfigError
 from latentrevise.recovery.gate import CHARGED, FREE, GateConfig, _recommended, _verdict
 from latentrevise.recovery.guards import auc, bootstrap_mean
 from latentrevise.strategies.candidates import Fork
+from tests.commands import command
 
 
 def test_auc_counts_pairs():
@@ -88,12 +86,7 @@ def test_the_command_measures_the_gate_and_audits_the_run(tmp_path):
     words += ["--config", tmp_path / "config.yaml", "--dtype", "float32", "--device", "cpu", "--quiet"]
 
     def call(*more):
-        found = subprocess.run(
-            [sys.executable, "-m", "latentrevise", *map(str, [*words, *more])],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
+        found = command(*words, *more)
         assert found.returncode == 0, found.stderr
         return found.stdout
 

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 
 import pytest
@@ -27,6 +24,7 @@ from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.stages import continuations
 from latentrevise.recovery.targets import Target
+from tests.commands import begin, command
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -207,15 +205,7 @@ def on_disk(tmp_path_factory):
     return folder
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def call(*words):
-    return [sys.executable, "-m", "latentrevise", *map(str, words), "--dtype", "float32", "--device", "cpu", "--quiet"]
-
-
-def command(*words):
-    return subprocess.run(call(*words), capture_output=True, text=True, env=ENVIRONMENT)
+PLACED = ("--dtype", "float32", "--device", "cpu", "--quiet")
 
 
 def recover_command(folder, out):
@@ -229,6 +219,7 @@ def recover_command(folder, out):
         folder / "config.yaml",
         "--out",
         out,
+        *PLACED,
     ]
 
 
@@ -239,16 +230,15 @@ def test_killed_at_ten_random_instants_it_ends_with_the_same_rows(on_disk, tmp_p
     assert found.returncode == 0, found.stderr
     draw, out = random.Random(0), tmp_path / "killed"
     for _ in range(10):
-        # Start-up takes most of so short a run, and killing it there proves little: wait for some parts, then strike.
+        # Killing it while it starts proves little: wait for some parts, then strike.
         enough = len(list(out.rglob("part-*"))) + draw.randint(1, 5)
-        with subprocess.Popen(
-            call(*recover_command(on_disk, out)), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        ) as process:
-            while process.poll() is None and len(list(out.rglob("part-*"))) < enough:
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0, 0.1))
-            assert process.poll() is None, "the run ended before it could be killed: give it more prompts"
-            process.kill()
+        process = begin(*recover_command(on_disk, out), told=str(tmp_path))
+        while process.is_alive() and len(list(out.rglob("part-*"))) < enough:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1))
+        assert process.is_alive(), "the run ended before it could be killed: give it more prompts"
+        process.kill()
+        process.join()
     found = command(*recover_command(on_disk, out))
     assert found.returncode == 0, found.stderr
     undisturbed = content(tmp_path / "undisturbed")
@@ -273,7 +263,7 @@ def test_each_step_is_a_command(on_disk, tmp_path):
         ["continue"],
         ["verify"],
     ):
-        found = command(*words, "--out", out)
+        found = command(*words, "--out", out, *PLACED)
         assert found.returncode == 0, (words, found.stderr)
     assert "trajectories" in found.stdout
     assert json.loads((out / "metrics.json").read_text())["zero_hit"] > 0
@@ -281,7 +271,7 @@ def test_each_step_is_a_command(on_disk, tmp_path):
     found = command(*recover_command(on_disk, tmp_path / "other"), "--engine", "vlm")
     assert found.returncode == 1
     assert "there are hf" in found.stderr
-    found = command("revise", "--out", tmp_path / "nothing")
+    found = command("revise", "--out", tmp_path / "nothing", *PLACED)
     assert found.returncode == 1
     assert "holds no run" in found.stderr
 
