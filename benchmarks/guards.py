@@ -162,39 +162,28 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "commit": harness.commit(),
         "families": found,
     }
-    print(table(document))
+    print(tables(document))
     if options.publish:
         write_json(RESULTS, document)
-        publish(table(document), PAGE, "guards")
+        publish(brief(document), PAGE, "guards")
     return document
 
 
-def table(document: dict[str, Any]) -> str:
+def tables(document: dict[str, Any]) -> str:
     """Two Markdown tables: what guards keep and let through, and how each signal ranks valid over invalid."""
-
-    def rate(r: Sequence[float]) -> str:
-        return f"{100 * r[0]:.1f} [{100 * r[1]:.0f}, {100 * r[2]:.0f}]"
-
-    def row(name: str, told: str, found: dict[str, Any]) -> str:
-        cells = [rate(found[key]) for key in ("kept", "let_through", "contamination")]
-        return f"| {name} | {told} | {' | '.join(cells)} |"
-
-    def thresholds(found: dict[str, Any]) -> str:
-        return " ".join(f"`{code}` {value:.3g}" for code, value in found["thresholds"].items()) or "none"
-
     lines = ["| family (valid, invalid) | guards | valid kept % | invalid let through % | invalid among admitted % |"]
     lines.append("|---" * 5 + "|")
+    keys = ("kept", "let_through", "contamination")
     for family, found in document["families"].items():
-        same = ", chosen on the same" if found["in_sample"] else ""
-        lines.append(row(f"{family} ({found['valid']}, {found['invalid']}{same})", "the defaults", found["defaults"]))
+        lines.append(_row(_head(family, found), "the defaults", found["defaults"], keys))
         alone = [one for one in found["alone"].values() if one["thresholds"]]
         best = min(alone, key=lambda one: one["contamination"][0] / max(one["kept"][0], 1e-9))
-        lines.append(row("", f"{thresholds(best)} alone", best))
+        lines.append(_row("", f"{_thresholds(best)} alone", best, keys))
         seen: set[str] = set()
         for floor in (FLOORS[0], FLOORS[-1]):
             one = found["together"][str(floor)]
-            if (text := thresholds(one)) not in seen:
-                lines.append(row("", f"{text} (for {100 * floor:.0f} % kept)", one))
+            if (text := _thresholds(one)) not in seen:
+                lines.append(_row("", f"{text} (for {100 * floor:.0f} % kept)", one, keys))
             seen.add(text)
     names = ("used", "founded", "plain", "step", "answer", "derivation", "length")
     lines += ["", "The AUC of each signal there, valid over invalid:", "", f"| family | {' | '.join(names)} |"]
@@ -203,3 +192,29 @@ def table(document: dict[str, Any]) -> str:
         cells = [f"{found['auc'][name]:.2f}" if name in found["auc"] else "-" for name in names]
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def brief(document: dict[str, Any]) -> str:
+    """What docs/audits.md has of it: the defaults, and the combination chosen to keep the most."""
+    lines = ["| family (valid, invalid) | guards | valid kept % | invalid among admitted % |", "|---" * 4 + "|"]
+    for family, found in document["families"].items():
+        best = found["together"][str(FLOORS[0])]
+        for head, told, one in (
+            (_head(family, found), "the defaults", found["defaults"]),
+            ("", _thresholds(best), best),
+        ):
+            lines.append(_row(head, told, one, ("kept", "contamination")))
+    return "\n".join(lines)
+
+
+def _head(family: str, found: dict[str, Any]) -> str:
+    return f"{family} ({found['valid']}, {found['invalid']}{', chosen on the same' if found['in_sample'] else ''})"
+
+
+def _thresholds(found: dict[str, Any]) -> str:
+    return " ".join(f"`{code}` {value:.3g}" for code, value in found["thresholds"].items()) or "none"
+
+
+def _row(name: str, told: str, found: dict[str, Any], keys: Sequence[str]) -> str:
+    cells = ["{:.1f} [{:.0f}, {:.0f}]".format(*(100 * v for v in found[key])) for key in keys]
+    return f"| {name} | {told} | {' | '.join(cells)} |"

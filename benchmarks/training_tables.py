@@ -90,7 +90,6 @@ SHOWN = (  # the arms that the documents have; all are on the site's page of all
     "start",
     "ordinary",
     "fresh-resampled",
-    "smuggled",
     "latent",
     "latent-plausible",
     "pivot",
@@ -136,14 +135,14 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """All arms of the study's document: a table a family, and from which code the cells come."""
+    """All arms of the study's document: the paper's comparison, a table a family, and from which code the cells come."""
     sizes = Sizes(**document["sizes"])
-    return "\n\n".join([*(table(name, of, sizes) for name, of in document["families"].items()), _commits(document)])
+    found = [table(name, of, sizes) for name, of in document["families"].items()]
+    return "\n\n".join([*filter(None, [comparison(document)]), *found, _commits(document)])
 
 
 def brief(document: Mapping[str, Any]) -> str:
-    """What the study's document says, as it stands in docs/: the paper's comparison, then the arms that decide, the
-    families side by side."""
+    """What the study's document says, as it stands in docs/: the arms that decide, the families side by side."""
     families = document["families"]
     kinds = {arm: row["kind"] for pooled in families.values() for arm, row in pooled["arms"].items()}
     heads = [f"{name} ({pooled['hard']} hard, {pooled['solved']} solved)" for name, pooled in families.items()]
@@ -152,7 +151,7 @@ def brief(document: Mapping[str, Any]) -> str:
         cells = (_cell(pooled["arms"].get(arm, {"rates": {}})) for pooled in families.values())
         lines.append(f"| {kinds[arm]} `{arm}` | {' | '.join(cells)} |")
     said = "Hard valid@1 [95 %]; gain (p); solved valid@1. Per cent."
-    return "\n\n".join([*filter(None, [comparison(document)]), said, "\n".join(lines), _commits(document)])
+    return "\n\n".join([said, "\n".join(lines), _commits(document)])
 
 
 def _cell(row: Mapping[str, Any]) -> str:

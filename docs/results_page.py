@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from benchmarks import recovery_tables, training_tables
+from benchmarks import guards, recovery_tables, training_tables
 
 PAGE = "results.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
@@ -19,6 +19,7 @@ STUDIES = {
     "rivals": ("What people would use instead", recovery_tables.tables),
     "variants": ("Harder families", recovery_tables.tables),
     "training": ("Training", training_tables.tables),
+    "guards": ("Guards", guards.tables),
 }
 
 
@@ -30,7 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def page() -> str:
     lines = ["# All rows", ""]
     lines += [
-        "The [recovery](recovery.md) and [training](training.md) studies, whole; those pages say what columns are."
+        "The studies of [recovery](recovery.md), [training](training.md) and [guards](audits.md#guards), whole.",
+        "Those pages say what the columns mean.",
     ]
     for study, (title, tables) in STUDIES.items():
         document = json.loads((RESULTS / f"{study}.json").read_text(encoding="utf-8"))
