@@ -135,7 +135,7 @@ def table(family: str, pooled: dict[str, Any], sizes: Sizes) -> str:
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """All arms of the study's document: the paper's comparison, a table a family, and from which code the cells come."""
+    """All arms of the study's document: the paper's comparison, a table a family, from which code the cells come."""
     sizes = Sizes(**document["sizes"])
     found = [table(name, of, sizes) for name, of in document["families"].items()]
     return "\n\n".join([*filter(None, [comparison(document)]), *found, _commits(document)])
