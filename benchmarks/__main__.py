@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cubins, estimates, harness, ops, screening
+from latentrevise.data.storage import atomic_write
 
 DESCRIPTIONS = {
     "vertex_oracle": "argmin of gradients over the embedding table",
@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     "training_memory": "peak memory of a training step over the model, TRL's head against linear_logprob",
     "verifier": "verdicts against math-verify and other graders on pairs of gold and answer; errors, pairs a second",
     "checkers": "the arithmetic checker: right derivations kept, mutated ones caught",
+    "gate": "the implicit-value gate on the bundled families: does the answer's score rank branches that succeed?",
     "guards": "the leak guards on finished runs of the recovery study: what each, and all together, keep and let by",
     "chaos": "processes that share a run, killed at random: are the rows an undisturbed run's, and is nothing left?",
     "scale": "a million prompts through scheduler, leases and part files, the work simulated: overhead, memory, resume",
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             status |= bad
         elif name in models:
             document = models[name].main(options)
-        elif name in ("checkers", "guards"):
+        elif name in ("checkers", "gate", "guards"):
             document = import_module(f"benchmarks.{name}").main(options)
         elif name == "estimates":
             document = estimates.main()
@@ -173,14 +174,9 @@ def measure(name: str, options: argparse.Namespace) -> dict:
 
 
 def write(path: Path, document: object) -> None:
-    """Whole or not at all; ``records.write_json`` needs pyarrow, and kernels are measured where only torch is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        json.dump(document, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Whole or not at all; unlike ``write_json`` with NaN, where something could not be measured."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def bill(prompts: Sequence[Prompt], mined: Mined, most: int, size: int) -> dict[
     budget."""
     counts = {p.id: drawn(mined[p.id], most, size) for p in prompts}
     own = {name: mined[name][:count] for name, count in counts.items()}
-    tokens = sum(decoded_tokens(r.completion_ids, r.finish_reason) for rows in own.values() for r in rows)
+    tokens = sum(decoded_tokens(len(r.completion_ids), r.finish_reason) for rows in own.values() for r in rows)
     read = sum(len(p.ids) * -(-counts[p.id] // size) for p in prompts)
     solved = sum(any(r.verdict == "correct" for r in rows) for rows in own.values())
     return {

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import harness
-from latentrevise.data.atoms import read_atoms, read_offsets
+from latentrevise.data.atoms import read_atoms
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
@@ -108,8 +108,9 @@ def content(out: Path) -> dict[str, Any]:
         rows = [dataclasses.asdict(row) for row in read_records(path, kind)]
         found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     for path in sorted(out.rglob("*.safetensors")):
-        atoms = {name: (ids.tolist(), weights.tolist()) for name, (ids, weights) in read_atoms(path).items()}
-        offsets = {name: offset.tolist() for name, offset in read_offsets(path).items()}
+        pairs, moved = read_atoms(path)
+        atoms = {name: (ids.tolist(), weights.tolist()) for name, (ids, weights) in pairs.items()}
+        offsets = {name: offset.tolist() for name, offset in moved.items()}
         found[str(path.relative_to(out))] = (atoms, offsets)
     return found
 

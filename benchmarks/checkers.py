@@ -23,7 +23,8 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.recovery import publish
 from latentrevise.checkers.arithmetic import check, check_against
-from latentrevise.data.records import Prompt, Rollout, Sample, read_records, write_json
+from latentrevise.data.records import Prompt, Rollout, Sample, read_records
+from latentrevise.data.storage import write_json
 from latentrevise.demo import wordproblems
 from latentrevise.errors import InputError
 from latentrevise.recovery.guards import wilson

@@ -37,7 +37,8 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import harness
 from benchmarks.hostile_expressions import expressions
 from latentrevise.data.prompts import load_prompts
-from latentrevise.data.records import Prompt, read_jsonl, read_records, write_jsonl, write_records
+from latentrevise.data.records import Prompt, read_records, write_records
+from latentrevise.data.storage import read_jsonl, write_jsonl
 from latentrevise.errors import InputError
 from latentrevise.verify.verifier import Verifier
 

@@ -20,16 +20,8 @@ from transformers import AutoTokenizer
 
 from benchmarks import harness
 from benchmarks.recovery import publish
-from latentrevise.data.records import (
-    Prompt,
-    Sample,
-    Start,
-    Verdict,
-    decoded,
-    original_prefix,
-    read_records,
-    write_json,
-)
+from latentrevise.data.records import Prompt, Sample, Start, Verdict, decoded, original_prefix, read_records
+from latentrevise.data.storage import write_json
 from latentrevise.errors import InputError
 from latentrevise.recovery.guards import GUARDS, GuardConfig, auc, guard, guard_curves, wilson
 from latentrevise.recovery.provenance import provenance

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery import Unit, commits_of, note_commit, publish, recovery_of, refuse_part, train
-from latentrevise.data.records import atomic_write, write_json
+from latentrevise.data.storage import atomic_write, write_json
 from latentrevise.recovery.collect import results
 from latentrevise.recovery.guards import MARKERS, markers, wilson
 from latentrevise.recovery.metrics import WRONG
@@ -91,7 +91,7 @@ def _step(rows: Sequence[Result], wrong: Sequence[Result] | None) -> dict[str, A
         "valid": len({v.prompt_id for _, _, v in rows if v.verdict == "correct" and v.valid}),
         "wrong": None if wrong is None else len({v.prompt_id for _, _, v in wrong if v.hits_wrong}),
         "samples": len(rows),
-        "tokens": sum(decoded_tokens(s.completion_ids, s.finish_reason) for _, s, _ in rows),
+        "tokens": sum(decoded_tokens(len(s.completion_ids), s.finish_reason) for _, s, _ in rows),
         "markers": any_marker,
     }
 

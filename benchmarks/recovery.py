@@ -35,7 +35,8 @@ import torch
 from benchmarks import harness
 from benchmarks.recovery_strata import strata
 from benchmarks.recovery_tables import brief, figure, guard_figure, summary, tables
-from latentrevise.data.records import Verdict, atomic_write, read_records, write_json
+from latentrevise.data.records import Verdict, read_records
+from latentrevise.data.storage import atomic_write, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
 from latentrevise.demo.joint import JointFamily
 from latentrevise.demo.run import demo_config

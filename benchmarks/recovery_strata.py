@@ -23,20 +23,19 @@ def strata(runs: Iterable[Path], strategies: Sequence[str]) -> dict[str, Any]:
     """Of finished runs: ``rollouts``, the fewest that a prompt's stratum rests on besides the mined ones, and for each
     stratum its number of prompts and, a strategy, those with a right answer and with a valid derivation (rate, 95 %
     Wilson interval). Nothing where no control was drawn."""
-    prompts, hits, fewest = Counter[str](), defaultdict[tuple[str, str], Counter[str]](Counter), 0
+    prompts, hits = Counter[str](), defaultdict[tuple[str, str], Counter[str]](Counter)
+    drawn: list[int] = []
     for path in runs:
         run = RunDirectory(path)
         pool = _right(run, POOL)
-        if not pool:
-            continue
-        fewest = min([fewest or min(pool.samples.values()), *pool.samples.values()])
+        drawn += pool.samples.values()
         stratum = {name: WITHIN if pool.right[name] else BEYOND for name in pool.samples}
         prompts.update(stratum.values())
         for strategy in strategies:
             found = _right(run, strategy)
             for key, of in (("answer", found.right), ("valid", found.valid)):
                 hits[strategy, key].update(stratum[name] for name in stratum if of[name])
-    return {"rollouts": fewest, "prompts": dict(prompts)} | {
+    return {"rollouts": min(drawn, default=0), "prompts": dict(prompts)} | {
         stratum: {
             strategy: {key: wilson(hits[strategy, key][stratum], of) for key in ("answer", "valid")}
             for strategy in strategies
@@ -50,9 +49,6 @@ class _Counts:
 
     def __init__(self) -> None:
         self.samples, self.right, self.valid = Counter[str](), Counter[str](), Counter[str]()
-
-    def __bool__(self) -> bool:
-        return bool(self.samples)
 
 
 def _right(run: RunDirectory, arm: str) -> _Counts:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.recovery_strata import BEYOND
-from latentrevise.data.records import atomic_write
+from latentrevise.data.storage import atomic_write
 
 SHOWN = {  # of a study with many rows: those that its page has; all are on the site's page of all rows
     "recovery": (

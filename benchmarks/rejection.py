@@ -125,7 +125,7 @@ def watched(
             right = rollout.verdict == "correct"
             valid = right and family.check(prompt.text, "", rollout.completion, prompt.answer).valid
             seen = tuple((at, next(scores)) for at in ats)
-            passes = decoded_tokens(rollout.completion_ids, rollout.finish_reason)
+            passes = decoded_tokens(len(rollout.completion_ids), rollout.finish_reason)
             found.append(Watched(prompt.id, passes, bool(valid), seen, len(template) + len(answer) - 1))
     return found
 

@@ -31,7 +31,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import harness
-from latentrevise.data.records import Rollout, Sample, Start, Verdict, read_records, write_jsonl
+from latentrevise.data.records import Rollout, Sample, Start, Verdict, read_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.demo import model_dir
 from latentrevise.model.loading import load_model
 from latentrevise.recovery import pipeline, schedule, stages

@@ -65,9 +65,10 @@ from benchmarks.training_plan import (
 from benchmarks.training_tables import brief, figure, pool, sign_flip, table, tables
 from latentrevise.config import load_config
 from latentrevise.data.boundary import Boundary
-from latentrevise.data.exports import Row, prefix_rows, rollout_row, sft_rows
+from latentrevise.data.formats import Row, prefix_rows, rollout_row, sft_rows
 from latentrevise.data.prompts import load_prompts
-from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records, row_seed, write_json
+from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records, row_seed
+from latentrevise.data.storage import write_json
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import FAMILIES, demo_config
 from latentrevise.errors import RunError

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.training_plan import ARMS, COSTS, METRICS, PUBLISHED, RLVR_RIVALS, SFT_RIVALS, Sizes, defined
-from latentrevise.data.records import atomic_write
+from latentrevise.data.storage import atomic_write
 from latentrevise.recovery.guards import bootstrap_mean
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentrevise import FailedRollout, ReviseConfig
-from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
+from latentrevise.data.atoms import read_atoms, write_atoms
 from latentrevise.errors import ConfigError
 from latentrevise.model.policy import Policy
 from latentrevise.revise.hull import Mixture
@@ -117,8 +117,9 @@ def test_offsets_are_kept_beside_the_atoms(tmp_path):
         torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 4.0]])
     )
     write_atoms(tmp_path / "a.safetensors", {"a": (mixture.ids, mixture.weights)}, {"a": mixture.offset})
-    assert list(read_atoms(tmp_path / "a.safetensors")) == ["a"]
-    assert torch.equal(read_offsets(tmp_path / "a.safetensors")["a"], mixture.offset)
+    atoms, offsets = read_atoms(tmp_path / "a.safetensors")
+    assert list(atoms) == ["a"]
+    assert torch.equal(offsets["a"], mixture.offset)
     table = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
     assert mixture.embed(table).tolist() == [[1.25, 5.0]]
     assert dataclasses.replace(mixture, offset=None).embed(table).tolist() == [[1.0, 1.0]]

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from latentrevise import __version__, cli
 from latentrevise.cli import app
-from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records, write_jsonl
+from latentrevise.data.records import Prompt, Rollout, Trajectory, read_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.errors import ModelError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.rundir import RunDirectory

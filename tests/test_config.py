@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from latentrevise.config import from_dict, load_config, to_dict
-from latentrevise.data.records import stable_hash
+from latentrevise.data.storage import stable_hash
 from latentrevise.errors import ConfigError
 
 

@@ -9,17 +9,9 @@ import torch
 from safetensors import safe_open
 
 from latentrevise import RecoverConfig, recover
-from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
-from latentrevise.data.records import (
-    Prompt,
-    Rollout,
-    Sample,
-    Start,
-    Trajectory,
-    Verdict,
-    read_records,
-    read_table,
-)
+from latentrevise.data.atoms import read_atoms, write_atoms
+from latentrevise.data.parquet import read_table
+from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records
 from latentrevise.data.storage import read_signed
 from latentrevise.errors import InputError, LatentReviseError
 from latentrevise.recovery.rundir import RunDirectory
@@ -46,8 +38,9 @@ def run(tmp_path_factory):
 def content(path):
     """What the package reads of a file."""
     if path.suffix == ".safetensors":
-        pairs = {name: (ids.tolist(), weights.tolist()) for name, (ids, weights) in read_atoms(path).items()}
-        return pairs, {name: offset.tolist() for name, offset in read_offsets(path).items()}
+        atoms, offsets = read_atoms(path)
+        pairs = {name: (ids.tolist(), weights.tolist()) for name, (ids, weights) in atoms.items()}
+        return pairs, {name: offset.tolist() for name, offset in offsets.items()}
     if path.name == "errors.jsonl":
         return RunDirectory(path.parent).read_errors()
     if path.name == "run.json":

@@ -6,7 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from latentrevise.cli import app
-from latentrevise.data.records import Prompt, Rollout, write_json, write_records
+from latentrevise.data.records import Prompt, Rollout, write_records
+from latentrevise.data.storage import write_json
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import InputError

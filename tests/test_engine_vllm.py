@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from latentrevise import recover
 from latentrevise.cli import app
-from latentrevise.data.records import write_jsonl
+from latentrevise.data.storage import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, Request, SamplingParams, VLLMConfig, VLLMEngine

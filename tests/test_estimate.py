@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from latentrevise import RecoverConfig
 from latentrevise.cli import app
-from latentrevise.data.records import write_jsonl
+from latentrevise.data.storage import write_jsonl
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.estimate import Cost, Estimate, estimate, estimate_text
 from latentrevise.recovery.pipeline import Recovery

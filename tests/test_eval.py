@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from latentrevise.cli import app
-from latentrevise.data.records import Prompt, Rollout, read_records, write_jsonl
+from latentrevise.data.records import Prompt, Rollout, read_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.engines import HFEngine
 from latentrevise.errors import ConfigError, InputError

@@ -7,7 +7,7 @@ import pytest
 
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.export import export_run
-from latentrevise.data.exports import (
+from latentrevise.data.formats import (
     FORMATS,
     message_rows,
     preference_rows,
@@ -16,7 +16,8 @@ from latentrevise.data.exports import (
     sft_rows,
     verl_rl_rows,
 )
-from latentrevise.data.records import Prompt, Rollout, Trajectory, write_json, write_records
+from latentrevise.data.records import Prompt, Rollout, Trajectory, write_records
+from latentrevise.data.storage import write_json
 from latentrevise.errors import ConfigError, InputError, ModelError, RunError
 from latentrevise.verify.patterns import AnswerPattern
 from tests.tiny import BOS, EOS, tiny_tokenizer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from latentrevise.config import to_dict
-from latentrevise.data.records import write_jsonl
+from latentrevise.data.storage import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.errors import ConfigError

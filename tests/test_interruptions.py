@@ -10,7 +10,7 @@ import time
 import pytest
 
 from latentrevise.data.leftovers import sweep
-from latentrevise.data.records import atomic_write, write_jsonl
+from latentrevise.data.storage import atomic_write, write_jsonl
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.report import page
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -27,7 +27,7 @@ def python(code, *words):
 
 HALF = """
     import os, signal, sys, time
-    from latentrevise.data.records import atomic_write
+    from latentrevise.data.storage import atomic_write
     with atomic_write(sys.argv[1]) as temporary:
         temporary.write_text("half")
         print("half", flush=True)

@@ -11,7 +11,8 @@ from latentrevise import RecoverConfig, recover
 from latentrevise.config import to_dict
 from latentrevise.data.atoms import read_atoms
 from latentrevise.data.boundary import Boundary
-from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records, write_jsonl
+from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine
@@ -62,7 +63,7 @@ def content(out):
         found[str(path.relative_to(out))] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
     for path in sorted(out.rglob("*.safetensors")):
         found[str(path.relative_to(out))] = {
-            k: (ids.tolist(), weights.tolist()) for k, (ids, weights) in read_atoms(path).items()
+            k: (ids.tolist(), weights.tolist()) for k, (ids, weights) in read_atoms(path)[0].items()
         }
     return found
 
@@ -141,7 +142,7 @@ def test_trajectories_carry_both_streams(finished, rule):
     rows = recovered.trajectories
     assert list(rows) == read_records(recovered.out / "trajectories.parquet", Trajectory)
     assert rows, "nothing was recovered, so this test shows nothing"
-    atoms = read_atoms(recovered.out / "atoms.safetensors")
+    atoms = read_atoms(recovered.out / "atoms.safetensors")[0]
     for row in rows:
         assert row.verdict == "correct"
         assert row.extracted_answer == row.answer

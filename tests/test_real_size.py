@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from latentrevise.cli import app
-from latentrevise.data.records import Start, read_records, write_jsonl
+from latentrevise.data.records import Start, read_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.model.loading import spread
 from latentrevise.recovery.rundir import RunDirectory, fingerprint
 from latentrevise.strategies import names

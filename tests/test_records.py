@@ -22,15 +22,12 @@ from latentrevise.data.records import (
     Start,
     Trajectory,
     Verdict,
-    atomic_write,
     read_records,
     row_seed,
     schema,
-    stable_hash,
-    write_json,
-    write_jsonl,
     write_records,
 )
+from latentrevise.data.storage import atomic_write, stable_hash, write_json, write_jsonl
 from latentrevise.errors import InputError, LatentReviseError, RunError
 
 
@@ -152,14 +149,14 @@ def test_atoms(tmp_path):
     ids = torch.arange(6).reshape(3, 2)
     weights = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]], dtype=torch.float64)
     write_atoms(tmp_path / "atoms.safetensors", {"p/latent/0": (ids, weights), "b.ids": (ids[:1], weights[:1])})
-    found = read_atoms(tmp_path / "atoms.safetensors")
+    found, _ = read_atoms(tmp_path / "atoms.safetensors")
     assert set(found) == {"p/latent/0", "b.ids"}
     assert found["p/latent/0"][0].dtype == torch.int32
     assert found["p/latent/0"][1].dtype == torch.float32
     assert torch.equal(found["p/latent/0"][0].long(), ids)
     assert torch.equal(found["p/latent/0"][1].double(), weights)
     write_atoms(tmp_path / "none.safetensors", {})
-    assert read_atoms(tmp_path / "none.safetensors") == {}
+    assert read_atoms(tmp_path / "none.safetensors") == ({}, {})
     with pytest.raises(ValueError, match="mixture x"):
         write_atoms(tmp_path / "bad.safetensors", {"x": (ids, weights[:2])})
     (tmp_path / "bad.safetensors").write_bytes(b"\x00" * 4)
@@ -183,7 +180,7 @@ def test_a_killed_write_keeps_the_old_file(tmp_path):
     write_records(target, [ROWS[0]])
     code = """
         import os, signal, sys
-        from latentrevise.data.records import atomic_write
+        from latentrevise.data.storage import atomic_write
         with atomic_write(sys.argv[1]) as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,7 @@ import pytest
 
 from latentrevise.cli.options import located
 from latentrevise.data import remote
-from latentrevise.data.records import read_jsonl, write_jsonl
+from latentrevise.data.storage import read_jsonl, write_jsonl
 from latentrevise.data.tables import read_rows
 from latentrevise.errors import InputError, RunError
 

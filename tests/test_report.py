@@ -21,18 +21,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from latentrevise.data.atoms import write_atoms
-from latentrevise.data.records import (
-    Prompt,
-    Rollout,
-    RowError,
-    Sample,
-    Start,
-    Verdict,
-    stable_hash,
-    write_json,
-    write_jsonl,
-    write_records,
-)
+from latentrevise.data.records import Prompt, Rollout, RowError, Sample, Start, Verdict, write_records
+from latentrevise.data.storage import stable_hash, write_json, write_jsonl
 from latentrevise.errors import InputError, RunError
 from latentrevise.model.compute import Compute
 from latentrevise.recovery.metrics import run_metrics

@@ -12,7 +12,7 @@ import pytest
 
 from latentrevise.data.golds import unwrap
 from latentrevise.data.prompts import PromptSettings, load_prompts
-from latentrevise.data.records import read_jsonl, write_jsonl
+from latentrevise.data.storage import read_jsonl, write_jsonl
 from latentrevise.data.tables import plain
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.verify.verifier import Verifier

@@ -7,7 +7,8 @@ from itertools import count
 import pytest
 
 from latentrevise import RecoverConfig, recover
-from latentrevise.data.records import Prompt, read_jsonl, read_records, write_jsonl
+from latentrevise.data.records import Prompt, read_records
+from latentrevise.data.storage import read_jsonl, write_jsonl
 from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.recovery.evaluate import EvalRunConfig, evaluate_run

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import scale
-from latentrevise.data.records import write_jsonl
+from latentrevise.data.storage import write_jsonl
 
 
 def test_simulated_workers_share_a_run_and_another_process_finds_nothing_left(tmp_path):

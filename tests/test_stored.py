@@ -11,7 +11,8 @@ import pytest
 
 from latentrevise import RecoverConfig
 from latentrevise.data.parquet import GROUP
-from latentrevise.data.records import Prompt, Rollout, write_jsonl, write_records
+from latentrevise.data.records import Prompt, Rollout, write_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.data.stored import Stored
 from latentrevise.errors import InputError, RunError
 from latentrevise.recovery.job import Job

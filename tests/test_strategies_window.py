@@ -7,7 +7,7 @@ import torch
 
 from latentrevise import FailedRollout, RecoverConfig, ReviseConfig
 from latentrevise.data.atoms import read_atoms
-from latentrevise.data.exports import preference_rows, sft_rows
+from latentrevise.data.formats import preference_rows, sft_rows
 from latentrevise.data.records import Start, read_records
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
@@ -196,7 +196,7 @@ def finished(tmp_path_factory):
 def test_what_stands_before_the_window_is_in_every_row_as_it_was(finished, arm):
     run, recovered, tokenizer = finished
     rollouts = {r.sample_id: r for own in run.rollouts().values() for r in own}
-    mixtures = read_atoms(run.run.part("starts", 0, arm).with_suffix(".safetensors"))
+    mixtures, _ = read_atoms(run.run.part("starts", 0, arm).with_suffix(".safetensors"))
     windows = {}
     for start in read_records(run.run.path / "starts" / arm, Start):
         ids = rollouts[start.parent_sample_id].completion_ids

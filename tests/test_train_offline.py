@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from latentrevise.cli import app
 from latentrevise.data.export import export_run
-from latentrevise.data.exports import group_rows, step_preference_rows
-from latentrevise.data.records import Rollout, write_json, write_jsonl, write_records
+from latentrevise.data.formats import group_rows, step_preference_rows
+from latentrevise.data.records import Rollout, write_records
+from latentrevise.data.storage import write_json, write_jsonl
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.train.distill import DistillSettings, train_distill
 from latentrevise.train.offline import GroupSettings, read_groups, train_groups

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from latentrevise.cli import app
 from latentrevise.config import PRESETS, load_config
-from latentrevise.data.records import write_jsonl
+from latentrevise.data.storage import write_jsonl
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.guards import GuardConfig
 from latentrevise.revise.revision import ReviseConfig

@@ -477,7 +477,7 @@ def test_command(tmp_path):
     from typer.testing import CliRunner
 
     from latentrevise.cli import app
-    from latentrevise.data.records import write_jsonl
+    from latentrevise.data.storage import write_jsonl
 
     tiny_model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from latentrevise import strategies
 from latentrevise.cli import app
-from latentrevise.data.records import Prompt, write_jsonl
+from latentrevise.data.records import Prompt
+from latentrevise.data.storage import write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine, VLLMConfig, VLLMEngine

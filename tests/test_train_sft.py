@@ -11,7 +11,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from latentrevise.config import load_config
-from latentrevise.data.records import Prompt, Rollout, Start, Trajectory, write_json, write_records
+from latentrevise.data.records import Prompt, Rollout, Start, Trajectory, write_records
+from latentrevise.data.storage import write_json
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.kernels.linear_logprob import blocked
 from latentrevise.recovery.evaluate import EvalConfig

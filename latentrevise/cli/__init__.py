@@ -364,7 +364,7 @@ def _run(recovery: Recovery, work: Callable[[], None], jsonl: bool) -> None:
 def _finish(recovered: Any, jsonl: bool) -> None:
     from rich.console import Console
 
-    from latentrevise.data.records import write_jsonl
+    from latentrevise.data.storage import write_jsonl
     from latentrevise.report import console_table, write_report
 
     Console().print(console_table(recovered.metrics))

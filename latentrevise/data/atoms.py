@@ -81,20 +81,18 @@ def write_atoms(
         out.write(mixtures, offsets)
 
 
-def read_atoms(path: str | os.PathLike[str], remedy: str = REMEDY) -> dict[str, tuple[Tensor, Tensor]]:
-    """What ``write_atoms`` wrote: id -> (ids int32 ``[T, A]``, weights float32 ``[T, A]``). Raises InputError."""
+def read_atoms(
+    path: str | os.PathLike[str], remedy: str = REMEDY
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """What ``write_atoms`` wrote, by id: (ids int32 ``[T, A]``, weights float32 ``[T, A]``), and offsets float32
+    ``[T, d]``. Raises InputError with the remedy."""
     tensors = _read_tensors(path, remedy)
     names = [key.removesuffix(".ids") for key in tensors if key.endswith(".ids")]
     unpaired = [n for n in names if f"{n}.weights" not in tensors]
     if unpaired:
         raise InputError(f"{path}: mixture {unpaired[0]} has ids but no weights; {remedy}")
-    return {name: (tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in names}
-
-
-def read_offsets(path: str | os.PathLike[str], remedy: str = REMEDY) -> dict[str, Tensor]:
-    """The offsets that ``write_atoms`` wrote, by id: float32 ``[T, d]``. Raises InputError."""
-    tensors = _read_tensors(path, remedy)
-    return {key.removesuffix(".offset"): tensors[key] for key in tensors if key.endswith(".offset")}
+    offsets = {key.removesuffix(".offset"): tensors[key] for key in tensors if key.endswith(".offset")}
+    return {name: (tensors[f"{name}.ids"], tensors[f"{name}.weights"]) for name in names}, offsets
 
 
 def _read_tensors(path: str | os.PathLike[str], remedy: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A finished run to a trainer's file, some rows at a time: the formats are in ``exports``."""
+"""A finished run to a trainer's file, some rows at a time: the formats are in ``formats``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
 
-from latentrevise.data import exports
+from latentrevise.data import formats
 from latentrevise.data.boundary import Boundary
-from latentrevise.data.exports import FORMATS, Row
+from latentrevise.data.formats import FORMATS, Row
 from latentrevise.data.parquet import GROUP, TableFile, table_writer
-from latentrevise.data.records import (
-    Prompt,
-    Rollout,
-    Sample,
-    Start,
-    Trajectory,
-    Verdict,
-    read_records,
-    write_jsonl,
-)
+from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records
 from latentrevise.data.remote import is_url, sent
-from latentrevise.data.storage import read_signed
+from latentrevise.data.storage import read_signed, write_jsonl
 from latentrevise.data.stored import Stored
 from latentrevise.errors import ConfigError, InputError, ModelError
 from latentrevise.verify.patterns import BOXED, AnswerPattern
@@ -169,7 +160,7 @@ class _Making:
     def _prompts(self) -> _InOrder[Prompt]:
         return _InOrder(lambda: iter(Stored(self.run / "prompts.parquet", Prompt)), lambda prompt: prompt.id)
 
-    def _conversations(self, prompts: _InOrder[Prompt], some: list[Trajectory]) -> exports.Conversations:
+    def _conversations(self, prompts: _InOrder[Prompt], some: list[Trajectory]) -> formats.Conversations:
         return {name: own[0].conversation for name, own in prompts.take({t.prompt_id for t in some}).items()}
 
     def _first(self) -> Iterator[Trajectory]:
@@ -179,17 +170,17 @@ class _Making:
 
     def sft(self) -> Iterator[Row]:
         for some in _batches(self.chosen):
-            yield from exports.sft_rows(some, self.tokenizer, self.stop)
+            yield from formats.sft_rows(some, self.tokenizer, self.stop)
 
     def preferences(self) -> Iterator[Row]:
         rollouts = self._rollouts()
         for some in _batches(self.chosen):
             own = rollouts.take({t.prompt_id for t in some})
-            yield from exports.preference_rows(some, [r for rows in own.values() for r in rows], self.tokenizer)
+            yield from formats.preference_rows(some, [r for rows in own.values() for r in rows], self.tokenizer)
 
     def step_preferences(self) -> Iterator[Row]:
         failed = _failed_branches(self.run, self.settings)
-        return iter(exports.step_preference_rows(self.chosen, failed, self.tokenizer))
+        return iter(formats.step_preference_rows(self.chosen, failed, self.tokenizer))
 
     def groups(self) -> Iterator[Row]:
         first, rows, rollouts = self.chosen.first(), Stored(self.chosen.path, Trajectory), self._rollouts()
@@ -199,29 +190,29 @@ class _Making:
             own = rollouts.take({prompt.id for prompt in prompts})
             flat = [r for found in own.values() for r in found]
             recovered = [rows[place] for place in sorted(first[p.id] for p in prompts if p.id in first)]
-            yield from exports.group_rows(recovered, flat, prompts, self.tokenizer, self.stop, size)
+            yield from formats.group_rows(recovered, flat, prompts, self.tokenizer, self.stop, size)
 
     def messages(self) -> Iterator[Row]:
         prompts = self._prompts()
         for some in _batches(self.chosen):
-            yield from exports.message_rows(some, self._conversations(prompts, some), self.tokenizer)
+            yield from formats.message_rows(some, self._conversations(prompts, some), self.tokenizer)
 
     def rl(self, for_verl: bool = False) -> Iterator[Row]:
         prompts, count = self._prompts(), 0
         for some in _batches(self._first()):
             known = self._conversations(prompts, some)
             if for_verl:
-                yield from exports.verl_rl_rows(some, known, self.tokenizer, count)
+                yield from formats.verl_rl_rows(some, known, self.tokenizer, count)
             else:
-                yield from exports.rl_rows(some, known)
+                yield from formats.rl_rows(some, known)
             count += len(some)
 
     def prefixes(self) -> Iterator[Row]:
         boundary = Boundary.of(self.settings.get("prefix_boundary"), self.tokenizer)
         pattern = AnswerPattern(self.settings.get("answer_pattern", BOXED))
-        for stage in range(exports.STAGES):
+        for stage in range(formats.STAGES):
             for some in _batches(self._first()):
-                rows = exports.prefix_rows(some, self.tokenizer, boundary, pattern)
+                rows = formats.prefix_rows(some, self.tokenizer, boundary, pattern)
                 yield from (row for row in rows if row["stage"] == stage)
 
 

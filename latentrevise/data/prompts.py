@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentrevise.data.chat import Chat, Templater, content_of, text_of
 from latentrevise.data.golds import gold, is_solution
-from latentrevise.data.records import Prompt, RowError, stable_hash
+from latentrevise.data.records import Prompt, RowError
+from latentrevise.data.storage import stable_hash
 from latentrevise.data.tables import BadRow, plain_row, read_rows, shown
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.verify.verifier import Verifier

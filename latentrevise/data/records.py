@@ -19,14 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import pyarrow as pa
 
-from latentrevise.data.parquet import GROUP, table_writer
-from latentrevise.data.parquet import read_table as read_table
-from latentrevise.data.parquet import write_table as write_table
-from latentrevise.data.storage import atomic_write as atomic_write
-from latentrevise.data.storage import read_jsonl as read_jsonl
-from latentrevise.data.storage import stable_hash as stable_hash
-from latentrevise.data.storage import write_json as write_json
-from latentrevise.data.storage import write_jsonl as write_jsonl
+from latentrevise.data.parquet import GROUP, read_table, table_writer
+from latentrevise.data.storage import stable_hash
 from latentrevise.errors import InputError
 from latentrevise.verify.verifier import VerdictName
 

@@ -266,7 +266,7 @@ def _read_tsv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    from latentrevise.data.records import read_table
+    from latentrevise.data.parquet import read_table
 
     table, columns = read_table(path, remedy="fetch it, or write it anew"), []
     for name in table.column_names:

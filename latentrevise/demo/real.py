@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from latentrevise.config import load_config
-from latentrevise.data.records import atomic_write, write_json, write_jsonl
+from latentrevise.data.storage import atomic_write, write_json, write_jsonl
 from latentrevise.demo.wordproblems import NAME, lessons, word_problems
 from latentrevise.errors import ModelError
 from latentrevise.model.loading import load_model, merge_adapter

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from latentrevise.config import to_dict
-from latentrevise.data.records import atomic_write, write_jsonl
+from latentrevise.data.storage import atomic_write, write_jsonl
 from latentrevise.demo import Family, get_family, make_prompts, model_dir
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.guards import GuardConfig

@@ -11,16 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentrevise.data.atoms import AtomsWriter, atoms_writer
-from latentrevise.data.records import (
-    Prompt,
-    Sample,
-    Start,
-    Trajectory,
-    Verdict,
-    read_records,
-    read_table,
-    write_records,
-)
+from latentrevise.data.parquet import read_table
+from latentrevise.data.records import Prompt, Sample, Start, Trajectory, Verdict, read_records, write_records
 from latentrevise.data.storage import write_signed
 from latentrevise.errors import RunError
 from latentrevise.model.compute import Compute

@@ -17,16 +17,8 @@ from tqdm.auto import tqdm
 from latentrevise.config import at_least_one, to_dict
 from latentrevise.data.golds import unwrap
 from latentrevise.data.prompts import PromptSettings
-from latentrevise.data.records import (
-    Prompt,
-    Rollout,
-    decoded,
-    read_records,
-    row_seed,
-    stable_hash,
-    write_records,
-)
-from latentrevise.data.storage import write_signed
+from latentrevise.data.records import Prompt, Rollout, decoded, read_records, row_seed, write_records
+from latentrevise.data.storage import stable_hash, write_signed
 from latentrevise.data.tables import file_hash
 from latentrevise.engines import Engine, HFEngine, Request, SamplingParams, VLLMConfig
 from latentrevise.errors import ConfigError, InputError

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentrevise.data.boundary import Boundary
+from latentrevise.data.parquet import read_table
 from latentrevise.data.records import (
     Prompt,
     Rollout,
     RowError,
     Start,
     read_records,
-    read_table,
     records_of,
     row_seed,
-    write_jsonl,
     write_records,
 )
+from latentrevise.data.storage import write_jsonl
 from latentrevise.data.stored import Stored
 from latentrevise.data.tables import file_hash
 from latentrevise.engines import Completion, Engine, HFEngine, Request, SamplingParams

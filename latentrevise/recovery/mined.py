@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pyarrow.compute as pc
 
-from latentrevise.data.records import read_table
+from latentrevise.data.parquet import read_table
 from latentrevise.model.compute import Compute
 from latentrevise.recovery.outcome import Mean
 from latentrevise.recovery.rundir import RunDirectory
@@ -27,13 +27,13 @@ class Glance(NamedTuple):
 
     @property
     def decoded(self) -> int:
-        """Tokens that were decoded."""
-        return self.tokens + (self.finish_reason == "stop")
+        return decoded_tokens(self.tokens, self.finish_reason)
 
 
-def decoded_tokens(ids: Sequence[int], finish_reason: str) -> int:
-    """Tokens that were decoded: the end-of-sequence token is not among the ids, but was paid for."""
-    return len(ids) + (finish_reason == "stop")
+def decoded_tokens(tokens: int, finish_reason: str) -> int:
+    """Tokens that were decoded for a completion of so many: its end-of-sequence token is not among them, but was paid
+    for."""
+    return tokens + (finish_reason == "stop")
 
 
 def glances(run: RunDirectory, parts: Iterable[int]) -> dict[str, list[Glance]]:

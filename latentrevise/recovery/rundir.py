@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentrevise.config import to_dict
 from latentrevise.data.leftovers import sweep
-from latentrevise.data.records import Prompt, RowError, read_jsonl, stable_hash, write_jsonl, write_records
-from latentrevise.data.storage import read_signed, write_signed
+from latentrevise.data.records import Prompt, RowError, write_records
+from latentrevise.data.storage import read_jsonl, read_signed, stable_hash, write_jsonl, write_signed
 from latentrevise.errors import InputError, LatentReviseError, ModelError, RunError
 from latentrevise.recovery.leases import Leases
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from latentrevise.data.atoms import read_atoms, read_offsets, write_atoms
+from latentrevise.data.atoms import read_atoms, write_atoms
 from latentrevise.data.parquet import REMEDY
 from latentrevise.data.records import (
     Prompt,
@@ -342,5 +342,5 @@ def tensors_of(mixtures: Mapping[str, Mixture]) -> tuple[dict[str, tuple[Tensor,
 
 def read_mixtures(path: Path, remedy: str = REMEDY) -> dict[str, Mixture]:
     """What ``write_mixtures`` wrote. Raises InputError with the remedy."""
-    offsets = read_offsets(path, remedy)
-    return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in read_atoms(path, remedy).items()}
+    atoms, offsets = read_atoms(path, remedy)
+    return {name: Mixture(ids, weights, offsets.get(name)) for name, (ids, weights) in atoms.items()}

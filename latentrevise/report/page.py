@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from latentrevise.data.leftovers import sweep
-from latentrevise.data.records import atomic_write
+from latentrevise.data.storage import atomic_write
 from latentrevise.errors import InputError
 from latentrevise.report.audits import TradeOff, gate_text, trade_offs
 from latentrevise.report.browser import Browser, browsers

@@ -110,7 +110,7 @@ class FinishedRun:
                     " damaged: recover into a new directory"
                 )
             joined = [{**starts[row["start_id"]], **samples[row["sample_id"]], **row} for row in rows]
-            atoms = read_atoms(self.files.path / "starts" / arm / f"{part.stem}.safetensors")
+            atoms, _ = read_atoms(self.files.path / "starts" / arm / f"{part.stem}.safetensors")
             yield joined, {name: Atoms(ids.numpy(), weights.numpy()) for name, (ids, weights) in atoms.items()}
 
     def failed_rollouts(self, prompt_ids: set[str]) -> dict[str, list[dict[str, Any]]]:

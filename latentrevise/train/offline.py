@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from latentrevise.data.records import Prompt, read_jsonl, read_table
+from latentrevise.data.parquet import read_table
+from latentrevise.data.records import Prompt
+from latentrevise.data.storage import read_jsonl
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.evaluate import EvalConfig, Evaluates
 from latentrevise.train.logprob import add_linear_logprob

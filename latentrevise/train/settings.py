@@ -18,16 +18,8 @@ from accelerate import PartialState
 from latentrevise.config import to_dict
 from latentrevise.data.leftovers import sweep
 from latentrevise.data.prompts import PromptSettings
-from latentrevise.data.records import (
-    Prompt,
-    RowError,
-    read_jsonl,
-    read_records,
-    stable_hash,
-    write_json,
-    write_jsonl,
-    write_records,
-)
+from latentrevise.data.records import Prompt, RowError, read_records, write_records
+from latentrevise.data.storage import read_jsonl, stable_hash, write_json, write_jsonl
 from latentrevise.engines import VLLMConfig
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.recovery.evaluate import EvalConfig

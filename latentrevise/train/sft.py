@@ -19,7 +19,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from latentrevise.data.chat import Chat, Templater, content_of
-from latentrevise.data.exports import Row, rollout_row, sft_row, sft_rows
+from latentrevise.data.formats import Row, rollout_row, sft_row, sft_rows
 from latentrevise.data.records import (
     PrefixRendering,
     Prompt,

@@ -15,7 +15,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from latentrevise.adapters import core
 from latentrevise.adapters.verl import RecoveringReplayBuffer
-from latentrevise.data.exports import verl_rl_rows
+from latentrevise.data.formats import verl_rl_rows
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.model.loading import load_model
