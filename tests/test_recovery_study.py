@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkers, guards, harness, iterates, recovery, recovery_strata, recovery_tables, training
+from benchmarks import checkers, gate, guards, harness, iterates, recovery, recovery_strata, recovery_tables, training
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
-from latentrevise.data.records import Verdict, write_json, write_records
+from latentrevise.data.records import Verdict, write_records
+from latentrevise.data.storage import write_json
 from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
 from latentrevise.errors import ConfigError, InputError
@@ -169,7 +170,8 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "study", ["gsm", "gsm-variants", "recovery", "rivals", "variants", "iterates", "training", "checkers", "guards"]
+    "study",
+    ["gsm", "gsm-variants", "recovery", "rivals", "variants", "iterates", "training", "checkers", "guards", "gate"],
 )
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
@@ -183,6 +185,8 @@ def test_the_documents_say_what_the_results_say(study):
         assert published("docs/training.md", study) == training.brief(document)
     elif study == "checkers":
         assert published("docs/verifier.md", study) == checkers.table(document)
+    elif study == "gate":
+        assert published("docs/audits.md", study) == gate.table(document)
     elif study == "guards":
         assert published("docs/audits.md", study) == guards.brief(document)
     elif study == "iterates":
