@@ -107,7 +107,7 @@ def test_steps_end_where_sentences_do_under_a_real_tokenizer(taught):
     assert steps(Regex(r"\.(?=\s)")) == steps(Regex(r"[.!?](?!\d)")) == sentences
     assert steps("them.\n\n3") == ["".join(story) + "\n\n3", ".5 / 2 = 1.75. The answer is \\boxed{1.75}."]
     assert steps(". ")[0] == "Tom has 3.5 pies 😀. He", "no token is a full stop and a space"
-    assert len(steps(".")) == 7
+    assert len(steps(".")) == text.count(".") == 8
 
 
 def test_the_taught_model_recovers_on_real_text(taught, tmp_path):
