@@ -208,8 +208,11 @@ def test_a_small_study_has_its_own_folder():
     assert where("recovery", "rivals") == "rivals-study"
     assert where("recovery", "gsm") == "gsm-study"
     assert where("recovery", "gsm", "variants") == "gsm-variants-study"
-    with pytest.raises(ConfigError, match="rivals and gsm are studies of their own"):
-        where("recovery", "rivals", "gsm")
+    assert where("recovery", "gsm", "rivals") == "gsm-rivals-study"
+    with pytest.raises(ConfigError, match="gsm has no study --quick"):
+        where("recovery", "gsm", "quick")
+    with pytest.raises(ConfigError, match="variants and rivals are studies of their own"):
+        where("recovery", "variants", "rivals")
     assert where("training", "quick") == "training-quick"
 
 
