@@ -37,10 +37,10 @@ def rule():
 
 
 def small(**changes):
-    """The demo's settings, cut to a few seconds: eight prompts a part, so that there are several parts."""
+    """The demo's settings, cut to a few seconds: six prompts a part, so that there are several parts."""
     base = demo_config(get_family("rule"))
     return dataclasses.replace(
-        base, **{"rollouts": 4, "samples": 4, "revised_rollouts": 2, "chunk": 8, "equal_compute_cap": 8, **changes}
+        base, **{"rollouts": 4, "samples": 4, "revised_rollouts": 2, "chunk": 6, "equal_compute_cap": 8, **changes}
     )
 
 
@@ -48,7 +48,7 @@ def small(**changes):
 def finished(rule, tmp_path_factory):
     family, model, tokenizer = rule
     out = tmp_path_factory.mktemp("run") / "out"
-    prompts = make_prompts(family, 30, split="develop", seed=3)
+    prompts = make_prompts(family, 20, split="develop", seed=3)
     return recover(model, tokenizer, prompts, small(), out), prompts
 
 
