@@ -34,7 +34,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery_strata import strata
-from benchmarks.recovery_tables import brief, figure, guard_figure, summary, tables
+from benchmarks.recovery_tables import SHOWN, brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, read_records
 from latentrevise.data.storage import atomic_write, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
@@ -423,9 +423,10 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     write_json(out / "recovery.json", document)
     if options.publish:
         root = Path(__file__).parent.parent
-        figure(study, root / f"docs/figures/{name}.png")
         write_json(root / f"benchmarks/results/{name}.json", document)
-        publish(brief(document), root / "docs/recovery.md", name)
+        if name in SHOWN:
+            figure(study, root / f"docs/figures/{name}.png")
+            publish(brief(document), root / "docs/recovery.md", name)
         if name == "recovery":
             publish(summary(study), root / "README.md")
             if len(seeds) > 1:

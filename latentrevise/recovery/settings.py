@@ -101,8 +101,9 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control;
     equal_compute_cap: at most so many rollouts a prompt.
     stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
-    brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
-    trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
+    brought an admitted trajectory: name the cheap ones first. select: the order of a prompt's admitted trajectories,
+    equal texts once: ``first`` sampled, ``shortest``, ``surprising`` (lowest mean log-prob behind the plain prefix) or
+    ``diverse`` (fewest token trigrams in common with those taken). keep: how many stay for each strategy (None: all).
     label: what the report calls this run. chunk: prompts in one part. seed: of everything random. gate: see
     ``GateConfig``. vllm: of that engine, see ``VLLMConfig``.
     deaths: a part over which so many processes died is set aside, and the run goes on without it. lease_seconds: a
