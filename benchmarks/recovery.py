@@ -34,7 +34,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery_strata import strata
-from benchmarks.recovery_tables import SHOWN, brief, figure, guard_figure, summary, tables
+from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, read_records
 from latentrevise.data.storage import atomic_write, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
@@ -424,8 +424,9 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     if options.publish:
         root = Path(__file__).parent.parent
         write_json(root / f"benchmarks/results/{name}.json", document)
-        if name in SHOWN:
+        if name in PICTURED:
             figure(study, root / f"docs/figures/{name}.png")
+        if name in SHOWN:
             publish(brief(document), root / "docs/recovery.md", name)
         if name == "recovery":
             publish(summary(study), root / "README.md")

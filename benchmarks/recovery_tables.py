@@ -33,6 +33,7 @@ SHOWN = {  # what docs/recovery.md has of a study; all rows of all studies are o
         "latent-random",
     ),
 }
+PICTURED = (*SHOWN, "variants")  # whose figure it has
 
 
 def table(family: str, pooled: dict[str, Any]) -> str:
