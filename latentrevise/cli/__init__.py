@@ -119,16 +119,29 @@ def plan(
     sample: Annotated[
         int | None, typer.Option(help="Prompts to measure, spread over all; one part (`chunk`) if left out.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Say how long so many workers take.")] = 1,
+    workers: Annotated[int, typer.Option(help="Say how long so many workers take.", min=1)] = 1,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOURS",
+            help="Hours (12h) or minutes (90m) that the run may take: also propose settings that fit. All that is"
+            " printed is then a file for --config.",
+        ),
+    ] = None,
 ) -> None:
     """Say what a recovery will take before it is begun: some of its prompts are run to the end, and thrown away."""
     import tempfile
 
-    from latentrevise.recovery.estimate import estimate, estimate_text
+    from latentrevise.recovery.budget import hours_of, proposal_text, propose
+    from latentrevise.recovery.estimate import estimate_text, expected, sampled
 
+    hours = None if budget is None else hours_of(budget)  # a wrong one is told before anything is loaded
     with tempfile.TemporaryDirectory(prefix="latentrevise-plan-") as place:
-        found = estimate(_begun(chosen, Path(place) / "run"), prompts, sample)
-    typer.echo(estimate_text(found, workers))
+        measured, left_out = sampled(_begun(chosen, Path(place) / "run"), prompts, sample)
+    text = estimate_text(expected(measured, measured.config), left_out, workers)
+    typer.echo(text if hours is None else "".join(f"# {line}\n" for line in text.splitlines()) + "#")
+    if hours is not None:
+        typer.echo(proposal_text(propose(measured, hours, workers), hours, workers))
 
 
 @app.command()
