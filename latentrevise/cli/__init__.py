@@ -145,12 +145,18 @@ def plan(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")]) -> None:
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")],
+    metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Its numbers as OpenMetrics text, for a collector.")
+    ] = False,
+) -> None:
     """Say what a run is at, while any processes work on it: stages, rates, time left, who holds what, what was given
     up."""
+    from latentrevise.recovery.status import open_metrics
     from latentrevise.recovery.status import status as told
 
-    typer.echo(told(run))
+    typer.echo(open_metrics(run) if metrics else told(run))
 
 
 @command()
