@@ -44,6 +44,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+def unlike(config: Any, other: Any) -> dict[str, Any]:
+    """The settings in which two of a kind differ, with the values of the first, as ``to_dict`` gives them."""
+    return _unlike(to_dict(config), to_dict(other))
+
+
+def _unlike(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        other = others.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping) and value != other:
+            found[name] = _unlike(value, other)
+        elif value != other:
+            found[name] = value
+    return found
+
+
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """A ``cls`` from nested mappings; fields that are not named keep their defaults.
 

@@ -123,6 +123,17 @@ def test_a_setting_does_not_make_room_that_the_model_lacks():
     assert len(PromptSettings().load(rows, TOKENIZER, 12)[0]) == 2, "one position is left for a completion"
 
 
+def test_fewer_prompts_are_spread_over_all():
+    rows = [{"id": str(i), "prompt": f"{i}+1", "answer": "2"} for i in range(7)]
+    rows[1]["answer"] = None
+    for most, ids in ((None, "023456"), (9, "023456"), (6, "023456"), (3, "035"), (1, "0")):
+        prompts, errors = PromptSettings(max_prompts=most).load(rows, TOKENIZER, None)
+        assert "".join(prompt.id for prompt in prompts) == ids
+        assert [error.row for error in errors] == [1]
+    with pytest.raises(ConfigError, match="max_prompts = 0: it must be at least 1, or null"):
+        PromptSettings(max_prompts=0).load(rows, TOKENIZER, None)
+
+
 @pytest.mark.parametrize("new", [14, 16, 17, 1024])
 def test_too_many_new_tokens_are_refused_with_the_number_that_fits(new):
     rows = [{"prompt": "1" * n, "answer": "2"} for n in (3, 4)]

@@ -75,6 +75,14 @@ def test_rate_and_time_left_follow_from_the_times_of_the_files(tmp_path):
     holder = {"pid": 7, "host": "there", "kernel": kernel()}
     (run.run.leases / "mine..00002.0.lease").write_text(json.dumps(holder) + "\n")
     (run.run.leases / "mine..00003.0.lease").write_text(json.dumps(holder | {"kernel": "other"}) + "\n")
+    metrics = CliRunner().invoke(app, ["status", str(tmp_path / "run"), "--open-metrics"]).output
+    assert metrics.endswith("# EOF\n")
+    labels = f'run="{tmp_path / "run"}"'
+    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+    assert values[f'latentrevise_prompts_done{{{labels},stage="mine"}}'] == "4"
+    assert values[f'latentrevise_parts_planned{{{labels},stage="mine"}}'] == "3"
+    assert float(values[f'latentrevise_left_seconds{{{labels},stage="mine"}}']) == pytest.approx(stage.eta)
+    assert values[f"latentrevise_leases{{{labels}}}"] == "2"
     dead, other = holders(run.run)
     assert dead == "process 7 on there on mine..00002, dead"
     assert other == "process 7 on there on mine..00003, silent for 0:00:00 (another machine)"

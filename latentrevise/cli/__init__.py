@@ -119,25 +119,44 @@ def plan(
     sample: Annotated[
         int | None, typer.Option(help="Prompts to measure, spread over all; one part (`chunk`) if left out.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Say how long so many workers take.")] = 1,
+    workers: Annotated[int, typer.Option(help="Say how long so many workers take.", min=1)] = 1,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOURS",
+            help="Hours (12h) or minutes (90m) that the run may take: also propose settings that fit. All that is"
+            " printed is then a file for --config.",
+        ),
+    ] = None,
 ) -> None:
     """Say what a recovery will take before it is begun: some of its prompts are run to the end, and thrown away."""
     import tempfile
 
-    from latentrevise.recovery.estimate import estimate, estimate_text
+    from latentrevise.recovery.budget import hours_of, proposal_text, propose
+    from latentrevise.recovery.estimate import estimate_text, expected, sampled
 
+    hours = None if budget is None else hours_of(budget)  # a wrong one is told before anything is loaded
     with tempfile.TemporaryDirectory(prefix="latentrevise-plan-") as place:
-        found = estimate(_begun(chosen, Path(place) / "run"), prompts, sample)
-    typer.echo(estimate_text(found, workers))
+        measured, left_out = sampled(_begun(chosen, Path(place) / "run"), prompts, sample)
+    text = estimate_text(expected(measured, measured.config), left_out, workers)
+    typer.echo(text if hours is None else "".join(f"# {line}\n" for line in text.splitlines()) + "#")
+    if hours is not None:
+        typer.echo(proposal_text(propose(measured, hours, workers), hours, workers))
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")]) -> None:
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory.", parser=expanded, metavar="RUN")],
+    metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Its numbers as OpenMetrics text, for a collector.")
+    ] = False,
+) -> None:
     """Say what a run is at, while any processes work on it: stages, rates, time left, who holds what, what was given
     up."""
+    from latentrevise.recovery.status import open_metrics
     from latentrevise.recovery.status import status as told
 
-    typer.echo(told(run))
+    typer.echo(open_metrics(run) if metrics else told(run))
 
 
 @command()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentrevise.data.chat import Chat, Templater, content_of, text_of
 from latentrevise.data.golds import gold, is_solution
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 PROMPT_COLUMNS = ("prompt", "problem", "question", "messages")
 ANSWER_COLUMNS = (
@@ -42,16 +43,17 @@ class PromptSettings:
 
     chat: whether prompts go through the tokenizer's chat template: ``auto`` when it has one. prompt_column,
     answer_column: where the usual names don't find them. max_prompt_tokens: longer prompts are left out, as are those
-    that leave no room for a completion. instruction: put behind each prompt (behind the last message of a
-    conversation), a blank line between: the verifier reads an answer only in ``\\boxed{}``, so a model must know to
-    give it there. chat_template_kwargs: what the chat template reads beside the messages (``enable_thinking: false``);
-    one that it does not read is refused.
+    that leave no room for a completion. max_prompts: at most so many usable prompts are taken, spread evenly over all
+    (None: all). instruction: put behind each prompt (behind the last message of a conversation), a blank line between:
+    the verifier reads an answer only in ``\\boxed{}``, so a model must know to give it there. chat_template_kwargs:
+    what the chat template reads beside the messages (``enable_thinking: false``); one that it does not read is refused.
     """
 
     chat: Chat = "auto"
     prompt_column: str | None = None
     answer_column: str | None = None
     max_prompt_tokens: int | None = None
+    max_prompts: int | None = None
     instruction: str = ""
     chat_template_kwargs: dict = field(default_factory=dict)  # type: ignore[type-arg]  # whatever a template reads
 
@@ -69,12 +71,14 @@ class PromptSettings:
 
         positions: that the model has for a prompt and its completion, if known. new: those that a completion gets, as
         ``setting`` says; None where the user did not set it, so that each gets what its prompt leaves. Raises
-        ConfigError where that many leave no room for any of the prompts.
+        ConfigError where that many leave no room for any of the prompts, or where ``max_prompts`` is below 1.
         """
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ConfigError(f"max_prompts = {self.max_prompts}: it must be at least 1, or null to take all")
 
         def loaded(room: int | None) -> tuple[list[Prompt], list[RowError]]:
             limits = [limit for limit in (self.max_prompt_tokens, room) if limit is not None]
-            return load_prompts(
+            prompts, errors = load_prompts(
                 source,
                 tokenizer=tokenizer,
                 prompt_column=self.prompt_column,
@@ -85,6 +89,7 @@ class PromptSettings:
                 chat_template_kwargs=self.chat_template_kwargs,
                 verifier=verifier,
             )
+            return evenly(prompts, self.max_prompts), errors
 
         source = list(source) if isinstance(source, Iterator) else source  # it may be read twice
         if positions is None:
@@ -98,6 +103,12 @@ class PromptSettings:
                 f" most {fits}{own}"
             )
         return prompts, errors
+
+
+def evenly(items: Sequence[Item], most: int | None) -> list[Item]:
+    """At most so many of them (None: all), spread evenly over all, in their order."""
+    count = len(items) if most is None else min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 @dataclass(frozen=True)

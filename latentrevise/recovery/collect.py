@@ -47,15 +47,21 @@ def admitted(verdict: Verdict) -> bool:
 
 def cost(run: RunDirectory, parts: Iterable[Part]) -> Compute:
     """What parts of an arm cost, from their starts and samples on disk."""
-    total = Compute()
+    proposing, sampling = proposing_and_sampling(run, parts)
+    return proposing + sampling
+
+
+def proposing_and_sampling(run: RunDirectory, parts: Iterable[Part]) -> tuple[Compute, Compute]:
+    """The same in two: what the starts took, and what was sampled from them."""
+    proposing, sampling = Compute(), Compute()
     for part in parts:
         starts = read_table(read_output(run, "starts", part, "revise"), _STARTS)
         samples = read_table(read_output(run, "samples", part, "continue"), _SAMPLES)
-        total += Compute(*(pc.sum(starts[name]).as_py() or 0 for name in _STARTS))
+        proposing += Compute(*(pc.sum(starts[name]).as_py() or 0 for name in _STARTS))
         ended = pc.sum(pc.equal(samples["finish_reason"], "stop")).as_py() or 0
         tokens = pc.sum(pc.list_value_length(samples["completion_ids"])).as_py() or 0
-        total += Compute(0, 0, tokens + ended, pc.sum(samples["seconds"]).as_py() or 0.0)
-    return total
+        sampling += Compute(0, 0, tokens + ended, pc.sum(samples["seconds"]).as_py() or 0.0)
+    return proposing, sampling
 
 
 def mined(job: Job) -> Mined:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -61,6 +62,7 @@ class Job:
 
     model, tokenizer: a causal LM of transformers and its tokenizer; both are only read. out: the run directory.
     engine: where samples come from; by default the model itself, through transformers.
+    sampling_seconds: that ``generate`` took so far.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Job:
         self.run = RunDirectory(out)
         self.policy = Policy(model, tokenizer)
         self.engine = engine or HFEngine(model, tokenizer)
+        self.sampling_seconds = 0.0
         self.verifier = config.verifier()
         self.checker = load_checker(config.checker)
         template = self.verifier.pattern.template(config.answer_template)
@@ -275,7 +278,11 @@ class Job:
             bar.within(finished / wanted)
             bar.passed(tokens if elsewhere else 0)
 
-        return self.engine.generate(requests, params, progress)
+        began = time.perf_counter()
+        try:
+            return self.engine.generate(requests, params, progress)
+        finally:
+            self.sampling_seconds += time.perf_counter() - began
 
     def request(self, prompt: Prompt, start: Start, mixture: Mixture | None, number: int) -> Request:
         """What is fed for a start, in round ``number`` (from 0)."""

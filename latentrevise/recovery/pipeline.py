@@ -196,10 +196,8 @@ class Recovery:
             return self._pool
         if not self.run.control.exists():
             costs = [cost(self.run, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
-            dearest = (sum(costs) if self.config.stop_at_success else max(costs)) / len(targets)
             fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
-            count = max(min(self.config.equal_compute_cap, math.ceil(dearest / fresh)), self.config.samples)
-            write_signed(self.run.control, {"samples": count})
+            write_signed(self.run.control, {"samples": control_size(self.config, costs, len(targets), fresh)})
         count = self.run.read_control()["samples"]
         self._pool = Arm(POOL, build("resample", self.config), False, count)
         return self._pool
@@ -250,6 +248,13 @@ class Recovery:
             found = (verdict for part in self.parts(arm) for _, _, verdict in results(self.job, part))
             self._recovered[name] = {verdict.prompt_id for verdict in found if admitted(verdict)}
         return self._recovered[name]
+
+
+def control_size(config: RecoverConfig, costs: Sequence[float], prompts: int, fresh: float) -> int:
+    """Rollouts a prompt of the equal-compute control. costs: of the strategies over all ``prompts``; fresh: of a
+    rollout; in token passes."""
+    dearest = (sum(costs) if config.stop_at_success else max(costs)) / prompts
+    return max(math.ceil(min(config.equal_compute_cap, dearest / fresh)), config.samples)
 
 
 def recover(

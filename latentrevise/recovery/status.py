@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +54,37 @@ def status(path: str | os.PathLike[str]) -> str:
     if run.metrics.exists():
         lines.append(f"finished: {run.metrics}")
     return "\n".join(lines)
+
+
+_GAUGES: dict[str, tuple[str, Callable[[StageStatus], float | None]]] = {
+    "prompts_done": ("Prompts of a stage, once for each arm, that are done.", lambda stage: stage.prompts[0]),
+    "prompts_planned": ("Prompts of a stage, once for each arm.", lambda stage: stage.prompts[1]),
+    "parts_done": ("Parts of a stage that are done.", lambda stage: stage.parts[0]),
+    "parts_planned": ("Parts of a stage.", lambda stage: stage.parts[1]),
+    "prompts_per_second": ("Over the last parts of a stage.", lambda stage: stage.rate),
+    "left_seconds": ("Until a stage is done, at its rate.", lambda stage: stage.eta),
+    "last_part_age_seconds": ("Since a part of a stage was finished.", lambda stage: stage.last),
+}
+
+
+def open_metrics(path: str | os.PathLike[str]) -> str:
+    """The numbers of ``status`` as OpenMetrics 1.0 text: gauges with the labels run and stage, what is not known left
+    out; the leases that are held, and the parts that were set aside. Raises RunError where there is no run."""
+    run = RunDirectory(path)
+    run.read_header()
+    begun, held, aside = stages(run), len(holders(run)), len(given_up(run))
+    own = str(run.path).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    found = {
+        name: (told, [(f'run="{own}",stage="{stage.name}"', of(stage)) for stage in begun])
+        for name, (told, of) in _GAUGES.items()
+    }
+    found["leases"] = ("Parts that a process holds.", [(f'run="{own}"', held)])
+    found["parts_set_aside"] = ("Parts over which too many processes died.", [(f'run="{own}"', aside)])
+    lines = []
+    for name, (told, values) in found.items():
+        lines += [f"# TYPE latentrevise_{name} gauge", f"# HELP latentrevise_{name} {told}"]
+        lines += [f"latentrevise_{name}{{{labels}}} {value}" for labels, value in values if value is not None]
+    return "\n".join([*lines, "# EOF"])
 
 
 def stages(run: RunDirectory) -> list[StageStatus]:

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import torch
 
 from latentrevise.data.parquet import GROUP
+from latentrevise.data.prompts import evenly
 from latentrevise.data.records import RowError, row_seed
 from latentrevise.recovery.mined import Glance, glances
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.verify.verifier import Verifier
 
 log = logging.getLogger(__name__)
-_ANSWERS = 1024  # of other prompts, among which a wrong target is drawn
+_ANSWERS = 1024  # of other prompts, among which a wrong target is drawn: a draw costs as much as there are
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ZeroHit:
     def aimed(self, seed: int, answers: pa.ChunkedArray, verifier: Verifier) -> Iterator[Target]:
         """Each with a wrong target: another prompt's answer, drawn by the case's seed and verified to differ. answers:
         of all prompts."""
-        others = _spread(sorted(pc.unique(answers).to_pylist()))
+        others = evenly(sorted(pc.unique(answers).to_pylist()), _ANSWERS)
         for first in range(0, len(self.found), GROUP):
             some = self.found[first : first + GROUP]
             golds = answers.take(pa.array([row for _, row, _, _ in some])).to_pylist()
@@ -98,12 +99,6 @@ def _aim(golds: Sequence[str], seeds: Sequence[int], others: Sequence[str], veri
                 wrong[i] = answer
         waiting = [(i, rest) for i, rest in waiting if rest and wrong[i] is None]
     return wrong
-
-
-def _spread(answers: Sequence[str]) -> list[str]:
-    """At most ``_ANSWERS`` of them, evenly: a draw costs as much as there are."""
-    count = min(len(answers), _ANSWERS)
-    return [answers[i * len(answers) // count] for i in range(count)]
 
 
 def _shuffled(items: Sequence[str], seed: int) -> list[str]:
