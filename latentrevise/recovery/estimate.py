@@ -92,7 +92,7 @@ def costs_of(recovery: Recovery) -> list[Cost]:
     costs = [Cost("mine", len(recovery.prompts), decoded, mining)]
     for arm in recovery.all_arms():
         parts = recovery.parts(arm)
-        spent = cost(recovery.run, parts)
+        spent = cost(recovery.job, parts)
         costs.append(Cost(arm.name, sum(part.size for part in parts), spent.passes, spent.seconds))
     return [*costs, Cost("verify", len(recovery.job.targets), None, verified)]
 
