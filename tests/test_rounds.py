@@ -104,7 +104,7 @@ def test_what_is_drawn_and_who_is_recovered_are_those_of_one_round(rule, mined, 
             reads = arm in ("latent", "pivot")
             assert now["wrong_target_rate"] == (full["wrong_target_rate"] if reads else None)
             assert now["admitted"] <= full["admitted"]
-    assert all(counts[False, n] for n in ((1, 3, 4, 6) if stop == 1 else (3, 4, 6))), "some should stop in each round"
+    assert all(counts[False, n] for n in ((1, 3, 6) if stop == 1 else (3, 4, 6))), "some should stop after each round"
     assert counts[True, 1] + counts[True, 3], "a wrong answer that is reached ends its arm"
 
 
@@ -141,10 +141,10 @@ def test_a_run_that_is_interrupted_between_rounds_goes_on_to_the_same_rows(rule,
     less = {"strategies": ("pivot",), "equal_compute": False, "continuations": RoundsConfig(rounds=4)}
     run = recovery(rule, out, mined, scheduler, engine, **less)
     run.revise()
-    engine.left = 6  # in the second round of the second part
+    engine.left = 6  # of at most four rounds each
     with pytest.raises(KeyboardInterrupt), run.session():
         run.sample()
-    assert [path.name for path in (out / "samples").rglob("*.parquet")] == ["part-00000.parquet"]
+    assert len(list((out / "samples").rglob("*.parquet"))) == 1
     with run.session():
         run.work()
     expected = {name: rows for name, rows in content(rounds.out).items() if name.split("/")[1:2] == ["pivot"]}
