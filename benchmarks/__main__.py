@@ -39,7 +39,7 @@ DESCRIPTIONS = {
     "scale": "a million prompts through scheduler, leases and part files, the work simulated: overhead, memory, resume",
     "plan": "what `latentrevise plan` says of the bundled families, over what they then take",
     "fuzz": "hostile prompt rows through the loader, pathological expressions through the verifier",
-    "budgets": "mining in rounds that leave out solved prompts, against as many rollouts for each, at equal compute",
+    "budgets": "mining and strategies in rounds that leave out solved prompts, against as many samples for each",
     "rejection": "would samples that look hopeless by the answer's score be worth stopping? saving and loss",
     "estimates": "upper bounds on an H100 from the compiled kernels: operations, bytes, issue slots (no GPU needed)",
     "cubins": "compile every Triton and CUDA kernel for sm_80 and sm_90; registers, stack, spills (no GPU needed)",

@@ -23,6 +23,7 @@ from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.settings import RoundsConfig
 from latentrevise.recovery.stages import continuations
 from latentrevise.recovery.targets import Target
 from tests.commands import begin, command
@@ -360,7 +361,7 @@ def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
     assert max(len(row.completion_ids) for row in rows) == room
     run = Recovery(model, tokenizer, config, out, progress=False)
     full = dataclasses.replace(start, plain_ids=(5,) * (40 - len(prompt.ids)))
-    assert continuations(run.job, [full], {}, {prompt.id: prompt}, Progress()) == [[]]
+    assert continuations(run.job, [full], {}, {prompt.id: prompt}, RoundsConfig(), Progress()) == [[]]
     assert "1 of 1 starts fill all positions" in caplog.text
 
 
