@@ -139,11 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def folder(name: str, options: argparse.Namespace) -> Path:
     """Where a study's runs go unless it is said. A smaller or another plan has other runs under the same names."""
-    if options.quick:
-        return Path(f"{name}-quick")
-    if name == "recovery":
-        name = import_module("benchmarks.recovery").study_of(options)
-    return Path(f"{name}-study")
+    study = import_module("benchmarks.recovery").study_of(options) if name == "recovery" else name
+    return Path(f"{name}-quick" if options.quick else f"{study}-study")
 
 
 def measure(name: str, options: argparse.Namespace) -> dict:

@@ -54,7 +54,8 @@ Deadly.__name__ = "HFEngine"  # of the run's header
 
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers give way to nothing, or those of other tests starve them.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     try:
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     except Exception as error:
