@@ -27,6 +27,7 @@ from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.schedule import Alone, Joint, terminable
+from latentrevise.recovery.stages import Continue, Judge, Mine, Propose
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(5)]
@@ -224,6 +225,61 @@ def test_who_works_alone_and_who_works_together_keep_apart(tmp_path):
     for wrong in ("1", "a/b", "1/", "-1/2"):
         words = ["recover", "--model", "m", "--prompts", "p", "--out", str(tmp_path / "o"), "--shard", wrong]
         assert "write it as I/N" in str(CliRunner().invoke(app, words).exception)
+
+
+@pytest.mark.timeout(120)
+def test_who_would_wait_for_samples_verifies_those_that_are_there(tmp_path, alone):
+    run, verified = recovery(tmp_path / "run", Joint(0, 2), lease_seconds=6.0), tmp_path / "run" / "verdicts"
+    with run.session():
+        run.mine(ROWS)
+        run.revise()
+        parts = {path.relative_to(run.run.path / "starts") for path in (run.run.path / "starts").rglob("*.parquet")}
+        held = Path("resample/part-00000.parquet")
+        with Leases(run.run.leases, 6.0).claim("continue.resample.00000") as dead:  # another is at it
+            assert dead == []
+            work = threading.Thread(target=run.sample, args=(True,))
+            work.start()
+            until = time.monotonic() + 60
+            while {path.relative_to(verified) for path in verified.rglob("*.parquet")} != parts - {held}:
+                assert time.monotonic() < until
+                assert work.is_alive()
+                time.sleep(0.05)
+            assert work.is_alive(), "the samples that it waits for are not there"
+        work.join()
+        assert not (verified / held).exists(), "nobody waited for it any more"
+        run.verify()
+    recovery(tmp_path / "run").recover()
+    assert chaos.content(tmp_path / "run") == alone
+
+
+def test_a_part_that_kills_while_it_is_verified_ahead_is_set_aside(tmp_path):
+    run = recovery(tmp_path / "run", Joint(0, 2), lease_seconds=6.0)
+    with run.session():
+        run.mine(ROWS)
+        run.revise()
+        died(run.run, "verify.latent.00001", 3)
+        with Leases(run.run.leases, 6.0).claim("continue.resample.00000"):
+            work = threading.Thread(target=run.sample, args=(True,))
+            work.start()
+            until = time.monotonic() + 60
+            while not run.run.aside("verdicts", 1, "latent").exists():
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        work.join()
+        run.verify()
+    (note,) = recovery(tmp_path / "run").recover().metrics["set_aside"]
+    assert (note["stage"], note["arm"], note["part"]) == ("verify", "latent", 1)
+
+
+def test_one_process_ends_each_stage_before_the_next_and_sleeps_between_them(tmp_path, monkeypatch):
+    done, engine = [], HFEngine(tiny_model(), tiny_tokenizer())
+    monkeypatch.setattr(engine, "sleep", lambda: done.append("sleep"))
+    for stage in (Mine, Propose, Continue, Judge):
+        own = stage.run
+        monkeypatch.setattr(stage, "run", lambda self, *a, own=own: (done.append(self.name), own(self, *a)))
+    recovery(tmp_path / "run", engine=engine, strategies=("resample",)).recover(ROWS)
+    each = [name for name in ("mine", "revise", "continue", "verify") for name in ("sleep", *5 * [name])]
+    assert done == each
 
 
 def test_sigterm_ends_by_an_exception_and_is_as_before_afterwards():

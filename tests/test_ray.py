@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,34 @@ def test_workers_die_and_all_other_rows_are_those_of_one_process(tmp_path, clust
     assert metrics["prompts"] == 5
     assert rows_without(content(tmp_path / "run"), None) == rows_without(alone, note["prompts"][0])
     assert ray.is_initialized(), "whoever began it ends it"
+
+
+class Waits(HFEngine):
+    """Samples from the last prompt's start when something is verified."""
+
+    def generate(self, requests, *args, **kwargs):
+        out, until = Path(os.environ["LATENTREVISE_TEST_RUN"]), time.monotonic() + 60
+        last = tiny_tokenizer().decode(list(requests[0].ids or ())) == "5+5="
+        while last and (out / "starts" / "resample").exists() and not any((out / "verdicts").rglob("*.parquet")):
+            if time.monotonic() > until:
+                raise InputError("nothing is verified while this waits")
+            time.sleep(0.05)
+        return super().generate(requests, *args, **kwargs)
+
+
+Waits.__name__ = "HFEngine"
+
+
+def test_an_idle_worker_verifies_what_is_sampled_while_another_samples(tmp_path, cluster, alone, monkeypatch):
+    def load():
+        os.environ |= {"LATENTREVISE_TEST_RUN": str(tmp_path / "run")}
+        return tiny_model(), tiny_tokenizer(), Waits(tiny_model(), tiny_tokenizer())
+
+    monkeypatch.setattr(ray_workers, "_STRAGGLES", 10**9)  # else it is given the other's part
+    scheduler = RayWorkers("local", 2, load)
+    run = Recovery(tiny_model(), tiny_tokenizer(), CONFIG, tmp_path / "run", progress=False, scheduler=scheduler)
+    run.recover(ROWS)
+    assert content(tmp_path / "run") == alone
 
 
 class Broken(HFEngine):

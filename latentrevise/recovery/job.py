@@ -87,6 +87,7 @@ class Job:
         self.run.check(self.header)
         self._prompts: Stored[Prompt] | None = None
         self._targets: pa.Table | None = None
+        self._stage = ""
         self.boundary = Boundary.of(config.prefix_boundary, tokenizer)
 
     # Prompts and rollouts
@@ -264,6 +265,12 @@ class Job:
     def succeed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether each (answer, text) is verified correct."""
         return [judgement.verdict == "correct" for judgement in self.verifier.verify(pairs)]
+
+    def enter(self, stage: str) -> None:
+        """A part of this stage is run next: where it is another stage, the engine gives up what only sampling needs."""
+        if stage != self._stage:
+            self._stage = stage
+            self.engine.sleep()
 
     def generate(
         self, requests: Sequence[Request], params: Sequence[SamplingParams], bar: Progress

@@ -22,7 +22,7 @@ from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.schedule import Alone
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import ORDER, Arm, Continue, Judge, Mine, Part, Propose, Stage
+from latentrevise.recovery.stages import ORDER, Ahead, Arm, Continue, Judge, Mine, Part, Propose, Stage
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Measuring(Alone):
         )
         self.memory = Counter[str]()
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress, ahead: Ahead | None = None) -> None:
         for part in parts:
             arm = "" if part.arm is None else part.arm.name
             known, began, sampled = _peak_anew(job.policy.device), time.perf_counter(), job.sampling_seconds

@@ -38,7 +38,7 @@ from latentrevise.recovery.progress import Progress, Shown
 from latentrevise.recovery.ray_workers import RayWorkers
 from latentrevise.recovery.schedule import Alone, Scheduler
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, unsettled
+from latentrevise.recovery.stages import Ahead, Arm, Continue, Judge, Mine, Part, Propose, Stage, set_aside, unsettled
 from latentrevise.strategies import Work, build
 
 if TYPE_CHECKING:
@@ -101,25 +101,27 @@ class Recovery:
         """
         if self.config.stop_at_success:
             for arm in self.arms():
-                for stage in (Propose(), Continue(), Judge()):
-                    self._stage(stage, {arm.name: self.parts(arm)})
+                parts = self._parts_of([arm])
+                self._stage(Propose(), parts)
+                self._stage(Continue(), parts, ahead=parts)
+                self._stage(Judge(), parts)
             return
-        self.engine.sleep()
         self._stage(Propose(), self._parts_of(self.arms()))
 
-    def sample(self) -> None:
+    def sample(self, ahead: bool = False) -> None:
         """Sample from all proposals; then the equal-compute control, whose size follows from what the strategies
-        cost."""
-        self._stage(Continue(), self._parts_of(self.arms()))
+        cost. ahead: verify what is sampled, in place of waiting for what others sample."""
+        own = self._parts_of(self.arms())
+        self._stage(Continue(), own, ahead=own if ahead else {})
         self._pool = None  # what the strategies cost is known only now
         pool = self.pool()
         if pool is not None:
+            parts = self._parts_of([pool])
             for stage in (Propose(), Continue()):
-                self._stage(stage, {pool.name: self.parts(pool)}, "control")
+                self._stage(stage, parts, "control", own | parts if ahead else {})
 
     def verify(self) -> None:
         """Judge every sample, check derivations, compute plain log-probs, apply the guards."""
-        self.engine.sleep()
         self._stage(Judge(), self._parts_of(self.all_arms()))
 
     def collect(self) -> Recovered:
@@ -138,7 +140,7 @@ class Recovery:
         """All stages but the last, which gathers: what any number of processes do together."""
         self.mine(prompts)
         self.revise()
-        self.sample()
+        self.sample(ahead=True)
         self.verify()
 
     @contextmanager
@@ -195,9 +197,12 @@ class Recovery:
         if self._pool is not None or not self.config.equal_compute or not len(targets):
             return self._pool
         if not self.run.control.exists():
-            costs = [cost(self.job, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
-            fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
-            write_signed(self.run.control, {"samples": control_size(self.config, costs, len(targets), fresh)})
+            with self.run.once():  # parts that are verified ahead may be set aside meanwhile, and cost no more
+                if not self.run.control.exists():
+                    costs = [cost(self.job, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
+                    fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
+                    size = control_size(self.config, costs, len(targets), fresh)
+                    write_signed(self.run.control, {"samples": size})
         count = self.run.read_control()["samples"]
         self._pool = Arm(POOL, build("resample", self.config), False, count)
         return self._pool
@@ -214,8 +219,15 @@ class Recovery:
     def _parts_of(self, arms: Sequence[Arm]) -> dict[str, list[Part]]:
         return {arm.name: self.parts(arm) for arm in arms}
 
-    def _stage(self, stage: Stage, parts: Mapping[str, Sequence[Part]], shown: str | None = None) -> None:
-        """Have the parts of some arms (or of rounds of mining) run that are not there yet."""
+    def _stage(
+        self,
+        stage: Stage,
+        parts: Mapping[str, Sequence[Part]],
+        shown: str | None = None,
+        ahead: Mapping[str, Sequence[Part]] | None = None,
+    ) -> None:
+        """Have the parts of some arms (or of rounds of mining) run that are not there yet. ahead: parts that whoever
+        would wait verifies, where they are sampled."""
         name = shown or stage.name
         for key, own in parts.items():
             plan = self.run.plan(stage.folder, key)
@@ -226,7 +238,7 @@ class Recovery:
         total = sum(part.size for own in parts.values() for part in own)
         left = sum(part.size for part in missing)
         with Progress(name, total, total - left, self.shown).showing(self.job.policy.body) as bar:
-            self.scheduler.run(self.job, stage, missing, bar)
+            self.scheduler.run(self.job, stage, missing, bar, Ahead(Judge(), ahead) if ahead else None)
 
     def _rows_of(self, arm: Arm) -> Sequence[int]:
         """The prompts an arm is given, as rows of ``Job.targets``; a wrong-target arm gets those of its strategy that

@@ -11,8 +11,8 @@ import logging
 import os
 import statistics
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,9 @@ from latentrevise.errors import ConfigError, RunError
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.recovery.schedule import terminable
+from latentrevise.recovery.schedule import run_part, terminable
 from latentrevise.recovery.settings import RecoverConfig
-from latentrevise.recovery.stages import Part, Stage, give_up, output, settled
+from latentrevise.recovery.stages import Ahead, Part, Stage, give_up, output, settled
 
 log = logging.getLogger(__name__)
 Load = Callable[[], tuple[Any, Any, Any]]
@@ -39,7 +39,6 @@ class Worker:
 
     def __init__(self, made: Any, config: RecoverConfig, out: str, threads: int) -> None:
         self.made, self.config, self.out, self.threads = made, config, out, threads
-        self.stage = ""
 
     def ready(self) -> None:
         """Load what it works with; what is wrong there is raised in the driver."""
@@ -50,10 +49,10 @@ class Worker:
         self.job = Job(model, tokenizer, self.config, self.out, engine)
 
     def run(self, stage: Stage, part: Part) -> None:
-        if self.stage != stage.name:
-            self.stage = stage.name
-            self.job.engine.sleep()
-        stage.run(self.job, part, Progress())
+        run_part(self.job, stage, part, Progress())
+
+
+_Key = tuple[str, str, int]
 
 
 @dataclass
@@ -63,6 +62,10 @@ class _Task:
     stage: Stage
     part: Part
     since: float = field(default_factory=time.monotonic)
+
+    @property
+    def key(self) -> _Key:
+        return _key(self.stage, self.part)
 
 
 class RayWorkers:
@@ -90,6 +93,7 @@ class RayWorkers:
         self.address, self.count, self.load = address, count, load
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, _Task | None]] = {}
+        self._deaths: dict[_Key, list[str]] = defaultdict(list)
         self._failed_starts, self._ready_at = 0, 0.0
         self._made: Any = None
 
@@ -106,12 +110,13 @@ class RayWorkers:
                 for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
                     self.ray.kill(worker)
                 self._idle, self._busy, self._made = [], {}, None
+                self._deaths.clear()
                 if not joined:
                     self.ray.shutdown()
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
-        waiting, open_parts = deque(parts), {_key(part): part for part in parts}
-        deaths: dict[tuple[str, int], list[str]] = defaultdict(list)
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress, ahead: Ahead | None = None) -> None:
+        open_parts, begun = {_key(stage, part): part for part in parts}, self._begun()  # ahead of this stage
+        waiting = deque(part for key, part in open_parts.items() if key not in begun)
         took: list[float] = []
         self._ready_at = time.monotonic()
         while open_parts:
@@ -119,24 +124,33 @@ class RayWorkers:
             while waiting and self._idle:
                 self._give(_Task(stage, waiting.popleft()))
             if self._idle and took:
-                self._give_again(stage, open_parts, statistics.median(took))
+                self._give_again(open_parts, statistics.median(took))
+            if self._idle and ahead is not None:
+                self._give_ahead(job.run, ahead)
             for task, death in self._ended():
-                key = _key(task.part)
-                if task.stage is not stage or key not in open_parts:
-                    continue  # a straggler's twin was faster
                 if death is None:
-                    self._await_file(job.run, stage, task.part)
-                    took.append(time.monotonic() - task.since)
-                else:
-                    deaths[key].append(death)
-                    log.warning("a worker died over part %d in %s: %s", task.part.index, stage.name, death)
-                    if len(deaths[key]) < job.config.deaths:
+                    self._await_file(job.run, task.stage, task.part)
+                elif not settled(job.run, task.stage, task.part) and not self._too_many(job, task, death):
+                    if task.key in open_parts:
                         waiting.appendleft(task.part)
-                        continue
-                    if not settled(job.run, stage, task.part):
-                        give_up(job, stage, task.part, deaths[key])
-                bar.end(open_parts.pop(key).size)
+                    continue
+                if task.key in open_parts:  # else it was ahead, or a straggler's twin was faster
+                    took += [time.monotonic() - task.since] if death is None else []
+                    bar.end(open_parts.pop(task.key).size)
             self._tell_of_none(job.config)
+
+    def _begun(self) -> Counter[_Key]:
+        """What workers are at, and how many."""
+        return Counter(task.key for _, task in self._busy.values() if task is not None)
+
+    def _too_many(self, job: Job, task: _Task, death: str) -> bool:
+        """Whether this death over a part was one too many; the part is then set aside."""
+        deaths = self._deaths[task.key]
+        deaths.append(death)
+        log.warning("a worker died over part %d in %s: %s", task.part.index, task.stage.name, death)
+        if len(deaths) >= job.config.deaths:
+            give_up(job, task.stage, task.part, deaths)
+        return len(deaths) >= job.config.deaths
 
     def _await_file(self, run: RunDirectory, stage: Stage, part: Part) -> None:
         """Network file systems take a while to show a machine what another wrote. Raises RunError where it never
@@ -198,15 +212,20 @@ class RayWorkers:
         worker = self._idle.pop()
         self._busy[worker.run.remote(task.stage, task.part)] = (worker, task)
 
-    def _give_again(self, stage: Stage, open_parts: dict[tuple[str, int], Part], median: float) -> None:
+    def _give_again(self, open_parts: Mapping[_Key, Part], median: float) -> None:
         """Parts that straggle to idle workers too, each once more."""
-        at: dict[tuple[str, int], list[float]] = defaultdict(list)
-        for _, task in self._busy.values():
-            if task is not None and task.stage is stage:
-                at[_key(task.part)].append(task.since)
-        for key, begun in at.items():
-            if self._idle and len(begun) == 1 and time.monotonic() - begun[0] > _STRAGGLES * median:
-                self._give(_Task(stage, open_parts[key]))
+        begun = self._begun()
+        for task in [task for _, task in self._busy.values() if task is not None]:
+            straggles = begun[task.key] == 1 and time.monotonic() - task.since > _STRAGGLES * median
+            if self._idle and straggles and task.key in open_parts:
+                self._give(_Task(task.stage, task.part))
+
+    def _give_ahead(self, run: RunDirectory, ahead: Ahead) -> None:
+        """Parts of a later stage to idle workers."""
+        begun = self._begun()
+        for part in ahead.ready(run):
+            if self._idle and _key(ahead.stage, part) not in begun:
+                self._give(_Task(ahead.stage, part))
 
     def _ended(self) -> Iterator[tuple[_Task, str | None]]:
         """Tasks that ended, with the reason where their worker died. Raises what a part raised."""
@@ -235,5 +254,5 @@ class RayWorkers:
                     raise RunError(f"three Ray workers in a row died before their first part: {death}")
 
 
-def _key(part: Part) -> tuple[str, int]:
-    return ("" if part.arm is None else part.arm.name, part.index)
+def _key(stage: Stage, part: Part) -> _Key:
+    return (stage.name, "" if part.arm is None else part.arm.name, part.index)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -20,7 +21,7 @@ from latentrevise.recovery.job import Job
 from latentrevise.recovery.leases import BEATS, Leases
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.recovery.stages import Part, Stage, give_up, settled
+from latentrevise.recovery.stages import Ahead, Part, Stage, give_up, settled
 
 _LOOKS = 60  # at the parts of others in the time after which silence means death; each at most two seconds apart
 _ENDED = 128 + signal.SIGTERM  # as shells tell it
@@ -35,9 +36,9 @@ class Scheduler(Protocol):
         """The run held, against others, for as long as parts are run. Raises RunError where another holds it."""
         ...
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress, ahead: Ahead | None = None) -> None:
         """Have these parts run, of which none was there a moment ago; return when each is, or is set aside. What a
-        part raises is raised."""
+        part raises is raised. ahead: what may be run in place of waiting; nothing waits for it."""
         ...
 
 
@@ -49,8 +50,8 @@ class Alone:
     def session(self, run: RunDirectory) -> AbstractContextManager[None]:
         return run.locked()
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
-        for part in parts:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress, ahead: Ahead | None = None) -> None:
+        for part in parts:  # it never waits
             run_part(job, stage, part, bar)
             bar.end(part.size)
 
@@ -58,7 +59,8 @@ class Alone:
 class Joint:
     """One of any number of processes that work on one run together, on any machines that see its directory.
 
-    Each takes parts by leases, and waits at the end of a stage for those of others; they may come and go at any time.
+    Each takes parts by leases, and at the end of a stage runs what it can ahead, or waits for the parts of others; they
+    may come and go at any time.
     index, count: this process's place among those that are expected: it only orders which parts it tries first.
     """
 
@@ -75,20 +77,31 @@ class Joint:
         with run.locked(shared=True), terminable(self._end):
             yield
 
-    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress) -> None:
+    def run(self, job: Job, stage: Stage, parts: Sequence[Part], bar: Progress, ahead: Ahead | None = None) -> None:
         leases = Leases(job.run.leases, job.config.lease_seconds)
         waiting, claimed = self._preferred(parts), -math.inf
+        spare = deque[Part]()
         while waiting:
             if self._ended:
                 sys.exit(_ENDED)
             # Leases are looked at as often as they are touched: more would ask much of a file server, for each process
             # that waits looks at each part that another is at.
             claiming = time.monotonic() - claimed >= job.config.lease_seconds / BEATS
-            claimed = time.monotonic() if claiming else claimed
+            if claiming:
+                claimed = time.monotonic()
+                spare = deque(self._preferred(ahead.ready(job.run)) if ahead else ())
             left = [part for part in waiting if not self._done(job, stage, part, leases, bar, claiming)]
-            if len(left) == len(waiting):
+            waited = len(left) == len(waiting)
+            if waited and not (ahead and self._one_of(job, ahead.stage, spare, leases)):
                 time.sleep(min(max(job.config.lease_seconds / _LOOKS, 0.1), 2.0))
             waiting = left
+
+    def _one_of(self, job: Job, stage: Stage, parts: deque[Part], leases: Leases) -> bool:
+        """Whether one of these parts was to be had; it was run, and it and those before it are looked at no more."""
+        while parts:
+            if self._done(job, stage, parts.popleft(), leases, Progress(), claiming=True):
+                return True
+        return False
 
     def _done(self, job: Job, stage: Stage, part: Part, leases: Leases, bar: Progress, claiming: bool) -> bool:
         """Whether a part is there or set aside; where it is not, after running it if ``claiming`` and nobody else
@@ -118,6 +131,7 @@ class Joint:
 
 def run_part(job: Job, stage: Stage, part: Part, bar: Progress) -> None:
     """One part in this process, shown on the bar."""
+    job.enter(stage.name)
     bar.begin(stage.name if part.arm is None else part.arm.name, part.size)
     stage.run(job, part, bar)
 

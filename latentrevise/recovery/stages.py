@@ -127,6 +127,25 @@ def unsettled(run: RunDirectory, stage: Stage, parts: Sequence[Part]) -> list[Pa
     return [part for part in parts if part.index not in done]
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Parts of some arms in a later stage. One may be run as soon as its input is there, whatever the others are at."""
+
+    stage: Stage
+    parts: Mapping[str, Sequence[Part]]
+
+    def ready(self, run: RunDirectory) -> list[Part]:
+        """Those that may be run now, by a few looks at folders for each arm."""
+        before = ORDER[ORDER.index(self.stage.folder) - 1]
+        return [
+            part
+            for arm, own in self.parts.items()
+            for there in [run.there(before, arm)]
+            for part in unsettled(run, self.stage, own)
+            if part.index in there
+        ]
+
+
 def give_up(job: Job, stage: Stage, part: Part, reasons: Sequence[str]) -> None:
     """Note that a part is given up, and why."""
     arm = "" if part.arm is None else part.arm.name

@@ -121,8 +121,9 @@ def _stage(run: RunDirectory, name: str, plans: list[Path]) -> StageStatus:
         finished += [(written, sizes[index]) for index, written in there if index in sizes]
         aside += sum(size for index, size in sizes.items() if run.aside(folder, index, arm).exists())
     finished.sort()
-    recent = finished[-_RECENT:]
-    first = began if len(recent) == len(finished) else recent.pop(0)[0]
+    timed = [part for part in finished if part[0] >= began]  # others were run ahead of the stage
+    recent = timed[-_RECENT:]
+    first = began if len(recent) == len(timed) else recent.pop(0)[0]
     span = recent[-1][0] - first if recent else 0.0
     rate = sum(size for _, size in recent) / span if span > 0 else None
     last = time.time() - finished[-1][0] if finished else None
