@@ -2,11 +2,13 @@
 #
 #   PYTHON     the Python that makes the environment   make test PYTHON=python3.12
 #   ARGS       further arguments of the command        make test ARGS="tests/test_report.py -x"
+#   JOBS       processes of `make test`                make test JOBS=1                    (none: 2)
 #   BENCH      which benchmark to run                  make bench BENCH=vertex_oracle     (none: list them)
 #   TRITON     another version of it                   make cubins TRITON=3.6.0           (none: the pinned one)
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 BENCH ?=
 TRITON ?=
 BIN := .venv/bin
@@ -62,10 +64,11 @@ $(REAL): $(SETUP)
 real: $(REAL)
 	$(BIN)/python -m latentrevise.demo.real recover --out real $(ARGS)
 
-# One thread: on a shared machine two OpenMP threads that wait for each other are slower than one.
+# One thread: on a shared machine two OpenMP threads that wait for each other are slower than one. A file's tests share
+# models and runs, so they stay in one process.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VLLM)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-install: $(SETUP)
 	$(BIN)/python -m pytest -m 'install or not install' tests/install tests/test_typing.py $(ARGS)

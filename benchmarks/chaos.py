@@ -41,7 +41,7 @@ from latentrevise.demo.run import demo_config
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.schedule import Alone, Joint, Scheduler
-from latentrevise.recovery.settings import RecoverConfig
+from latentrevise.recovery.settings import RecoverConfig, RoundsConfig
 from latentrevise.recovery.targets import Target
 
 FAMILY, PROMPTS, SEED = "rule", 24, 4
@@ -70,10 +70,11 @@ class Round:
 
 
 def settings(lease_seconds: float = 2.0) -> RecoverConfig:
-    """The demo's, small. Any number may die over a part: here it is never the part's fault."""
+    """The demo's, small, in rounds. Any number may die over a part: here it is never the part's fault."""
     small = {"rollouts": 3, "samples": 2, "revised_rollouts": 2, "chunk": 3, "equal_compute_cap": 6}
     strategies = ("latent", "pivot", "resample-prefix")
     own = {"strategies": strategies, "deaths": 10**9, "lease_seconds": lease_seconds}
+    own["continuations"] = RoundsConfig(rounds=2)
     return dataclasses.replace(demo_config(get_family(FAMILY)), **small, **own)
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.recovery import publish
 from latentrevise.checkers.arithmetic import check, check_against
 from latentrevise.data.records import Prompt, Rollout, Sample, read_records
 from latentrevise.data.storage import write_json
@@ -36,7 +35,7 @@ _PLAIN = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 _VALUE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 ROWS = 400
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/checkers.json", ROOT / "docs/verifier.md"
+RESULTS = ROOT / "benchmarks/results/checkers.json"
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,6 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     print(table(document))
     if options.publish:
         write_json(RESULTS, document)
-        publish(table(document), PAGE, "checkers")
     return document
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks import harness
-from benchmarks.recovery import publish
 from latentrevise.data.records import Prompt, Sample, Start, Verdict, decoded, original_prefix, read_records
 from latentrevise.data.storage import write_json
 from latentrevise.errors import InputError
@@ -32,7 +31,7 @@ from latentrevise.verify.patterns import BOXED, AnswerPattern
 Judged = tuple[Mapping[str, float], bool]  # signals, and whether the derivation is valid
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/guards.json", ROOT / "docs/audits.md"
+RESULTS = ROOT / "benchmarks/results/guards.json"
 FLOORS = (0.95, 0.9, 0.8, 0.7)  # shares of the valid samples that a combination must keep
 _FEWEST = 10
 _MOST = 4  # guards in a combination
@@ -157,7 +156,6 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     print(tables(document))
     if options.publish:
         write_json(RESULTS, document)
-        publish(brief(document), PAGE, "guards")
     return document
 
 
@@ -183,19 +181,6 @@ def tables(document: dict[str, Any]) -> str:
     for family, found in document["families"].items():
         cells = [f"{found['auc'][name]:.2f}" if name in found["auc"] else "-" for name in names]
         lines.append(f"| {family} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def brief(document: dict[str, Any]) -> str:
-    """What docs/audits.md has of it: the defaults, and the combination chosen to keep the most."""
-    lines = ["| family (valid, invalid) | guards | valid kept % | invalid among admitted % |", "|---" * 4 + "|"]
-    for family, found in document["families"].items():
-        best = found["together"][str(FLOORS[0])]
-        for head, told, one in (
-            (_head(family, found), "the defaults", found["defaults"]),
-            ("", _thresholds(best), best),
-        ):
-            lines.append(_row(head, told, one, ("kept", "contamination")))
     return "\n".join(lines)
 
 

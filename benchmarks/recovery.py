@@ -34,7 +34,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery_strata import strata
-from benchmarks.recovery_tables import brief, figure, guard_figure, summary, tables
+from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, read_records
 from latentrevise.data.storage import atomic_write, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
@@ -84,8 +84,15 @@ PLANS = {
             *("latent-plausible", "latent-window", "dart", "resample"),
         ),
     ),
-    # A real language model and text, see latentrevise.demo.real.
+    # A real language model and text, see latentrevise.demo.real: what decides on many prompts, the rest on fewer.
     "gsm": Plan(
+        (wordproblems.NAME,),
+        (0,),
+        tuple(range(2, 12)),
+        24,
+        ("latent", "latent-random", "pivot-trie", "step-checked", "resample-rho0.8", "resample"),
+    ),
+    "gsm-rivals": Plan(
         (wordproblems.NAME,),
         (0,),
         (0, 1),
@@ -159,7 +166,7 @@ def recovery_of(
             strategies=strategies,
             label=unit.name,
             step_checker="latentrevise.checkers.arithmetic:check_step",
-            equal_compute_cap=128,  # what the dearest strategy spends
+            equal_compute_cap=128 if "self-hint" in strategies else 64,  # what the dearest strategy spends
         )
         prompts = wordproblems.word_problems(unit.prompts, real.STEPS, seed=unit.seed)
         return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
@@ -330,12 +337,14 @@ def real_text(options: argparse.Namespace) -> bool:
 def study_of(options: argparse.Namespace) -> str:
     """Which plan the options ask for."""
     asked = [name for name in ("quick", "variants", "rivals") if getattr(options, name)]
-    if real_text(options) and asked != ["variants"]:
-        asked.append(wordproblems.NAME)
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} are studies of their own; ask for one")
-    named = asked[0] if asked else "recovery"
-    return f"{wordproblems.NAME}-{named}" if real_text(options) and named == "variants" else named
+    if not real_text(options):
+        return asked[0] if asked else "recovery"
+    named = "-".join([wordproblems.NAME, *asked])
+    if named not in PLANS:
+        raise ConfigError(f"{wordproblems.NAME} has no study --{asked[0]}; leave it out")
+    return named
 
 
 def refuse_part(options: argparse.Namespace) -> None:
@@ -414,9 +423,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     write_json(out / "recovery.json", document)
     if options.publish:
         root = Path(__file__).parent.parent
-        figure(study, root / f"docs/figures/{name}.png")
         write_json(root / f"benchmarks/results/{name}.json", document)
-        publish(brief(document), root / "docs/recovery.md", name)
+        if name in PICTURED:
+            figure(study, root / f"docs/figures/{name}.png")
+        if name in SHOWN:
+            publish(brief(document), root / "docs/recovery.md", name)
         if name == "recovery":
             publish(summary(study), root / "README.md")
             if len(seeds) > 1:

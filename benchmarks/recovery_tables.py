@@ -10,33 +10,30 @@ from benchmarks import harness
 from benchmarks.recovery_strata import BEYOND
 from latentrevise.data.storage import atomic_write
 
-SHOWN = {  # of a study with many rows: those that its page has; all are on the site's page of all rows
+SHOWN = {  # what docs/recovery.md has of a study; all rows of all studies are on the site's page of all rows
+    "gsm": (
+        "pivot-trie",
+        "step-checked",
+        "dart",
+        "evocot",
+        "resample",
+        "resample-rho0.8",
+        "latent",
+        "latent-random",
+    ),
     "recovery": (
         "hint",
         "pivot-pair",
         "pivot",
         "pivot-trie",
         "latent-plausible",
-        "dart",
         "branch-mass",
-        "gcg",
         "resample",
         "latent",
-        "latent-nearest",
         "latent-random",
-        "resample-rho0.8",
-    ),
-    "variants": (
-        "hint",
-        "pivot-pair",
-        "pivot-pair-linear",
-        "pivot-beam",
-        "pair-random",
-        "pivot",
-        "latent-plausible",
-        "resample",
     ),
 }
+PICTURED = (*SHOWN, "variants")  # whose figure it has
 
 
 def table(family: str, pooled: dict[str, Any]) -> str:
@@ -45,7 +42,12 @@ def table(family: str, pooled: dict[str, Any]) -> str:
     several = any(len(row["valid_by_model"]) > 1 for row in rows.values())
     timed = all("equal_seconds" in row for row in rows.values())  # not in files of before
     heads = ["strategy", "valid derivation %", *["by model"] * several, "at its passes", *["at its seconds"] * timed]
-    heads += ["right answer %", "wrong target %", "passes", "seconds", "admitted (valid)"]
+    heads += ["right answer %", "wrong target %", "passes", "seconds"]
+    strata = pooled.get("strata")  # not in files of before
+    if strata:
+        hard = strata["prompts"].get(BEYOND, 0)
+        heads.append(f"beyond {strata['rollouts']} further rollouts ({hard}): right, valid %")
+    heads.append("admitted (valid)")
     lines = [
         f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} prompts, runs: {len(pooled['units'])})",
         "",
@@ -60,6 +62,8 @@ def table(family: str, pooled: dict[str, Any]) -> str:
         if timed:
             cells.append(_rate(row["equal_seconds"]["valid"]))
         cells += [_rate(row["answer"]), _percent(row["wrong_target"]), f"{row['passes']:.0f}", f"{row['seconds']:.2f}"]
+        if strata:
+            cells.append(_beyond(strata, name))
         lines.append(f"| {' | '.join(cells)} | {row['admitted']} ({row['admitted_valid']}) |")
     return "\n".join(lines)
 
@@ -72,13 +76,13 @@ def tables(document: dict[str, Any]) -> str:
 
 
 def brief(document: dict[str, Any]) -> str:
-    """What a study's document says, as it stands in docs/: of several families the rows that decide, side by side. Per
+    """What a study's document says, as it stands in docs/: the rows that decide, several families side by side. Per
     cent of zero-hit prompts: valid derivations [95 %]; resampling at as many passes; right answers; wrong target."""
     families = document["families"]
+    shown = SHOWN[document["name"]]
+    names = tuple(name for name in shown if all(name in pooled["strategies"] for pooled in families.values()))
     if len(families) == 1:
-        return "\n".join([_by_strata(*families.values()), "", _commits(document)])
-    names = SHOWN.get(document["name"]) or tuple(next(iter(families.values()))["strategies"])
-    names = tuple(name for name in names if all(name in pooled["strategies"] for pooled in families.values()))
+        return "\n".join([_by_strata(*families.values(), names), "", _commits(document)])
     rows = {name: [pooled["strategies"][name] for pooled in families.values()] for name in names}
     heads = [f"{family} ({pooled['zero_hit']})" for family, pooled in families.items()]
     lines = [f"| strategy | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
@@ -87,26 +91,31 @@ def brief(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _commits(document)])
 
 
-def _by_strata(pooled: dict[str, Any]) -> str:
+def _by_strata(pooled: dict[str, Any], names: Sequence[str]) -> str:
     """One family. Per cent of zero-hit prompts with a valid derivation, then with a right answer: [95 %]; resampling at
     as many passes; in as many seconds. Then wrong targets, and right and valid ones of the prompts *beyond* reach."""
     strata, rows = pooled["strata"], pooled["strategies"]
-    prompts, beyond = strata["prompts"].get(BEYOND, 0), strata.get(BEYOND, {})
     lines = [
-        f"| strategy | valid ({pooled['zero_hit']}) | right | wrong target | beyond reach ({prompts}): right, valid"
+        f"| strategy | valid ({pooled['zero_hit']}) | right | wrong target"
+        f" | beyond reach ({strata['prompts'].get(BEYOND, 0)}): right, valid"
         " | seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for name in sorted(rows, key=lambda name: (-rows[name]["valid"][0], -rows[name]["answer"][0])):
-        row, hard = rows[name], beyond.get(name)
+    for name in sorted(names, key=lambda name: (-rows[name]["valid"][0], -rows[name]["answer"][0])):
+        row = rows[name]
         cells = [
             f"{_whole(row[key])}; {_percent(row['equal_compute'][key])}; {_percent(row['equal_seconds'][key])}"
             for key in ("valid", "answer")
         ]
-        cells += [_percent(row["wrong_target"])]
-        cells += [f"{_percent(hard['answer'])}, {_percent(hard['valid'])}" if hard else "-", f"{row['seconds']:.1f}"]
+        cells += [_percent(row["wrong_target"]), _beyond(strata, name), f"{row['seconds']:.1f}"]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _beyond(strata: dict[str, Any], name: str) -> str:
+    """Right answers and valid derivations among the prompts beyond reach."""
+    row = strata.get(BEYOND, {}).get(name)
+    return f"{_percent(row['answer'])}, {_percent(row['valid'])}" if row else "-"
 
 
 def _whole(rate: Sequence[float]) -> str:

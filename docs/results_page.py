@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from benchmarks import guards, recovery_tables, training_tables
+from benchmarks import checkers, guards, iterates, recovery_tables, training_tables
 
 PAGE = "results.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
@@ -16,10 +16,12 @@ STUDIES = {
     "gsm": ("Recovery on real text", recovery_tables.tables),
     "gsm-variants": ("Ablations on real text", recovery_tables.tables),
     "recovery": ("Recovery", recovery_tables.tables),
+    "iterates": ("Step by step", iterates.table),
     "rivals": ("What people would use instead", recovery_tables.tables),
     "variants": ("Harder families", recovery_tables.tables),
     "training": ("Training", training_tables.tables),
     "guards": ("Guards", guards.tables),
+    "checkers": ("Checkers of derivations", checkers.table),
 }
 
 
@@ -31,7 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def page() -> str:
     lines = ["# All rows", ""]
     lines += [
-        "The studies of [recovery](recovery.md), [training](training.md) and [guards](audits.md#guards), whole.",
+        "The studies of [recovery](recovery.md), [training](training.md), [guards](audits.md#guards) and",
+        "[checkers](verifier.md#derivations-of-arithmetic-word-problems), whole.",
         "Those pages say what the columns mean.",
     ]
     for study, (title, tables) in STUDIES.items():

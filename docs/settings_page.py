@@ -11,6 +11,15 @@ from mkdocs.structure.files import File, Files
 from latentrevise.cli.settings import GROUPS, meanings, settings_of
 
 PAGE = "reference/settings.md"
+TEXTS = (
+    "",
+    "| written | means |",
+    "|---|---|",
+    "| `--set 'instruction=End with #### and the number'` | the text as it stands |",
+    r"| `--set 'stop=\n'` | `\n`, `\t` are newline and tab, unless a lower-case letter follows (`\nu`, `\text`) |",
+    r"""| `--set 'instruction="one\ntwo"'` | in quotation marks: YAML's text |""",
+    "| `--set strategies=latent,pivot` | several texts; or a YAML list |",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -23,8 +32,8 @@ def page() -> str:
         "# Settings",
         "",
         "Each is given by `--set key=value`, or in a YAML file with `--config FILE`; nested ones as `group.key`.",
-        "A text is taken as it stands ([Questions](../faq.md)).",
-        "`latentrevise config` prints them with their defaults.",
+        "`latentrevise config` prints them with their defaults. A text is taken as it stands:",
+        *TEXTS,
     ]
     told: set[type] = set()
     for command in GROUPS:

@@ -1,11 +1,13 @@
-"""Trains under ``accelerate launch`` for test_train_distributed.py: ``distributed_worker.py MODE OUT``.
+"""Trains under ``accelerate launch`` for test_train_distributed.py: ``distributed_worker.py MODE OUT LIMIT``.
 
-MODE is ``one``, ``ddp`` or ``fsdp2``. Each check trains a few steps; the first process leaves what it saw in
-``OUT/CHECK.pt``: the trainer's log, the rows of each generation batch, the trained weights.
+MODE is ``one``, ``ddp`` or ``fsdp2``; after LIMIT seconds a process says where it stands, and ends. Each check trains a
+few steps; the first process leaves what it saw in ``OUT/CHECK.pt``: the trainer's log, the rows of each generation
+batch, the trained weights.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import shutil
 import sys
 from collections.abc import Callable
@@ -225,7 +227,8 @@ def seen(trainer: Any, mode: str) -> dict[str, Any]:
     }
 
 
-def main(mode: str, out: Path) -> None:
+def main(mode: str, out: Path, limit: float) -> None:
+    faulthandler.dump_traceback_later(limit, exit=True)  # the test shows where each process stood
     torch.set_num_threads(1)
     if mode == "fsdp2":
         shard_on_cpu()
@@ -241,4 +244,4 @@ def main(mode: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]))

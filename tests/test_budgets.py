@@ -15,7 +15,7 @@ from latentrevise.engines import HFEngine, Request, SamplingParams
 from latentrevise.errors import ConfigError, RunError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.pipeline import Recovery
-from latentrevise.recovery.settings import MineConfig
+from latentrevise.recovery.settings import RoundsConfig
 from latentrevise.recovery.status import stages
 from tests.tiny import tiny_model
 
@@ -55,7 +55,7 @@ def rows(run):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_rounds_draw_the_same_rollouts_and_find_the_same_zero_hit_prompts(chain, whole, tmp_path, stop):
-    run = recovery(chain, tmp_path / "out", mine=MineConfig(rounds=3, stop_after_correct=stop))
+    run = recovery(chain, tmp_path / "out", mine=RoundsConfig(rounds=3, stop_after_correct=stop))
     run.mine(prompts(chain))
     full, own = whole.rollouts(), run.rollouts()
     assert list(own) == list(full)
@@ -78,7 +78,7 @@ def test_rounds_draw_the_same_rollouts_and_find_the_same_zero_hit_prompts(chain,
 
 
 def test_a_run_that_stopped_between_rounds_goes_on(chain, whole, tmp_path):
-    config = {"mine": MineConfig(rounds=3)}
+    config = {"mine": RoundsConfig(rounds=3)}
     run = recovery(chain, tmp_path / "whole", **config)
     run.mine(prompts(chain))
     expected = rows(run)
@@ -103,7 +103,7 @@ def test_a_run_that_stopped_between_rounds_goes_on(chain, whole, tmp_path):
 
 
 def test_a_prompt_of_which_a_round_was_given_up_is_not_called_zero_hit(chain, whole, tmp_path):
-    config = {"mine": MineConfig(rounds=3)}
+    config = {"mine": RoundsConfig(rounds=3)}
     run = recovery(chain, tmp_path / "out", **config)
     run.mine(prompts(chain))
     last = run.run.parts("rollouts")[-1]
@@ -129,17 +129,12 @@ def test_samples_of_several_calls_are_those_of_one():
         assert [[c.ids for c in own] for own in part] == [[c.ids for c in own[first : first + n]] for own in whole]
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"mine": MineConfig(rounds=3), "rollouts": 2}, r"mine\.rounds = 3: 2 rollouts cannot be drawn in more rounds"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(changes, told):
-    with pytest.raises(ConfigError, match=told):
-        RecoverConfig(**changes)
+@pytest.mark.parametrize(("name", "samples"), [("mine", "rollouts"), ("continuations", "samples")])
+def test_settings_that_cannot_be_are_refused(name, samples):
+    with pytest.raises(ConfigError, match=rf"{name}\.rounds = 3: 2 {samples} cannot be drawn in more rounds"):
+        RecoverConfig(**{name: RoundsConfig(rounds=3), samples: 2})
     with pytest.raises(ConfigError, match=r"stop_after_correct = 0: it must be at least 1"):
-        MineConfig(stop_after_correct=0)
+        RoundsConfig(stop_after_correct=0)
 
 
 def mined(*correct):
@@ -163,6 +158,24 @@ def test_the_table_of_budgets_counts_by_hand():
     assert rounds["passes"] == (12 * 4 + 6 * 2) / 3
     assert uniform["solved"] == rounds["solved"]
     assert rounds["solved"][0] == 2 / 3
+
+
+def test_the_table_of_strategies_is_that_of_runs(chain, whole, tmp_path, monkeypatch):
+    """``strategies_compared`` holds the bill of rounds against a run's own."""
+    monkeypatch.setattr(budgets, "SAMPLES", (4,))
+    monkeypatch.setattr(budgets, "MOST_SAMPLES", (4, 6))
+    monkeypatch.setattr(budgets, "ROLLOUTS", ROLLOUTS)
+    found = budgets.strategies_compared(whole, prompts(chain), tmp_path, 2)
+    saved = 0
+    for (row,) in found.values():
+        uniform, rounds, equal = row["uniform"], row["rounds"], row["equal_compute"]
+        assert (uniform["samples"], uniform["read_again"]) == (4, 0)
+        assert rounds["recovered"] == uniform["recovered"]
+        assert uniform["prompts"] == len(whole.cases())
+        assert equal["passes"] <= uniform["passes"]
+        saved += uniform["passes"] - rounds["passes"]
+    assert saved > 0
+    assert f"| resample | 4 | {found['resample'][0]['uniform']['recovered'][0]:.0%} [" in budgets.strategies_text(found)
 
 
 def test_early_rejection_is_charged_by_hand():

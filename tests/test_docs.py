@@ -55,7 +55,15 @@ def test_the_reference_lists_every_setting_and_public_name(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["recovery", "rivals", "variants", "training"])
+def test_every_study_is_on_the_page_of_all_rows(site):
+    page = (site / "results.html").read_text(encoding="utf-8")
+    for study in ("iterates", "guards", "checkers"):
+        assert f"benchmarks/results/{study}.json" in page
+    assert "| " not in re.sub(r"<[^>]+>", "", page), "a table was not read as one"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["gsm", "gsm-variants", "recovery", "rivals", "variants", "training"])
 def test_all_rows_of_a_study_are_on_a_page(site, study):
     families = json.loads((ROOT / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))["families"]
     page = (site / "results.html").read_text(encoding="utf-8")

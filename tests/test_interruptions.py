@@ -132,19 +132,19 @@ def test_ctrl_c_says_that_the_same_command_goes_on(place):
         assert time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 130
     assert told.splitlines()[-1] == "latentrevise: interrupted; the same command goes on from here"
     assert "Traceback" not in told
     again = command(place)
-    out, told = again.communicate(timeout=120)
+    out, told = again.communicate(timeout=300)
     assert again.returncode == 0, told
     assert "report" in out
 
 
 def test_an_unforeseen_error_keeps_its_traceback_and_says_what_is_kept(place):
     process = command(place, before=SLOW.replace("ACTION", "raise KeyError('nobody foresaw this')").strip())
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback (most recent call last)" in told
     assert "KeyError: 'nobody foresaw this'" in told

@@ -23,6 +23,7 @@ from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.settings import RoundsConfig
 from latentrevise.recovery.stages import continuations
 from latentrevise.recovery.targets import Target
 from tests.commands import begin, command
@@ -37,10 +38,10 @@ def rule():
 
 
 def small(**changes):
-    """The demo's settings, cut to a few seconds: eight prompts a part, so that there are several parts."""
+    """The demo's settings, cut to a few seconds: six prompts a part, so that there are several parts."""
     base = demo_config(get_family("rule"))
     return dataclasses.replace(
-        base, **{"rollouts": 4, "samples": 4, "revised_rollouts": 2, "chunk": 8, "equal_compute_cap": 8, **changes}
+        base, **{"rollouts": 4, "samples": 4, "revised_rollouts": 2, "chunk": 6, "equal_compute_cap": 8, **changes}
     )
 
 
@@ -48,7 +49,7 @@ def small(**changes):
 def finished(rule, tmp_path_factory):
     family, model, tokenizer = rule
     out = tmp_path_factory.mktemp("run") / "out"
-    prompts = make_prompts(family, 30, split="develop", seed=3)
+    prompts = make_prompts(family, 20, split="develop", seed=3)
     return recover(model, tokenizer, prompts, small(), out), prompts
 
 
@@ -360,7 +361,7 @@ def test_what_the_model_has_no_positions_for_is_not_sampled(tmp_path, caplog):
     assert max(len(row.completion_ids) for row in rows) == room
     run = Recovery(model, tokenizer, config, out, progress=False)
     full = dataclasses.replace(start, plain_ids=(5,) * (40 - len(prompt.ids)))
-    assert continuations(run.job, [full], {}, {prompt.id: prompt}, Progress()) == [[]]
+    assert continuations(run.job, [full], {}, {prompt.id: prompt}, RoundsConfig(), Progress()) == [[]]
     assert "1 of 1 starts fill all positions" in caplog.text
 
 

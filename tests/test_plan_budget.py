@@ -17,7 +17,7 @@ from latentrevise.recovery.estimate import expected, sampled
 from latentrevise.recovery.measure import ArmTook, Measured, Tries
 from latentrevise.recovery.mined import Glance
 from latentrevise.recovery.pipeline import Recovery
-from latentrevise.recovery.settings import MineConfig
+from latentrevise.recovery.settings import RoundsConfig
 
 
 def drawn(*right):
@@ -87,7 +87,7 @@ def test_by_its_own_settings_it_is_the_sample_times_as_many_prompts():
 
 
 def test_rounds_by_hand():
-    found, of = lines(mine=MineConfig(rounds=2))
+    found, of = lines(mine=RoundsConfig(rounds=2))
     # a stops behind its first four; the prompt is read twice by the others.
     assert of["mine"].tokens == 10 * (40 + 3 * 80)
     assert of["mine"].passes == 10 * (40 + 3 * 80 + 5 + 3 * 10)
@@ -178,7 +178,7 @@ def test_a_larger_step_gives_back_what_smaller_ones_took():
 
 
 def test_the_strategy_whose_prompts_cost_most_is_left_out():
-    config = replace(CONFIG, equal_compute=False, audit=False, mine=MineConfig(rounds=2))
+    config = replace(CONFIG, equal_compute=False, audit=False, mine=RoundsConfig(rounds=2))
     arms = SAMPLE.arms | {"pivot": took(2, 100, 60, {"c": (4, 0), "d": (2, 2)})}
     sample = replace(SAMPLE, config=config, arms=arms)
     # In a chain latent is given c alone, which none recovers; where that is too much it is left out.

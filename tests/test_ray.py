@@ -17,7 +17,7 @@ from latentrevise.recovery import ray_workers
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.ray_workers import RayWorkers
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.recovery.settings import RayConfig
+from latentrevise.recovery.settings import RayConfig, RoundsConfig
 from latentrevise.recovery.stages import Mine, Part
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -25,7 +25,13 @@ ray = pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each worker imports torch
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(6)]
 CONFIG = RecoverConfig(
-    rollouts=1, samples=2, max_new_tokens=4, strategies=("latent", "resample"), chunk=1, chat="never"
+    rollouts=1,
+    samples=2,
+    continuations=RoundsConfig(rounds=2),
+    max_new_tokens=4,
+    strategies=("latent", "resample"),
+    chunk=1,
+    chat="never",
 )
 POISON = "4+4="  # its part kills whoever mines it
 

@@ -413,10 +413,10 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("p.jsonl.gz", gzip.compress(LINES.encode())),
-        ("p.JSONL.GZ", gzip.compress(LINES.encode())),
-        ("p.json.gz", gzip.compress(json.dumps(ROWS).encode())),
-        ("p.csv.gz", gzip.compress(b"prompt,answer\n1+1,2\n2+2,4\n")),
+        ("p.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("p.JSONL.GZ", gzip.compress(LINES.encode(), mtime=0)),
+        ("p.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
+        ("p.csv.gz", gzip.compress(b"prompt,answer\n1+1,2\n2+2,4\n", mtime=0)),
         ("p.tsv", b"prompt\tanswer\n1+1\t2\n2+2\t4\n"),
         ("p.tsv", b'prompt\tanswer\n"1+1"\t2\n2+2\t4\n'),
         ("p.jsonl", LINES.replace("\n", "\r\n").encode()),

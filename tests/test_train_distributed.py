@@ -19,6 +19,7 @@ COMMANDS = {
     "ddp": f"{LAUNCH} --multi_gpu",
     "fsdp2": f"{LAUNCH} --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP",
 }
+LIMIT = 600  # seconds; it takes half a minute, and has taken four on a machine that others used
 CHECKS = ("sft", "evaluated", "rlvr", "rlvr-registry", "whole", "resumed", "skewed")
 # Not compared: times, and what TRL averages over micro-batches, whose rows it shuffles on each process.
 UNLIKE = {"entropy", "step_time", "time/revise_s"}
@@ -36,12 +37,15 @@ def places(tmp_path_factory):
             made[mode] = (
                 out,
                 subprocess.run(
-                    [sys.executable, *COMMANDS[mode].split(), str(HERE / "distributed_worker.py"), mode, str(out)],
+                    [
+                        *(sys.executable, *COMMANDS[mode].split()),
+                        *(str(HERE / "distributed_worker.py"), mode, str(out), str(LIMIT)),
+                    ],
                     capture_output=True,
                     text=True,
                     cwd=HERE.parent,
                     env=os.environ | own,
-                    timeout=200,
+                    timeout=LIMIT + 30,  # they end by themselves before
                 ),
             )
         out, result = made[mode]

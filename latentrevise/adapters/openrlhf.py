@@ -1,6 +1,11 @@
 """OpenRLHF: an agent executor that repairs a prompt's samples once all of them are there.
 
     --train.agent_func_path $(python -c "import latentrevise.adapters as a; print(a.__path__[0])")/openrlhf.py
+    --rollout.n_samples_per_prompt 8 --eval.n_samples_per_prompt 4
+
+Runs in the rollout actors, before dynamic filtering. The reward is the verdict; an undecided row has 0. Evaluation uses
+the same hook: give it another number of samples than ``group_size``, which must be set. ``device`` is a GPU with room:
+the actor's own is vLLM's.
 
 Hook: ``AgentExecutor.execute`` of the file named so, loaded by ``_load_agent_executor`` and called by
 ``RolloutRayActor.generate_responses`` in openrlhf/trainer/ray/vllm_engine.py; the response's fields as

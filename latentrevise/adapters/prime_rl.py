@@ -2,6 +2,9 @@
 
     python -m latentrevise.adapters.prime_rl @ orchestrator.toml       # in place of: orchestrator @ orchestrator.toml
 
+Starts the orchestrator with the settings of its ``grpo``; for ``rl``, put a script ``orchestrator`` that calls it first
+in ``PATH``. Task data need an ``answer``. The gate on advantages may stay on.
+
 Hook: ``Algorithm.score_group`` of src/prime_rl/orchestrator/algo/base.py; a new algorithm is registered in
 ``ALGORITHM_CLASSES`` (algo/__init__.py), which no setting reaches, hence the command. Traces and their nodes as in
 verifiers/v1/trace.py and graph.py, read by orchestrator/trajectories.py. PrimeIntellect-ai/prime-rl at 559b447

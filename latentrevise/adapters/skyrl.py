@@ -1,8 +1,12 @@
 """SkyRL: a generator that repairs zero-hit groups before its trainer sees them.
 
+    from latentrevise.adapters.skyrl import RecoveringGenerator
     class Experiment(BasePPOExp):
         def get_generator(self, cfg, tokenizer, inference_engine_client):
             return RecoveringGenerator(cfg.generator, cfg.environment.skyrl_gym, inference_engine_client, tokenizer)
+
+Runs before dynamic sampling, which may stay on; evaluation is not repaired. The answer is ``reward_spec.ground_truth``.
+``step_wise_trajectories`` are refused. Install the package with ``--no-deps``: it demands transformers up to 5.8.
 
 Hook: ``GeneratorInterface.generate`` (skyrl/train/generators/base.py), whose ``GeneratorOutput`` goes through
 ``validate_generator_output`` and dynamic sampling (skyrl/train/utils/trainer_utils.py) into the training batch. The

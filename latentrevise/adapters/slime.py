@@ -2,10 +2,12 @@
 
     --rollout-sample-filter-path latentrevise.adapters.slime.repair_groups
 
+Runs in the rollout manager (which Ray may start without a GPU). Leave ``check_reward_nonzero_std`` out of
+``--dynamic-sampling-filter-path``: it drops groups without variance before this hook, zero-hit ones too.
+
 Hook: ``filter_func(args, data)`` in slime/rollout/sglang_rollout.py (``generate_rollout_async``), which may change the
 groups in place; fields of ``Sample`` as in slime/utils/types.py, read by ``_convert_samples_to_train_data`` in
-slime/ray/rollout.py. THUDM/slime at 624b824 (2026-08-21). A dynamic filter that drops groups without variance
-(``check_reward_nonzero_std``) runs before this hook and would take the zero-hit groups away.
+slime/ray/rollout.py. THUDM/slime at 624b824 (2026-08-21).
 """
 
 from __future__ import annotations

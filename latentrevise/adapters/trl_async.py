@@ -1,10 +1,15 @@
 """TRL's AsyncGRPOTrainer: groups are repaired in the process of its rollout worker, before they are scored.
 
-    AsyncGRPOTrainer(..., rollout_worker=RecoveringRolloutWorker(model_name=..., dataset=..., ...))
+    from latentrevise.adapters.trl_async import RecoveringRolloutWorker
+    AsyncGRPOTrainer(..., rollout_worker=RecoveringRolloutWorker(model_name=..., dataset=..., reward_funcs=..., ...))
+
+Takes what TRL's own ``AsyncRolloutWorker`` takes; the data set needs ``answer``. Reward functions judge recovered rows
+too.
 
 Hook: ``rollout_worker`` of trl/experimental/async_grpo/async_grpo_trainer.py, a worker with a loop of its own by
 ``_loop_cls`` (as TRL's own ``HarnessRolloutWorker``); ``_AsyncRolloutLoop._score_group`` of async_rollout_worker.py.
-TRL 1.16. The process is one that TRL starts without GPUs, so the copy of the policy that repairs is on its CPUs.
+TRL 1.16. The process is one that TRL starts without GPUs, so the copy of the policy that repairs is on its CPUs: a real
+model needs a worker that keeps a GPU.
 """
 
 from __future__ import annotations

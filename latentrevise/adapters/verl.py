@@ -1,7 +1,12 @@
 """verl: groups are repaired between the replay buffer and the update.
 
     trainer.v1.sampler.custom_sampler.path=pkg://latentrevise.adapters.verl
-    trainer.v1.sampler.custom_sampler.name=RecoveringReplayBuffer            # or RecoveringReplayBufferAsync
+    trainer.v1.sampler.custom_sampler.name=RecoveringReplayBuffer  # trainer_mode=sync; else RecoveringReplayBufferAsync
+
+The v1 trainer; runs in its driver (which Ray may start without a GPU), before any group is filtered. The reward must
+come from the rollout (``rm_scores``). Metrics appear in verl's log. The published settings
+(``latentrevise/configs/paper-grpo.yaml``) are ``algorithm.adv_estimator=grpo``, ``data.train_batch_size=512``,
+``actor_rollout_ref.rollout.n=8``, and under ``actor_rollout_ref.actor`` ``use_kl_loss=true``, ``kl_loss_coef=0.001``.
 
 Hook: ``ReplayBuffer.sample`` of verl/trainer/ppo/v1/replay_buffer.py; ``PPOTrainer._build_replay_buffer``
 (trainer_base.py) makes the class that the two settings name. Fields of a trajectory as ``_agent_loop_postprocess`` of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from latentrevise.recovery.job import Job
 from latentrevise.recovery.metrics import run_metrics
 from latentrevise.recovery.mined import Mined, glances
 from latentrevise.recovery.outcome import Judged, Outcome, Result
-from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.rounds import repeated
 from latentrevise.recovery.selection import select
 from latentrevise.recovery.stages import Arm, Part, given_up, read_output, read_starts, tensors_of
 
@@ -45,23 +45,37 @@ def admitted(verdict: Verdict) -> bool:
     return verdict.verdict == "correct" and verdict.guard is None
 
 
-def cost(run: RunDirectory, parts: Iterable[Part]) -> Compute:
+def cost(job: Job, parts: Iterable[Part]) -> Compute:
     """What parts of an arm cost, from their starts and samples on disk."""
-    proposing, sampling = proposing_and_sampling(run, parts)
+    proposing, sampling = proposing_and_sampling(job, parts)
     return proposing + sampling
 
 
-def proposing_and_sampling(run: RunDirectory, parts: Iterable[Part]) -> tuple[Compute, Compute]:
+def proposing_and_sampling(job: Job, parts: Iterable[Part]) -> tuple[Compute, Compute]:
     """The same in two: what the starts took, and what was sampled from them."""
     proposing, sampling = Compute(), Compute()
     for part in parts:
-        starts = read_table(read_output(run, "starts", part, "revise"), _STARTS)
-        samples = read_table(read_output(run, "samples", part, "continue"), _SAMPLES)
+        starts = read_table(read_output(job.run, "starts", part, "revise"), _STARTS)
+        samples = read_table(read_output(job.run, "samples", part, "continue"), _SAMPLES)
         proposing += Compute(*(pc.sum(starts[name]).as_py() or 0 for name in _STARTS))
         ended = pc.sum(pc.equal(samples["finish_reason"], "stop")).as_py() or 0
         tokens = pc.sum(pc.list_value_length(samples["completion_ids"])).as_py() or 0
         sampling += Compute(0, 0, tokens + ended, pc.sum(samples["seconds"]).as_py() or 0.0)
+        if not job.engine.shares_prefixes:
+            sampling += Compute(forward=_run_again(job, part))
     return proposing, sampling
+
+
+def _run_again(job: Job, part: Part) -> int:
+    """Tokens of prompts and prefixes that an engine without shared prefixes ran again, for each request of a start
+    behind its first."""
+    starts = read_records(read_output(job.run, "starts", part, "revise"), Start)
+    names = read_table(read_output(job.run, "samples", part, "continue"), ("start_id",))["start_id"]
+    prompts = {prompt.id: prompt for prompt in job.zero_hit_at(part.rows)}
+    again = repeated(starts, Counter(names.to_pylist()), part.of().rounds)
+    return sum(
+        again.get(s.start_id, 0) * (len(s.context_ids or prompts[s.prompt_id].ids) + len(s.plain_ids)) for s in starts
+    )
 
 
 def mined(job: Job) -> Mined:
@@ -72,7 +86,8 @@ def mined(job: Job) -> Mined:
         own, first = glances(job.run, parts), chunk * config.chunk
         for row, prompt in enumerate(job.prompts[first : first + config.chunk], first):
             if rollouts := own.get(prompt.id):
-                rounds = sum(config.drawn(number).start < len(rollouts) for number in range(config.mine.rounds))
+                begun = (config.mine.drawn(config.rollouts, number).start for number in range(config.mine.rounds))
+                rounds = sum(first < len(rollouts) for first in begun)
                 found.add(rollouts, rounds * len(prompt.ids), row in zero_hit)
     return found
 
@@ -85,7 +100,10 @@ def collect(job: Job, arms: Sequence[Arm], parts: Mapping[str, Sequence[Part]]) 
     """
     header, judged, chained = job.run.read_header(), Judged(), job.config.stop_at_success
     outcomes = {
-        a.name: Outcome(a.name, a.strategy.name, a.strategy.uses_answer, a.wrong, judged, chained) for a in arms
+        a.name: Outcome(
+            a.name, a.strategy.name, a.strategy.uses_answer, a.wrong, judged, chained, in_rounds=a.rounds.rounds > 1
+        )
+        for a in arms
     }
     with atoms_writer(job.run.atoms) as atoms:
         each = ((arm, part) for arm in arms for part in parts[arm.name])
@@ -114,7 +132,7 @@ def _counted(job: Job, header: Mapping[str, Any], part: Part, outcome: Outcome, 
         mixtures = read_starts(job.run, part)[1]
         atoms.write(*tensors_of({name: mixture for name, mixture in mixtures.items() if name in names}))
     aimed = job.targets["wrong"].take(pa.array(part.rows, pa.int64()))
-    outcome.add(part.names(job), len(aimed) - aimed.null_count, cost(job.run, [part]), found, len(kept))
+    outcome.add(part.names(job), len(aimed) - aimed.null_count, cost(job, [part]), found, len(kept))
     return kept
 
 

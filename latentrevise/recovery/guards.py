@@ -61,29 +61,35 @@ def bootstrap_mean(values: Sequence[float], draws: int = 2000, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Thresholds of the leak guards; None switches a guard off. Our own decision, measured in docs/audits.md.
+    """Thresholds of the leak guards, each with the code of its objection; None switches a guard off. Our own decision,
+    measured in docs/audits.md.
 
-    leak_weight: an answer token that the revision put into the prefix with at least this weight, where neither the
-        prompt nor the failed prefix has it, is a leak. min_derivation_tokens: tokens a trajectory needs between the
-        failed rollout's own and the answer.
-    min_tokens: tokens a continuation needs at all. min_plain_logprob: nats a token; the mean log-probability of the
-        continuation after the *plain* prefix must reach it, or a trainer would learn a text its policy finds absurd.
-    min_step_logprob: nats; what every token in front of the answer must reach there: a step that the policy does not
-        believe is a false one more often than not. min_answer_logprob: the same of the answer's tokens: the written
-        steps must lead to it.
-    min_agreement: share of ``agreement_samples`` continuations, drawn anew behind the plain prefix and the steps up to
-        ``agreement_cut`` of the continuation, that must come to the same answer (one greedy, the others sampled).
-    min_contrast: nats; by how much the answer must be likelier, behind prefix, steps and answer template, than the
-        likeliest of the wrong answers at hand (those of the prompt's failed rollouts and the audit's target).
-    min_founded: share of the row's equations whose operands are all in the question or results before them;
-    min_used: share of the question's numbers that its equations use (see ``recovery.provenance``). They read digits:
-        for tasks whose derivations are equations over the question's numbers. Of all these a trainer's repair measures
-        neither ``min_agreement`` nor ``min_contrast``, and refuses them.
-    max_text_nll: nats a token by which the text that a mixture is written as may be less likely, under the plain model,
-        than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv 2606.29938, Eq. 8, does
-        that to tables whose rows differ in norm). Our own decision.
-    told: turn away a text that says it was given the answer; max_mention: and one that names the answer within this
-        first share of it. Both only where the sample was drawn behind a context that holds the answer.
+    leak_weight: (``prefix-leak``) an answer token that the revision put into the prefix with at least this weight,
+        where neither the prompt nor the failed prefix has it, is a leak. min_derivation_tokens: (``bare-answer``)
+        tokens a trajectory needs between the failed rollout's own and the answer.
+    min_tokens: (``short``) tokens a continuation needs at all. min_plain_logprob: (``implausible``) nats a token; the
+        mean log-probability of the continuation after the *plain* prefix must reach it, or a trainer would learn a text
+        its policy finds absurd.
+    min_step_logprob: (``doubtful-step``) nats; what every token in front of the answer must reach there: a step that
+        the policy does not believe is a false one more often than not. min_answer_logprob: (``unfounded-answer``) the
+        same of the answer's tokens: the written steps must lead to it.
+    min_agreement: (``unstable``) share of ``agreement_samples`` continuations, drawn anew behind the plain prefix and
+        the steps up to ``agreement_cut`` of the continuation, that must come to the same answer (one greedy, the others
+        sampled).
+    min_contrast: (``undecided``) nats; by how much the answer must be likelier, behind prefix, steps and answer
+        template, than the likeliest of the wrong answers at hand (those of the prompt's failed rollouts and the audit's
+        target).
+    min_founded: (``unfounded-operand``) share of the row's equations whose operands are all in the question or results
+        before them; min_used: (``unused-fact``) share of the question's numbers that its equations use (see
+        ``recovery.provenance``). They read digits: for tasks whose derivations are equations over the question's
+        numbers. Of all these a trainer's repair measures neither ``min_agreement`` nor ``min_contrast``, and refuses
+        them.
+    max_text_nll: (``broken-text``) nats a token by which the text that a mixture is written as may be less likely,
+        under the plain model, than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv
+        2606.29938, Eq. 8, does that to tables whose rows differ in norm). Our own decision.
+    told: (``told``) turn away a text that says it was given the answer; max_mention: (``early-answer``) and one that
+        names the answer within this first share of it. Both only where the sample was drawn behind a context that
+        holds the answer.
     """
 
     leak_weight: float | None = 0.05

@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from latentrevise.data.records import (
     Prompt,
     Rollout,
     RowError,
-    Start,
     read_records,
     records_of,
     row_seed,
@@ -35,6 +34,7 @@ from latentrevise.errors import InputError, RunError
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import Case, chosen_cuts, request_of
 from latentrevise.recovery.progress import Progress
+from latentrevise.recovery.rounds import Draw
 from latentrevise.recovery.rundir import RunDirectory, other_prompts, run_header
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.recovery.targets import Target, ZeroHit, case_seed
@@ -284,10 +284,11 @@ class Job:
         finally:
             self.sampling_seconds += time.perf_counter() - began
 
-    def request(self, prompt: Prompt, start: Start, mixture: Mixture | None, number: int) -> Request:
-        """What is fed for a start, in round ``number`` (from 0)."""
-        seed = row_seed(self.config.seed, "sample", start.start_id, *([number] if number else []))
-        return request_of(self.policy, prompt.ids, start, mixture, seed)
+    def request(self, prompt: Prompt, mixture: Mixture | None, draw: Draw) -> Request:
+        """What is fed for samples of a start."""
+        repeat = [draw.repeat] if draw.repeat else []
+        seed = row_seed(self.config.seed, "sample", draw.start.start_id, *repeat)
+        return replace(request_of(self.policy, prompt.ids, draw.start, mixture, seed), first=draw.first)
 
     def tools(self) -> Tools:
         """What a strategy works with."""

@@ -153,7 +153,7 @@ def measure(recovery: Recovery) -> Measured:
 
 def _arm(recovery: Recovery, arm: Arm, by: Measuring) -> ArmTook:
     parts = recovery.parts(arm)
-    proposing, sampling = proposing_and_sampling(recovery.run, parts)
+    proposing, sampling = proposing_and_sampling(recovery.job, parts)
     samples, right = Counter[str](), Counter[str]()
     for _, sample, verdict in (row for part in parts for row in results(recovery.job, part)):
         samples[sample.prompt_id] += 1

@@ -131,8 +131,9 @@ def _arm(
     if outcome.wrong:
         return result
     # A strategy that reads the answer was run again on the wrong one; the others reach it by chance, on the same
-    # samples.
-    wrong = by_arm.get(outcome.arm + WRONG) if outcome.uses_answer else outcome
+    # samples, unless these ended at the right answer.
+    by_chance = None if outcome.in_rounds else outcome
+    wrong = by_arm.get(outcome.arm + WRONG) if outcome.uses_answer else by_chance
     wrong_rate = None
     if wrong is not None and outcome.aimed:
         wrong_rate = wilson(wrong.hits_wrong, outcome.aimed)

@@ -61,7 +61,8 @@ class Judged:
 
 class Outcome:
     """One arm's results. ``wrong``: it aimed at a random wrong answer. judged: where its right samples are counted too.
-    chained: keep the ids of the prompts it recovered, since those of other arms may be the same.
+    chained: keep the ids of the prompts it recovered, since those of other arms may be the same. in_rounds: its samples
+    of a prompt ended when enough were right, so they do not say how often it comes to another answer.
 
     prompts: those it was given; aimed: those of them with a wrong target. hit, hits_wrong, valid, admitted_prompts:
     prompts with such a sample; kept: trajectories that the selection left of its admitted samples. by_prompt: how many
@@ -69,10 +70,17 @@ class Outcome:
     """
 
     def __init__(
-        self, arm: str, strategy: str, uses_answer: bool, wrong: bool, judged: Judged, chained: bool = False
+        self,
+        arm: str,
+        strategy: str,
+        uses_answer: bool,
+        wrong: bool,
+        judged: Judged,
+        chained: bool = False,
+        in_rounds: bool = False,
     ) -> None:
         self.arm, self.strategy, self.uses_answer, self.wrong = arm, strategy, uses_answer, wrong
-        self.judged, self.chained = judged, chained
+        self.judged, self.chained, self.in_rounds = judged, chained, in_rounds
         self.compute = Compute()
         self.prompts = self.aimed = self.samples = self.kept = 0
         self.hit = self.hits_wrong = self.valid = self.admitted_prompts = 0

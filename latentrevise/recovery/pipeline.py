@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +183,9 @@ class Recovery:
         arms = []
         for name in self.config.strategies:
             strategy = build(name, self.config)
-            arms.append(Arm(name, strategy, False, self.config.samples))
+            arms.append(Arm(name, strategy, False, self.config.samples, self.config.continuations))
             if self.config.audit and strategy.uses_answer:
-                arms.append(Arm(name + WRONG, strategy, True, self.config.samples))
+                arms.append(replace(arms[-1], name=name + WRONG, wrong=True))
         return arms
 
     def pool(self) -> Arm | None:
@@ -195,7 +195,7 @@ class Recovery:
         if self._pool is not None or not self.config.equal_compute or not len(targets):
             return self._pool
         if not self.run.control.exists():
-            costs = [cost(self.run, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
+            costs = [cost(self.job, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
             fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
             write_signed(self.run.control, {"samples": control_size(self.config, costs, len(targets), fresh)})
         count = self.run.read_control()["samples"]

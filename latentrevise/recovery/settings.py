@@ -60,10 +60,9 @@ def new_tokens(setting: int | None, left: int | None) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MineConfig:
-    """How ``rollouts`` are drawn. rounds: so many, of like size, one after another (1: every prompt gets all rollouts).
-    stop_after_correct: a prompt with so many correct rollouts is left out of the rounds that follow. It is zero-hit
-    when all ``rollouts`` failed, however many rounds there are.
+class RoundsConfig:
+    """How a prompt's samples are drawn. rounds: so many, of like size, one after another (1: all at once).
+    stop_after_correct: a prompt with so many samples that are verified correct is left out of the rounds that follow.
     """
 
     rounds: int = 1
@@ -71,6 +70,11 @@ class MineConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "rounds", "stop_after_correct")
+
+    def drawn(self, samples: int, number: int) -> range:
+        """Which of ``samples`` are drawn in this round (from 0)."""
+        first, end = (samples * n // self.rounds for n in (number, number + 1))
+        return range(first, end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,10 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     """Settings of a recovery: the pipeline's, all our own decision; those of ``CutSettings``, ``PromptSettings`` and
     ``VerifySettings``.
 
-    strategies: by name, in the order of the table. rollouts: mined for each prompt, at most; mine: see ``MineConfig``.
+    strategies: by name, in the order of the table. rollouts: mined for each prompt, at most; mine: the rounds that they
+    are drawn in: a prompt is zero-hit when all ``rollouts`` failed, however many there are. continuations: the rounds
+    that a strategy's ``samples`` of a prompt are drawn in, see ``RoundsConfig``; an arm aimed at a wrong answer stops
+    at that. The equal-compute control is drawn whole.
     temperature, top_p: of sampling. stop: strings that end a rollout. max_new_tokens: of a rollout (None: 1024, or what
     its prompt leaves of the model's positions, if that is less).
     rendering: the text that stands for a revised prefix in training rows: ``argmax`` (as the strategy writes it, in the
@@ -101,8 +108,9 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
     yours, imported by name. audit: run the wrong-target arms. equal_compute: sample the equal-compute control;
     equal_compute_cap: at most so many rollouts a prompt.
     stop_at_success: the strategies run one after another, in their order, each on the prompts of which none before it
-    brought an admitted trajectory: name the cheap ones first. select, keep: the order of a prompt's admitted
-    trajectories (see ``selection``), and how many of them are kept for each strategy (None: all).
+    brought an admitted trajectory: name the cheap ones first. select: the order of a prompt's admitted trajectories,
+    equal texts once: ``first`` sampled, ``shortest``, ``surprising`` (lowest mean log-prob behind the plain prefix) or
+    ``diverse`` (fewest token trigrams in common with those taken). keep: how many stay for each strategy (None: all).
     label: what the report calls this run. chunk: prompts in one part. seed: of everything random. gate: see
     ``GateConfig``. vllm: of that engine, see ``VLLMConfig``.
     deaths: a part over which so many processes died is set aside, and the run goes on without it. lease_seconds: a
@@ -113,7 +121,8 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
 
     strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
     rollouts: int = 16
-    mine: MineConfig = field(default_factory=MineConfig)
+    mine: RoundsConfig = field(default_factory=RoundsConfig)
+    continuations: RoundsConfig = field(default_factory=RoundsConfig)
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
@@ -140,11 +149,13 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
         self.check_verification()
         self.pattern().template(self.answer_template)
         at_least_one(self, "rollouts", "chunk", "equal_compute_cap", "deaths")
-        if self.mine.rounds > self.rollouts:
-            raise ConfigError(
-                f"mine.rounds = {self.mine.rounds}: {self.rollouts} rollouts cannot be drawn in more rounds than"
-                " there are; raise `rollouts`"
-            )
+        for name, samples in (("mine", "rollouts"), ("continuations", "samples")):
+            rounds, count = getattr(self, name).rounds, getattr(self, samples)
+            if rounds > count:
+                raise ConfigError(
+                    f"{name}.rounds = {rounds}: {count} {samples} cannot be drawn in more rounds than there are; raise"
+                    f" `{samples}`"
+                )
         require(
             self,
             lease_seconds=(self.lease_seconds > 0, "a positive number"),
@@ -155,11 +166,6 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
             build(name, self)
         if len(set(self.strategies)) != len(self.strategies) or not self.strategies:
             raise ConfigError(f"RecoverConfig.strategies = {self.strategies!r}: name at least one, and each only once")
-
-    def drawn(self, number: int) -> range:
-        """Which of a prompt's rollouts are drawn in this round of mining (from 0)."""
-        first, end = (self.rollouts * n // self.mine.rounds for n in (number, number + 1))
-        return range(first, end)
 
     def sampling(self, n: int, greedy: bool = False, left: int | None = None) -> SamplingParams:
         """How ``n`` continuations are drawn; left: positions that the model has for them."""

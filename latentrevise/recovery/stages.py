@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,7 +42,9 @@ from latentrevise.errors import RunError
 from latentrevise.recovery import verdicts
 from latentrevise.recovery.job import Job
 from latentrevise.recovery.progress import Progress
+from latentrevise.recovery.rounds import plans
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.settings import RoundsConfig
 from latentrevise.revise.hull import Mixture
 from latentrevise.strategies import Proposal, Strategy, Work
 
@@ -53,12 +56,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Arm:
-    """A strategy in a run, or its control. wrong: aimed at a wrong answer; samples: continuations a prompt."""
+    """A strategy in a run, or its control. wrong: aimed at a wrong answer; samples: continuations a prompt, at most;
+    rounds: that they are drawn in."""
 
     name: str
     strategy: Strategy
     wrong: bool
     samples: int
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,8 @@ class Mine:
     name, folder = "mine", "rollouts"
 
     def run(self, job: Job, part: Part, bar: Progress) -> None:
-        config, prompts, drawn = job.config, [job.prompts[row] for row in part.rows], job.config.drawn(part.round)
+        config, prompts = job.config, [job.prompts[row] for row in part.rows]
+        drawn = config.mine.drawn(config.rollouts, part.round)
         requests = [Request(p.ids, seed=row_seed(config.seed, "mine", p.id), first=drawn.start) for p in prompts]
         left = [job.tools().left(len(p.ids)) for p in prompts]
         found = job.generate(requests, [config.sampling(len(drawn), left=room) for room in left], bar)
@@ -221,7 +227,7 @@ class Continue:
         starts, mixtures = read_starts(job.run, part)
         prompts = {prompt.id: prompt for prompt in job.zero_hit_at(part.rows)}
         began = time.perf_counter()
-        found = continuations(job, starts, mixtures, prompts, bar)
+        found = continuations(job, starts, mixtures, prompts, part.of().rounds, bar)
         seconds = (time.perf_counter() - began) / max(sum(map(len, found)), 1)
         rows = [
             Sample(
@@ -241,34 +247,36 @@ class Continue:
 
 
 def continuations(
-    job: Job, starts: Sequence[Start], mixtures: Mapping[str, Mixture], prompts: Mapping[str, Prompt], bar: Progress
+    job: Job,
+    starts: Sequence[Start],
+    mixtures: Mapping[str, Mixture],
+    prompts: Mapping[str, Prompt],
+    rounds: RoundsConfig,
+    bar: Progress,
 ) -> list[list[Completion]]:
-    """What is sampled from each start: one round, or several, until one brings a correct continuation. Where the
-    model has no position left behind a start, nothing."""
-    found: list[list[Completion]] = [[] for _ in starts]
+    """What is sampled from each start, in rounds: behind each, whoever has enough samples that come to the answer aimed
+    at is left out. Where the model has no position left behind a start, nothing."""
+    found: dict[str, list[Completion]] = {start.start_id: [] for start in starts}
     tools = job.tools()
-    left = [tools.left(len(s.context_ids or prompts[s.prompt_id].ids) + len(s.plain_ids)) for s in starts]
-    waiting, number = [i for i, room in enumerate(left) if room > 0], 0
-    if len(waiting) < len(starts):
-        log.warning(
-            "%d of %d starts fill all positions of the model; nothing is sampled from them",
-            len(starts) - len(waiting),
-            len(starts),
-        )
+    left = {s.start_id: tools.left(len(s.context_ids or prompts[s.prompt_id].ids) + len(s.plain_ids)) for s in starts}
+    if full := sum(room <= 0 for room in left.values()):
+        told = "%d of %d starts fill all positions of the model; nothing is sampled from them"
+        log.warning(told, full, len(starts))
+    waiting, number, correct = plans(starts, rounds), 0, Counter[str]()
     while waiting:
-        own = [starts[i] for i in waiting]
-        requests = [job.request(prompts[s.prompt_id], s, mixtures.get(s.start_id), number) for s in own]
-        params = [job.config.sampling(starts[i].n, starts[i].greedy, left[i]) for i in waiting]
+        draws = [d for plan in waiting.values() for d in plan.rounds[number] if left[d.start.start_id] > 0]
+        requests = [job.request(prompts[d.start.prompt_id], mixtures.get(d.start.start_id), d) for d in draws]
+        params = [job.config.sampling(d.n, d.start.greedy, left[d.start.start_id]) for d in draws]
         drawn = job.generate(requests, params, bar)
-        for i, completions in zip(waiting, drawn, strict=True):
-            found[i] += completions
+        for draw, completions in zip(draws, drawn, strict=True):
+            found[draw.start.start_id] += completions
         number += 1
-        going = [(i, new) for i, new in zip(waiting, drawn, strict=True) if number < starts[i].rounds]
-        pairs = [(prompts[starts[i].prompt_id].answer, decoded(job.tokenizer, c.ids)) for i, new in going for c in new]
-        judged = iter(job.verifier.verify(pairs))
-        correct = [[next(judged).verdict == "correct" for _ in new] for _, new in going]
-        waiting = [i for (i, _), hits in zip(going, correct, strict=True) if not any(hits)]
-    return found
+        waiting = {name: plan for name, plan in waiting.items() if number < len(plan.rounds)}
+        new = [(d.start, c) for d, own in zip(draws, drawn, strict=True) if d.start.prompt_id in waiting for c in own]
+        hits = job.succeed([(start.target, decoded(job.tokenizer, completion.ids)) for start, completion in new])
+        correct.update(start.prompt_id for (start, _), hit in zip(new, hits, strict=True) if hit)
+        waiting = {name: plan for name, plan in waiting.items() if correct[name] < plan.stop}
+    return list(found.values())
 
 
 class Judge:

@@ -2,8 +2,13 @@
 
 Notation: ``r`` the verified outcome (1 correct, 0 wrong), ``y`` a row's trained tokens, ``rho_t = pi / pi_old`` of a
 token, ``A`` the advantage, ``q`` the share of correct rows in a group, ``sg`` stop-gradient. All are finite on groups
-without a correct row, without a wrong one, and on mixed ones; which of them *learn* from a group without a correct row
-is said in each docstring. Formulas that papers leave open are our own decision, and marked so.
+without a correct row, without a wrong one, and on mixed ones. Formulas that papers leave open are our own decision, and
+marked so.
+
+From a group without a correct row ``grpo``, ``dapo``, ``psr``, ``redi``, ``oreal``, ``luffy``, ``sft_mix`` and ``oc``
+learn nothing until a row is recovered, and ``nft`` hardly anything; ``nsr``, ``w_reinforce``, ``sign``, ``topr``,
+``rl_zvp`` and ``lens`` make its rows less likely; ``verifree`` makes reasonings to the gold answer likelier, without
+repair.
 
 A loss sees one micro-batch and divides by counts of the whole optimizer batch, so that the losses of its micro-batches
 add up to the loss of the batch.

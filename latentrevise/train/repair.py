@@ -315,7 +315,16 @@ def repair_metrics(
 ) -> dict[str, float]:
     """What is logged of one generation batch; NaN where there was nothing to measure.
 
-    verdicts: of each group. failed, repairs: of the groups that were taken on, by their place in ``verdicts``.
+    ``zero_hit/frac_groups``: zero-hit groups of all; ``zero_hit/rescued_frac``: those of them that got a row.
+    ``recovered/frac_rows``: recovered rows of all; ``recovered/len_ratio``: their length over that of the failed rows;
+    ``recovered/reliance``: plain less sampling log-prob, nats a token (far below 0: said only behind the revision);
+    ``recovered/answer_leak_frac``: verified, but the prefix was given an answer token (guard ``prefix-leak``).
+    ``verifier/unknown_frac``: rows undecided. ``repair/passes``: token passes of the repairs. ``time/revise_s``:
+    seconds of repair on this process.
+
+    Args:
+        verdicts: of each group.
+        failed: of the groups that were taken on, by their place in ``verdicts``; ``repairs`` too.
     """
     rescues = {g: list(replaced(failed[g], repair).values()) for g, repair in repairs.items() if repair.rescues}
     flat = [rescue for own in rescues.values() for rescue in own]

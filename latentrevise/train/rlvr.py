@@ -72,6 +72,10 @@ class RecoveringGRPOTrainer(Evaluates, GRPOTrainer):
     ``prompt_id`` and ``conversation`` (the messages that the ids are of) are optional. Without reward functions the
     reward is the verdict.
 
+    Logs TRL's metrics, those of ``repair_metrics``, ``sampled/tokens`` (tokens of the sampled rows),
+    ``verifier/unparsed_frac`` (rows whose answer is not understood) and ``dynamic/renewed_groups`` (groups that another
+    prompt took).
+
     Raises ConfigError for tools, images, ZeRO-3 and arguments that would be ignored, ModelError for a model whose
     logits are not understood.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from latentrevise.kernels import BackendError, dispatch
 
@@ -25,12 +26,16 @@ if emulated_cuda.installed():
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CUDA library for the CPU, built once for all tests, as its command builds it."""
-    folder = tmp_path_factory.mktemp("emulated")
-    environment = {name: value for name, value in os.environ.items() if name != emulated_cuda.VARIABLE}
-    command = [sys.executable, emulated_cuda.__file__, str(folder), "platform"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """The CUDA library for the CPU, built once for all tests and all of their processes, as its command builds it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
+    with FileLock(f"{folder}.lock"):
+        if not any(folder.glob("_cuda*.so")):
+            folder.mkdir(exist_ok=True)
+            environment = {name: value for name, value in os.environ.items() if name != emulated_cuda.VARIABLE}
+            command = [sys.executable, emulated_cuda.__file__, str(folder), "platform"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
     (library,) = folder.glob("_cuda*.so")
     return library
 
