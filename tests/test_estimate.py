@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from latentrevise.cli import app
 from latentrevise.config import load_config
 from latentrevise.data.storage import write_jsonl
 from latentrevise.errors import ConfigError, InputError
+from latentrevise.recovery import measure
 from latentrevise.recovery.estimate import Cost, Estimate, estimate_text, expected, sampled
 from latentrevise.recovery.pipeline import Recovery
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -64,9 +66,6 @@ def test_a_sample_stands_for_all_prompts_alike(tmp_path):
 
 
 def test_the_peak_of_memory_is_that_of_a_part():
-    torch = pytest.importorskip("torch")
-    from latentrevise.recovery import measure
-
     cpu = torch.device("cpu")
     if not measure._peak_anew(cpu):
         pytest.skip("this kernel does not let the peak begin anew")

@@ -187,6 +187,14 @@ def test_the_strategy_whose_prompts_cost_most_is_left_out():
     assert found.found.recovered == found.before.recovered == 10
 
 
+def test_fewer_samples_are_drawn_in_no_more_rounds_than_they_fill():
+    config = replace(
+        CONFIG, equal_compute=False, audit=False, stop_at_success=True, continuations=RoundsConfig(rounds=4)
+    )
+    found = proposed(1e-6, replace(SAMPLE, config=config))[0].found.config
+    assert (found.samples, found.continuations.rounds) == (1, 1)
+
+
 def test_fewer_prompts_are_the_last_step_and_less_than_the_sample_is_none():
     least = proposed(1e-6)[0]
     assert not least.fits

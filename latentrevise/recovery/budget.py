@@ -112,16 +112,22 @@ def _chain(sample: Measured, found: Estimate, budget: float) -> Iterator[Changes
 def _rollouts(sample: Measured, found: Estimate, budget: float) -> Iterator[Changes]:
     config = found.config
     for count in range(config.rollouts - 1, math.ceil(config.rollouts / PART) - 1, -1):
-        rounds = min(config.mine.rounds, max(count // ROUND, 1))
-        yield {"rollouts": count} | (
-            {} if rounds == config.mine.rounds else {"mine": replace(config.mine, rounds=rounds)}
-        )
+        yield {"rollouts": count, **_rounds_of(config, "mine", max(count // ROUND, 1))}
 
 
 def _samples(sample: Measured, found: Estimate, budget: float) -> Iterator[Changes]:
     config = found.config
     least = max(math.ceil(config.samples / PART), config.revised_rollouts)
-    yield from ({"samples": count} for count in range(config.samples - 1, least - 1, -1))
+    for count in range(config.samples - 1, least - 1, -1):
+        yield {
+            "samples": count,
+            **_rounds_of(config, "continuations", count),
+        }  # no larger rounds: they would stop later
+
+
+def _rounds_of(config: RecoverConfig, name: str, most: int) -> Changes:
+    own = getattr(config, name)
+    return {} if own.rounds <= most else {name: replace(own, rounds=most)}
 
 
 def _strategies(sample: Measured, found: Estimate, budget: float) -> Iterator[Changes]:
