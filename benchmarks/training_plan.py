@@ -132,7 +132,7 @@ class Sizes:
     split: Split = "report"
 
 
-QUICK = Sizes(mined=32, rows=8, sft_steps=2, sft_batch=8, rl_steps=2, rl_groups=2, judged=24, samples=8)
+QUICK = Sizes(mined=32, rows=8, sft_steps=2, sft_batch=8, rl_steps=2, rl_groups=2, judged=8, samples=8)
 
 
 def plan() -> list[Any]:
