@@ -88,7 +88,7 @@ PLANS = {
     "gsm": Plan(
         (wordproblems.NAME,),
         (0,),
-        tuple(range(2, 12)),
+        (2, 3),
         24,
         ("latent", "latent-random", "pivot-trie", "step-checked", "resample-rho0.8", "resample"),
     ),
