@@ -14,8 +14,6 @@ SHOWN = {  # what docs/recovery.md has of a study; all rows of all studies are o
     "gsm": (
         "pivot-trie",
         "step-checked",
-        "dart",
-        "evocot",
         "resample",
         "resample-rho0.8",
         "latent",

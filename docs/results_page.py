@@ -14,6 +14,7 @@ PAGE = "results.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 STUDIES = {
     "gsm": ("Recovery on real text", recovery_tables.tables),
+    "gsm-rivals": ("Recovery on real text, every strategy", recovery_tables.tables),
     "gsm-variants": ("Ablations on real text", recovery_tables.tables),
     "recovery": ("Recovery", recovery_tables.tables),
     "iterates": ("Step by step", iterates.table),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,6 +193,22 @@ def test_the_documents_say_what_the_results_say(study):
         assert published("docs/recovery.md", study) == recovery_tables.brief(document)
     if study == "recovery":
         assert published("README.md", study) == recovery_tables.summary(document["families"])
+
+
+@pytest.mark.parametrize("strategy", ["pivot-trie", "step-checked", "latent"])
+def test_the_page_pools_both_studies_of_word_problems(strategy):
+    root, prompts, sums = Path(recovery.__file__).parent.parent, 0, Counter()
+    for study in ("gsm", "gsm-rivals"):
+        found = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))["families"]["gsm"]
+        row, count = found["strategies"][strategy], found["zero_hit"]
+        prompts += count
+        sums["seconds"] += count * row["equal_seconds"]["valid"][0]
+        sums.update({name: count * row[name][0] for name in ("valid", "answer", "wrong_target")})
+        sums.update({name: row[name] for name in ("admitted", "admitted_valid")})
+    valid = "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in wilson(sums["valid"], prompts)))
+    admitted = "{admitted} ({admitted_valid})".format(**sums) if sums["admitted"] else "0"
+    line = (valid, f"{100 * sums['seconds'] / prompts:.0f}", f"{sums['answer'] / sums['wrong_target']:.1f}", admitted)
+    assert f"| `{strategy}` | {' | '.join(line)} |" in (root / "docs/recovery.md").read_text(encoding="utf-8")
 
 
 def test_a_small_study_has_its_own_folder():
