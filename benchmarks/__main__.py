@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     study.add_argument("--rivals", action="store_true", help="recovery, training: what people would use instead")
     study.add_argument(
-        "--families", nargs="+", help="task families; none: the study's own; gsm: word problems, a real model"
+        "--families", nargs="+", help="task families; none: the study's own; gsm, gsm7: word problems, a real model"
     )
     study.add_argument("--strategies", nargs="+", help="recovery; none: the study's own")
     study.add_argument(

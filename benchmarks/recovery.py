@@ -67,8 +67,10 @@ class Plan:
     strategies: tuple[str, ...]
 
 
+GSM = {wordproblems.NAME: real.STEPS, f"{wordproblems.NAME}7": 7}  # word problems by their number of steps
 # What people would use instead, on the same inputs; in a study of their own, beside two of the main one.
 RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "resample-new")
+DECISIVE = ("latent", "latent-random", "pivot-trie", "step-checked", "resample-rho0.8", "resample")
 PLANS = {
     "recovery": Plan(
         ("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(name for name in names() if name not in RIVALS)
@@ -88,10 +90,11 @@ PLANS = {
     "gsm": Plan(
         (wordproblems.NAME,),
         (0,),
-        (2, 3),
+        (4, 5, 6, 7, 8),  # before, on other sets: 0 and 1 (gsm-rivals.json), 2 and 3 (gsm-earlier.json)
         24,
-        ("latent", "latent-random", "pivot-trie", "step-checked", "resample-rho0.8", "resample"),
+        DECISIVE,
     ),
+    "gsm7": Plan(("gsm7",), (0,), (4,), 24, DECISIVE),  # seven steps, which more samples hardly reach
     "gsm-rivals": Plan(
         (wordproblems.NAME,),
         (0,),
@@ -140,8 +143,8 @@ class Unit:
 def train(job: tuple[str, int], cache: Path) -> None:
     """Train a model that is not there yet; a worker's job."""
     torch.set_num_threads(1)
-    if job[0] == wordproblems.NAME:
-        real.taught_model(cache / job[0])
+    if job[0] in GSM:
+        real.taught_model(cache / wordproblems.NAME)
     else:
         model_for(*job, cache)
 
@@ -159,16 +162,19 @@ def recovery_of(
     unit: Unit, out: Path, strategies: tuple[str, ...], dtype: str = "float32"
 ) -> tuple[Recovery, list[dict[str, Any]]]:
     """A unit's run, and its prompts with their reference solutions."""
-    if unit.family == wordproblems.NAME:
-        model, tokenizer = load_model(real.taught_model(out / "models" / unit.family), dtype=dtype, device="cpu")
+    if unit.family in GSM:
+        steps = GSM[unit.family]
+        model, tokenizer = load_model(real.taught_model(out / "models" / wordproblems.NAME), dtype=dtype, device="cpu")
+        base = real.real_config(unit.seed)
         config = replace(
-            real.real_config(unit.seed),
+            base,
+            max_new_tokens=base.max_new_tokens * steps // real.STEPS,
             strategies=strategies,
             label=unit.name,
             step_checker="latentrevise.checkers.arithmetic:check_step",
             equal_compute_cap=128 if "self-hint" in strategies else 64,  # what the dearest strategy spends
         )
-        prompts = wordproblems.word_problems(unit.prompts, real.STEPS, seed=unit.seed)
+        prompts = wordproblems.word_problems(unit.prompts, steps, seed=unit.seed)
         return Recovery(model, tokenizer, config, out / unit.name, progress=False), prompts
     family = get_family(unit.family)
     config = replace(
@@ -329,9 +335,10 @@ def _judged(run_directory: Path) -> list[tuple[dict[str, float], bool]]:
     return [(v.signals or {}, bool(v.valid)) for v in verdicts if v.verdict == "correct"]
 
 
-def real_text(options: argparse.Namespace) -> bool:
-    """Whether the study is the one on a real language model, which has a plan of its own."""
-    return options.families == [wordproblems.NAME]
+def real_text(options: argparse.Namespace) -> str | None:
+    """The family of a study on a real language model, which has plans of its own."""
+    (family, *others) = options.families or [None]
+    return family if family in GSM and not others else None
 
 
 def study_of(options: argparse.Namespace) -> str:
@@ -339,11 +346,12 @@ def study_of(options: argparse.Namespace) -> str:
     asked = [name for name in ("quick", "variants", "rivals") if getattr(options, name)]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} are studies of their own; ask for one")
-    if not real_text(options):
+    family = real_text(options)
+    if not family:
         return asked[0] if asked else "recovery"
-    named = "-".join([wordproblems.NAME, *asked])
+    named = "-".join([family, *asked])
     if named not in PLANS:
-        raise ConfigError(f"{wordproblems.NAME} has no study --{asked[0]}; leave it out")
+        raise ConfigError(f"{family} has no study --{asked[0]}; leave it out")
     return named
 
 

@@ -214,13 +214,15 @@ def test_the_page_pools_both_studies_of_word_problems(strategy):
 def test_a_small_study_has_its_own_folder():
     def where(name, *words):
         flags = {flag: flag in words for flag in ("quick", "variants", "rivals")}
-        return str(folder(name, argparse.Namespace(families=["gsm"] if "gsm" in words else None, **flags)))
+        families = [word for word in words if word.startswith("gsm")]
+        return str(folder(name, argparse.Namespace(families=families or None, **flags)))
 
     assert where("recovery") == "recovery-study"
     assert where("recovery", "quick") == "recovery-quick"
     assert where("recovery", "variants") == "variants-study"
     assert where("recovery", "rivals") == "rivals-study"
     assert where("recovery", "gsm") == "gsm-study"
+    assert where("recovery", "gsm7") == "gsm7-study"
     assert where("recovery", "gsm", "variants") == "gsm-variants-study"
     assert where("recovery", "gsm", "rivals") == "gsm-rivals-study"
     with pytest.raises(ConfigError, match="gsm has no study --quick"):
