@@ -1,12 +1,13 @@
 """Prompts: every usual format and column name is read, and every row that cannot be used says why."""
 
 import json
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentrevise.data.prompts import PromptSettings, load_prompts
+from latentrevise.data.prompts import PromptSettings, evenly, load_prompts, spread
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.verify.verifier import Verifier
 from tests.tiny import BOS, tiny_tokenizer
@@ -132,6 +133,17 @@ def test_fewer_prompts_are_spread_over_all():
         assert [error.row for error in errors] == [1]
     with pytest.raises(ConfigError, match="max_prompts = 0: it must be at least 1, or null"):
         PromptSettings(max_prompts=0).load(rows, TOKENIZER, None)
+
+
+@pytest.mark.parametrize("most", [1, 3, 50, 4096])
+@pytest.mark.parametrize("count", [0, 2, 4096, 4097, 20_000])
+def test_some_of_a_stream_are_spread_over_all_of_it(count, most):
+    chosen, found = spread(iter(range(count)), most)
+    assert (found, len(chosen), chosen) == (count, min(most, count), sorted(chosen))
+    if count <= 4096:
+        assert chosen == evenly(range(count), most)
+    apart = [b - a for a, b in pairwise([*chosen, count])]
+    assert all(0 < step <= 1.6 * count / len(chosen) + 1 for step in apart)
 
 
 @pytest.mark.parametrize("new", [14, 16, 17, 1024])

@@ -1,13 +1,18 @@
 """Memory does not grow with the number of prompts: what a run of four times as many needs at its peak."""
 
 import tracemalloc
+from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentrevise import RecoverConfig
 from latentrevise.data import export, records
+from latentrevise.data import prompts as reading
 from latentrevise.data.atoms import write_atoms
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, write_records
+from latentrevise.data.storage import write_jsonl
 from latentrevise.data.stored import Stored
 from latentrevise.recovery import targets
 from latentrevise.recovery.pipeline import Recovery
@@ -104,3 +109,34 @@ def test_four_times_the_prompts_take_no_more_memory(tmp_path, monkeypatch):
     small, large = peaks(tmp_path / "small", 4 * CHUNK), peaks(tmp_path / "large", 16 * CHUNK)
     footers = 12 * 16_000  # what a parquet file says of each further row group, here of 16 rows
     assert {name: (small[name], peak) for name, peak in large.items() if peak > 1.2 * small[name] + footers} == {}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("most", [None, 8])
+def test_a_file_of_prompts_is_not_held(tmp_path, monkeypatch, kind, most):
+    for module, name in ((records, "GROUP"), (reading, "_CHECKED"), (reading, "_HELD")):
+        monkeypatch.setattr(module, name, 32)
+
+    def begin(count):
+        rows = [{"id": f"p{i}", "prompt": f"{i}+1=", "answer": "2", "note": f"{i:02000}"} for i in range(count)]
+        source, out = tmp_path / f"{count}.{kind}", tmp_path / str(count)
+        if kind == "jsonl":
+            write_jsonl(source, rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=32)
+        run = Recovery(tiny_model(), tiny_tokenizer(), replace(CONFIG, max_prompts=most), out, progress=False)
+        del rows
+        with run.session():
+            tracemalloc.start()
+            try:
+                run.job.take_prompts(source)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        assert [prompt.meta["note"] for prompt in run.prompts[-1:]] == [f"{int(run.prompts[-1].id[1:]):02000}"]
+        return peak, len(run.prompts)
+
+    begin(40)  # what is imported or compiled once
+    (small, _), (large, count) = begin(800), begin(1600)  # either is more than the block that is hashed at a time
+    assert count == (most or 1600)
+    assert large - small < 800 * 400, "an id and its hash are kept of each, not 2,000 characters"

@@ -8,11 +8,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentrevise.data.chat import Chat, Templater, content_of, text_of
 from latentrevise.data.golds import gold, is_solution
 from latentrevise.data.records import Prompt, RowError
+from latentrevise.data.remote import fetched, is_url
 from latentrevise.data.storage import stable_hash
 from latentrevise.data.tables import BadRow, plain_row, read_rows, shown
 from latentrevise.errors import ConfigError, InputError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
+_CHECKED = 1024  # golds that the verifier gets at a time
+_HELD = 4096  # prompts, of which some are chosen
 
 PROMPT_COLUMNS = ("prompt", "problem", "question", "messages")
 ANSWER_COLUMNS = (
@@ -73,13 +77,30 @@ class PromptSettings:
         ``setting`` says; None where the user did not set it, so that each gets what its prompt leaves. Raises
         ConfigError where that many leave no room for any of the prompts, or where ``max_prompts`` is below 1.
         """
+        errors: list[RowError] = []
+        return list(self.stream(source, errors, tokenizer, positions, new, verifier, setting=setting)), errors
+
+    def stream(
+        self,
+        source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        errors: list[RowError],
+        tokenizer: PreTrainedTokenizerBase,
+        positions: int | None,
+        new: int | None = None,
+        verifier: Verifier | None = None,
+        *,
+        setting: str = "max_new_tokens",
+    ) -> Iterator[Prompt]:
+        """The same, a prompt at a time, see ``iter_prompts``; with ``max_prompts`` four times as many are held."""
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ConfigError(f"max_prompts = {self.max_prompts}: it must be at least 1, or null to take all")
+        rows = list(source) if isinstance(source, Iterator) else source  # they may be read twice
 
-        def loaded(room: int | None) -> tuple[list[Prompt], list[RowError]]:
+        def read(room: int | None, told: list[RowError]) -> Iterator[Prompt]:
             limits = [limit for limit in (self.max_prompt_tokens, room) if limit is not None]
-            prompts, errors = load_prompts(
-                source,
+            return iter_prompts(
+                rows,
+                told,
                 tokenizer=tokenizer,
                 prompt_column=self.prompt_column,
                 answer_column=self.answer_column,
@@ -89,26 +110,40 @@ class PromptSettings:
                 chat_template_kwargs=self.chat_template_kwargs,
                 verifier=verifier,
             )
-            return evenly(prompts, self.max_prompts), errors
 
-        source = list(source) if isinstance(source, Iterator) else source  # it may be read twice
-        if positions is None:
-            return loaded(None)
-        prompts, errors = loaded(max(0, positions - (new or 1)))
-        if new and not prompts and (fitting := loaded(positions - 1)[0]):
-            fits = positions - max(len(prompt.ids) for prompt in fitting)
+        usable = read(None if positions is None else max(0, positions - (new or 1)), errors)
+        none = True
+        for prompt in usable if self.max_prompts is None else spread(usable, self.max_prompts)[0]:
+            none = False
+            yield prompt
+        if not none or positions is None or not new:
+            return
+        fitting = min((positions - len(prompt.ids) for prompt in read(positions - 1, [])), default=None)
+        if fitting is not None:
             own = ", or leave it out" if setting.endswith("max_new_tokens") else ""
             raise ConfigError(
                 f"{setting} = {new} leaves no room for any prompt in the model's {positions} positions; set it to at"
-                f" most {fits}{own}"
+                f" most {fitting}{own}"
             )
-        return prompts, errors
 
 
 def evenly(items: Sequence[Item], most: int | None) -> list[Item]:
     """At most so many of them (None: all), spread evenly over all, in their order."""
     count = len(items) if most is None else min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def spread(items: Iterable[Item], most: int) -> tuple[list[Item], int]:
+    """At most so many of a stream, spread over all, in their order; and how many there were. As ``evenly``, but that
+    of a long stream only every second, fourth, ... item is chosen from."""
+    kept: list[Item] = []
+    stride, count = 1, 0
+    for count, item in enumerate(items, 1):
+        if (count - 1) % stride == 0:
+            kept.append(item)
+        if len(kept) > max(4 * most, _HELD):
+            kept, stride = kept[::2], 2 * stride
+    return evenly(kept, most), count
 
 
 @dataclass(frozen=True)
@@ -124,7 +159,22 @@ class _Columns:
 
 
 def load_prompts(
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *, strict: bool = False, **settings: Any
+) -> tuple[list[Prompt], list[RowError]]:
+    """The usable prompts of ``iter_prompts``, which has the settings, and the others' errors.
+
+    Raises, besides, InputError at the first unusable row with ``strict``.
+    """
+    errors: list[RowError] = []
+    prompts = list(iter_prompts(source, errors, **settings))
+    if strict and errors:
+        raise InputError(f"{_name(source)}, row {errors[0].row}: {errors[0].message} ({errors[0].reason})")
+    return prompts, errors
+
+
+def iter_prompts(
     source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    errors: list[RowError],
     *,
     tokenizer: PreTrainedTokenizerBase,
     prompt_column: str | None = None,
@@ -133,35 +183,80 @@ def load_prompts(
     max_prompt_tokens: int | None = None,
     instruction: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    strict: bool = False,
     verifier: Verifier | None = None,
-) -> tuple[list[Prompt], list[RowError]]:
-    """The usable prompts of a file, of a folder of its shards, or of rows; and the others' errors.
+) -> Iterator[Prompt]:
+    """The usable prompts of a file, of a folder of its shards, or of rows, one at a time. ``errors``, an empty list,
+    has the errors of the others, by row, once the last prompt was given.
 
-    Files are JSONL, JSON, CSV, TSV or parquet, text also with ``.gz`` behind. Columns are found by name
-    (PROMPT_COLUMNS, ANSWER_COLUMNS, ID_COLUMNS, the first that occurs) unless they are given. Golds are unwrapped (see
-    ``golds``); a ``solution`` stays, like every cell of which the answer is a part, among the further columns. A
-    prompt is text or messages, as a list or as JSON. chat: apply the tokenizer's chat template to texts too: ``auto``,
-    when there is a template; a text that is in its format already is used as it is. The template is applied once,
-    here; the ids are what everything else uses. instruction, chat_template_kwargs: see ``PromptSettings``. Rows without
-    an id get a hash of their content; those that repeat an earlier one are told in one error together.
-    verifier: checks that the golds can be parsed; one of its own, if None.
+    Files are JSONL, JSON, CSV, TSV or parquet, text also with ``.gz`` behind; they are read twice, the first time for
+    their columns, and no more is held of them than ids. Columns are found by name (PROMPT_COLUMNS, ANSWER_COLUMNS,
+    ID_COLUMNS, the first that occurs) unless they are given. Golds are unwrapped (see ``golds``); a ``solution`` stays,
+    like every cell of which the answer is a part, among the further columns. A prompt is text or messages, as a list or
+    as JSON. chat: apply the tokenizer's chat template to texts too: ``auto``, when there is a template; a text that is
+    in its format already is used as it is. The template is applied once, here; the ids are what everything else uses.
+    instruction, chat_template_kwargs: see ``PromptSettings``. Rows without an id get a hash of their content; those
+    that repeat an earlier one are told in one error together. verifier: checks that the golds can be parsed; one of its
+    own, if None.
 
-    Raises InputError when nothing can be read at all, or, with ``strict``, at the first unusable row; ConfigError for
-    chat_template_kwargs that would be ignored.
+    Raises InputError when nothing can be read at all; ConfigError for chat_template_kwargs that would be ignored.
     """
-    rows = [(number, plain_row(row)) for number, row in read_rows(source)]
-    name = str(source) if isinstance(source, (str, os.PathLike)) else "prompts"
-    if not rows:
-        raise InputError(f"{name} is empty; give at least one row with a prompt and an answer")
-    columns = _columns([row for _, row in rows if isinstance(row, Mapping)], name, prompt_column, answer_column)
+    name = _name(source)
     templater = Templater(tokenizer, chat, chat_template_kwargs or {}, instruction)
-    prompts: dict[int, Prompt] = {}
-    errors: list[RowError] = []
-    seen: dict[str, str] = {}  # what each id stands for
-    copies: list[int] = []
-    for number, row in rows:
+    with (
+        fetched(source) if is_url(source) else nullcontext(source) as place,
+        nullcontext(verifier) if verifier is not None else Verifier() as judge,
+    ):
+        known = None if isinstance(place, (str, os.PathLike)) else [*read_rows(place)]
+        columns = _columns(known or read_rows(place), name, prompt_column, answer_column)
+        reader = _Reader(columns, templater, tokenizer, max_prompt_tokens, errors)
+        read = reader.read(known or read_rows(place, told=False))
+        while batch := list(islice(read, _CHECKED)):
+            troubles = judge.check_golds([prompt.answer for _, prompt in batch])
+            for (number, prompt), trouble in zip(batch, troubles, strict=True):
+                if trouble is None:
+                    yield prompt
+                else:
+                    why = f"answer {shown(prompt.answer)}: {trouble}"
+                    errors.append(RowError(number, prompt.id, "unparsable-answer", why))
+    errors.sort(key=lambda error: error.row)
+    for told, count in templater.notes.items():
+        log.warning("%s: %d prompts %s", name, count, told)
+
+
+def _name(source: object) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "prompts"
+
+
+class _Reader:
+    """Prompts of rows; the errors of those that cannot be used go to ``errors``."""
+
+    def __init__(
+        self,
+        columns: _Columns,
+        templater: Templater,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int | None,
+        errors: list[RowError],
+    ) -> None:
+        self.columns, self.templater, self.tokenizer = columns, templater, tokenizer
+        self.max_prompt_tokens, self.errors = max_prompt_tokens, errors
+        self.seen: dict[str, str] = {}  # what each id stands for
+        self.copies: list[int] = []
+
+    def read(self, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Prompt]]:
+        for number, row in rows:
+            if (prompt := self._prompt(number, plain_row(row))) is not None:
+                yield number, prompt
+        if self.copies:
+            told = (
+                f"{len(self.copies)} rows, this one the first, repeat an earlier prompt and answer; each of those"
+                " counts once"
+            )
+            self.errors.append(RowError(self.copies[0], None, "repeated-prompt", told))
+
+    def _prompt(self, number: int, row: Any) -> Prompt | None:
         known_id: str | None = None
+        columns, templater = self.columns, self.templater
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -172,57 +267,54 @@ def load_prompts(
             text = text_of(content)
             key = stable_hash([text, answer])
             known_id = known_id or key
-            if known_id in seen:
-                if seen[known_id] == key:
-                    copies.append(number)
-                    continue
+            if self.seen.setdefault(known_id, key) is not key:
+                if self.seen[known_id] == key:
+                    self.copies.append(number)
+                    return None
                 raise BadRow("duplicate-id", f"id {shown(known_id)} was used before; give every row an id of its own")
-            seen[known_id] = key
-            if not tokenizer.encode(answer, add_special_tokens=False):
-                told = f"the answer {shown(answer)} has no token under this tokenizer; correct it, or drop the row"
-                raise BadRow("empty-answer", told)
-            ids = templater.encode(content)
-            if not ids:
-                raise BadRow("empty-prompt", "the prompt has no token under this tokenizer; drop the row")
-            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-                told = (
-                    f"{len(ids)} tokens are more than the {max_prompt_tokens} that fit beside max_new_tokens (or that"
-                )
-                told += " max_prompt_tokens allows); shorten the prompt, or change the setting"
-                raise BadRow("over-long-prompt", told)
+            ids = self._ids(content, answer)
         except BadRow as error:
-            errors.append(RowError(number, known_id, error.reason, str(error)))
-            continue
-        meta, messages = _further(row, columns), templater.messages(content)
-        prompts[number] = Prompt(known_id, text, ids, answer, meta, messages)
-    if copies:
-        told = f"{len(copies)} rows, this one the first, repeat an earlier prompt and answer; each of those counts once"
-        errors.append(RowError(copies[0], None, "repeated-prompt", told))
-    for told, count in templater.notes.items():
-        log.warning("%s: %d prompts %s", name, count, told)
-    golds = [prompt.answer for prompt in prompts.values()]
-    with nullcontext(verifier) if verifier is not None else Verifier() as judge:
-        troubles = judge.check_golds(golds)
-    for (number, prompt), trouble in zip(list(prompts.items()), troubles, strict=True):
-        if trouble is not None:
-            errors.append(RowError(number, prompt.id, "unparsable-answer", f"answer {shown(prompt.answer)}: {trouble}"))
-            del prompts[number]
-    errors.sort(key=lambda error: error.row)
-    if strict and errors:
-        raise InputError(f"{name}, row {errors[0].row}: {errors[0].message} ({errors[0].reason})")
-    return list(prompts.values()), errors
+            self.errors.append(RowError(number, known_id, error.reason, str(error)))
+            return None
+        return Prompt(known_id, text, ids, answer, _further(row, columns), templater.messages(content))
+
+    def _ids(self, content: Any, answer: str) -> tuple[int, ...]:
+        """A prompt's tokens. Raises BadRow where it, or its answer, has none, or it has too many."""
+        if not self.tokenizer.encode(answer, add_special_tokens=False):
+            told = f"the answer {shown(answer)} has no token under this tokenizer; correct it, or drop the row"
+            raise BadRow("empty-answer", told)
+        ids = self.templater.encode(content)
+        if not ids:
+            raise BadRow("empty-prompt", "the prompt has no token under this tokenizer; drop the row")
+        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+            told = (
+                f"{len(ids)} tokens are more than the {self.max_prompt_tokens} that fit beside max_new_tokens (or that"
+                " max_prompt_tokens allows); shorten the prompt, or change the setting"
+            )
+            raise BadRow("over-long-prompt", told)
+        return ids
 
 
-def _columns(rows: list[Mapping[str, Any]], name: str, prompt: str | None, answer: str | None) -> _Columns:
-    if not rows:
+def _columns(rows: Iterable[tuple[int, Any]], source: str, prompt: str | None, answer: str | None) -> _Columns:
+    found: dict[str, None] = {}
+    some = usable = False
+    for _, row in rows:
+        some = True
+        if isinstance(row, Mapping) and not (usable and all(str(key) in found for key in row)):
+            cells = plain_row(row)
+            if not isinstance(cells, BadRow):
+                found.update(dict.fromkeys(cells))
+                usable = True
+    if not some:
+        raise InputError(f"{source} is empty; give at least one row with a prompt and an answer")
+    if not usable:
         return _Columns("prompt", "answer", None)  # every row is bad already, each for a reason of its own
-    found = list(dict.fromkeys(key for row in rows for key in row))
 
     def pick(wanted: str | None, usual: tuple[str, ...], what: str) -> str:
         column = wanted or next((c for c in usual if c in found), None)
         if column is None or column not in found:
             asked = f"no column {wanted!r}" if wanted else f"no {what} column (looked for {', '.join(usual)})"
-            raise InputError(f"{name}: {asked}; found {', '.join(map(str, found))}; name one with {what}_column")
+            raise InputError(f"{source}: {asked}; found {', '.join(map(str, found))}; name one with {what}_column")
         return column
 
     return _Columns(

@@ -37,16 +37,16 @@ class BadRow(Exception):
         self.reason = reason
 
 
-def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> Rows:
+def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *, told: bool = True) -> Rows:
     """Numbered rows of a file, of a folder of shards (in the order of their names, numbered through), of either behind
     a URL, or as given.
 
-    Lines of JSONL are numbered from 1, other rows from 0. A row that cannot be read comes as a ``BadRow``. Raises
-    InputError when nothing can be read.
+    Lines of JSONL are numbered from 1, other rows from 0. A row that cannot be read comes as a ``BadRow``. told: log
+    that a folder's files are read as one. Raises InputError when nothing can be read.
     """
     if is_url(source):
         with fetched(source) as path:
-            yield from read_rows(path)
+            yield from read_rows(path, told=told)
         return
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
@@ -54,7 +54,10 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
         if len(shards) == 1:
             yield from _read(shards[0])
         else:
-            log.warning("%s: %d files are read as one, %s to %s", path, len(shards), shards[0].name, shards[-1].name)
+            if told:
+                log.warning(
+                    "%s: %d files are read as one, %s to %s", path, len(shards), shards[0].name, shards[-1].name
+                )
             yield from enumerate(row for shard in shards for _, row in _read(shard))
         return
     if isinstance(source, Mapping):
@@ -65,9 +68,9 @@ def read_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> R
     if hasattr(rows, "columns"):  # tables of pyarrow, polars and pandas iterate over their columns
         make = next((name for name in _TABLES if callable(getattr(rows, name, None))), None)
         rows = rows if make is None else getattr(rows, make)(*_TABLES[make])
-    told = "the row is not a mapping of columns; give dictionaries"
+    why = "the row is not a mapping of columns; give dictionaries"
     for number, row in enumerate(rows):
-        yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", told)
+        yield number, row if isinstance(row, Mapping) else BadRow("not-a-row", why)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -266,17 +269,21 @@ def _read_tsv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    from latentrevise.data.parquet import read_table
+    from latentrevise.data.parquet import TableFile
 
-    table, columns = read_table(path, remedy="fetch it, or write it anew"), []
-    for name in table.column_names:
-        try:
-            columns.append(table[name].to_pylist())
-        except (ValueError, OverflowError, ArithmeticError) as error:
-            told = f"column {name!r} of type {table[name].type} has no values in Python ({error})"
-            raise InputError(f"prompt file {path}: {told}; write it as text, or leave it out") from error
-    for number in range(table.num_rows):
-        yield number, {name: values[number] for name, values in zip(table.column_names, columns, strict=True)}
+    number = 0
+    with TableFile(path, remedy="fetch it, or write it anew") as file:
+        for group in file.groups():
+            columns = []
+            for name in group.column_names:
+                try:
+                    columns.append(group[name].to_pylist())
+                except (ValueError, OverflowError, ArithmeticError) as error:
+                    told = f"column {name!r} of type {group[name].type} has no values in Python ({error})"
+                    raise InputError(f"prompt file {path}: {told}; write it as text, or leave it out") from error
+            for cells in zip(*columns, strict=True):
+                yield number, dict(zip(group.column_names, cells, strict=True))
+                number += 1
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from latentrevise.data.prompts import evenly
+from latentrevise.data.prompts import spread
+from latentrevise.data.records import RowError
 from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.guards import pass_at_k, wilson
 from latentrevise.recovery.measure import ArmTook, Measured, measure, mining
@@ -87,12 +88,12 @@ def sampled(
     """
     if size is not None and size < 1:
         raise ConfigError(f"a sample of {size} prompts: it must be at least 1")
-    usable, errors = recovery.job.read_prompts(prompts)
-    if not usable:
+    errors: list[RowError] = []
+    chosen, usable = spread(recovery.job.read_prompts(prompts, errors), size or recovery.config.chunk)
+    if not chosen:
         raise InputError(f"no usable prompt among {len(errors)} rows: {errors[0].message if errors else 'no rows'}")
-    chosen = evenly(usable, recovery.config.chunk if size is None else size)
     recovery.run.begin(recovery.job.header, chosen, errors)
-    return replace(measure(recovery), usable=len(usable)), len(errors)
+    return replace(measure(recovery), usable=usable), len(errors)
 
 
 def expected(sample: Measured, config: RecoverConfig) -> Estimate:

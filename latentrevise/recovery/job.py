@@ -98,31 +98,36 @@ class Job:
             _ = self.prompts  # raises where there are none
             return
         known = file_hash(source) if isinstance(source, (str, os.PathLike)) and Path(source).exists() else None
-        begun = self.run.check(self.header)
-        if begun and known is not None and self.run.read_header().get("source") == known:
+        if not self.run.check(self.header):
+            with self.run.once():
+                if not self.run.check(self.header):  # again: another process may have begun it meanwhile
+                    self._begin(source, known)
+                    return
+        if known is not None and self.run.read_header().get("source") == known:
             return  # the same bytes by the same settings
-        prompts, errors = self.read_prompts(source)
-        with self.run.once():
-            if not self.run.check(self.header):  # again: another process may have begun it meanwhile
-                self._begin(prompts, errors, known)
-            elif other_prompts(prompts, errors, self.prompts, self.run.read_errors()):
-                raise RunError(
-                    f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
-                )
+        errors: list[RowError] = []
+        prompts = list(self.read_prompts(source, errors))
+        if other_prompts(prompts, errors, self.prompts, self.run.read_errors()):
+            raise RunError(
+                f"{self.run.path} holds a run over other prompts; resume it with its own, or choose another --out"
+            )
 
     def read_prompts(
-        self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-    ) -> tuple[list[Prompt], list[RowError]]:
-        """The usable rows of a file or of rows, and why the others are not."""
+        self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], errors: list[RowError]
+    ) -> Iterator[Prompt]:
+        """The usable rows of a file or of rows; why the others are not, in ``errors``."""
         positions, new = self.tools().left(0), self.config.max_new_tokens
-        return self.config.load(source, self.tokenizer, positions, new, self.verifier)
+        return self.config.stream(source, errors, self.tokenizer, positions, new, self.verifier)
 
-    def _begin(self, prompts: Sequence[Prompt], errors: Sequence[RowError], source: str | None) -> None:
-        for error in errors[:5]:
-            log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
-        if len(errors) > 5:
-            log.warning("%d more rows left out; all are in %s", len(errors) - 5, self.run.errors)
-        self.run.begin({**self.header, "source": source}, prompts, errors)
+    def _begin(self, source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], known: str | None) -> None:
+        errors: list[RowError] = []
+        try:
+            self.run.begin({**self.header, "source": known}, self.read_prompts(source, errors), errors)
+        finally:
+            for error in errors[:5]:
+                log.warning("row %s left out (%s): %s", error.row, error.reason, error.message)
+            if len(errors) > 5:
+                log.warning("%d more rows left out; all are in %s", len(errors) - 5, self.run.errors)
 
     @property
     def prompts(self) -> Stored[Prompt]:

@@ -183,13 +183,21 @@ class RunDirectory:
             )
         return False
 
-    def begin(self, header: dict[str, Any], prompts: Sequence[Prompt], errors: Sequence[RowError]) -> None:
-        """Write what a run starts from: the rows left out, the header, the prompts. Raises InputError without any."""
-        write_jsonl(self.errors, errors, signed=True)
-        if not prompts:
-            raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.errors}")
-        write_signed(self.header, _complete(header))
-        write_records(self.prompts, prompts, Prompt)  # last: a run without them has not begun
+    def begin(self, header: dict[str, Any], prompts: Iterable[Prompt], errors: Sequence[RowError]) -> None:
+        """Write what a run starts from: the prompts, and when the last was given the rows left out and the header.
+        Raises InputError without any."""
+
+        def and_the_rest() -> Iterator[Prompt]:
+            some = False
+            for prompt in prompts:
+                some = True
+                yield prompt
+            write_jsonl(self.errors, errors, signed=True)
+            if not some:
+                raise InputError(f"no usable prompt among {len(errors)} rows; the reasons are in {self.errors}")
+            write_signed(self.header, _complete(header))
+
+        write_records(self.prompts, and_the_rest(), Prompt)  # there last: a run without them has not begun
 
     @contextmanager
     def locked(self, *, shared: bool = False) -> Iterator[None]:
