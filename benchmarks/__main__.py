@@ -26,6 +26,7 @@ DESCRIPTIONS = {
     "recovery": "zero-hit prompts recovered by every strategy on the checkable families, against equal compute",
     "iterates": "recovery from the iterate after each step of the published method, right and wrong targets (Figure 3)",
     "training": "SFT on recovered and other rows, RLVR with and without repair, on the bundled families",
+    "training_real": "LoRA SFT and RLVR of the model of 135M on rows that the study of word problems recovered",
     "rlvr_cost": "seconds and memory of an RLVR step with repair, against n = 8 and n = 16",
     "engines": "tokens a second of hf and vLLM, from ids and from embeddings; scoring by the policy and by vLLM",
     "forks": "greedy forks of one rollout by the hf engine, seconds against one request",
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="only implementations whose names hold one of these; cubins: ops")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--layers", type=int, help="revise, forks: fewer than the model has; the result says so")
-    study = parser.add_argument_group("recovery, iterates, training")
+    study = parser.add_argument_group("recovery, iterates, training, training_real")
     study.add_argument("--out", type=Path, help="folder of its runs, taken up again; none: NAME-study or NAME-quick")
     study.add_argument("--quick", action="store_true", help="one family, model and seed, few prompts: minutes")
     study.add_argument(
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("--seeds", type=int, nargs="+", help="of prompts and sampling")
     study.add_argument("--mined", type=int, help="prompts mined in each run")
     study.add_argument("--jobs", type=int, help="runs side by side; none: one a core; 0 (training): pool what is there")
-    study.add_argument("--runs", type=Path, nargs="+", help="checkers, guards: directories of finished runs")
+    study.add_argument("--runs", type=Path, nargs="+", help="checkers, guards, training_real: directories of runs")
     study.add_argument("--publish", action="store_true", help="write the table and figure into docs/ and results/")
     for name, module in models.items():
         module.add_options(parser.add_argument_group(name))
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             document = estimates.main()
         elif name == "screening":
             document = screening.main(options)
-        elif name in ("recovery", "iterates", "training"):
+        elif name in ("recovery", "iterates", "training", "training_real"):
             # And with it all of the pipeline, which kernels are measured without.
             chosen = vars(options) | {"out": options.out or folder(name, options)}
             document = import_module(f"benchmarks.{name}").main(argparse.Namespace(**chosen))

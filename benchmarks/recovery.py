@@ -94,7 +94,7 @@ PLANS = {
         24,
         DECISIVE,
     ),
-    "gsm7": Plan(("gsm7",), (0,), (4,), 24, DECISIVE),  # seven steps, which more samples hardly reach
+    "gsm7": Plan(("gsm7",), (0,), (4,), 16, DECISIVE),  # seven steps, which more samples hardly reach
     "gsm-rivals": Plan(
         (wordproblems.NAME,),
         (0,),

@@ -33,6 +33,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -217,13 +218,17 @@ def fine_tune(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
 
 
 def group_of(cell: Cell, out: Path, sizes: Sizes) -> int:
-    """Rollouts a prompt. One that is paid for takes four passes a token: it is decoded, and trained on (1 forward, 2
-    for the backward pass)."""
+    """Rollouts a prompt."""
     arm = RLVR_ARMS[cell.arm]
     if not arm.equal_to:
         return round(arm.group * sizes.group)
-    paid = json.loads(replace(cell, arm=arm.equal_to).file(out).read_text(encoding="utf-8"))
-    return round(sizes.group * (1 + paid["repair_passes"] / (4 * paid["sampled_tokens"])))
+    return paid(sizes.group, json.loads(replace(cell, arm=arm.equal_to).file(out).read_text(encoding="utf-8")))
+
+
+def paid(group: int, cell: Mapping[str, Any]) -> int:
+    """Rollouts a prompt for what the repair of a cell with groups of ``group`` cost. One that is paid for takes four
+    passes a token: it is decoded, and trained on (1 forward, 2 for the backward pass)."""
+    return round(group * (1 + cell["repair_passes"] / (4 * cell["sampled_tokens"])))
 
 
 def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -> dict[str, Any]:
@@ -266,6 +271,13 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
     settings = RLVRSettings(
         repair=repair, loss=arm.loss, dynamic_sampling=arm.dynamic, trainer=TRAINER | arguments, seed=cell.order
     )
+    return {**reinforced(model, tokenizer, prompts, place, settings), "group": group}
+
+
+def reinforced(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], place: Path, settings: RLVRSettings
+) -> dict[str, Any]:
+    """Train by RLVR. Returns the share of zero-hit groups at each step, and what was recovered at which cost."""
     trained = train_rlvr(model, tokenizer, prompts, place, settings)
     steps = [entry for entry in trained.state.log_history if "zero_hit/frac_groups" in entry]
     return {
@@ -274,7 +286,6 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
         "repair_s": sum(entry["time/revise_s"] for entry in steps),
         "repair_passes": sum(entry["repair/passes"] for entry in steps),
         "sampled_tokens": sum(entry["sampled/tokens"] for entry in steps),
-        "group": group,
     }
 
 

@@ -26,13 +26,15 @@ def rates(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, dict[
     return {key: {prompt: fmean(values) for prompt, values in own.items()} for key, own in found.items()}
 
 
-def pool(cells: Sequence[Mapping[str, Any]], hard: set[str]) -> dict[str, Any]:
-    """The cells of one family as one table, a row an arm; gains are over the first arm of the same training, prompt by
-    prompt. A rival without a cell has no row."""
+def pool(
+    cells: Sequence[Mapping[str, Any]], hard: set[str], plan: Mapping[str, Sequence[str]] = ARMS
+) -> dict[str, Any]:
+    """The cells of one family as one table, a row an arm of ``plan``; gains are over the first arm of the same
+    training, prompt by prompt. A rival without a cell has no row."""
     arms: dict[str, dict[str, Any]] = {}
-    for kind, (first, *_) in ARMS.items():
+    for kind, (first, *_) in plan.items():
         base = rates([c for c in cells if (c["kind"], c["arm"]) == (kind, first)], hard)
-        for arm in ARMS[kind]:
+        for arm in plan[kind]:
             own = [c for c in cells if (c["kind"], c["arm"]) == (kind, arm)]
             if not own and defined(kind, arm):
                 continue
