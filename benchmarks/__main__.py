@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument(
         "--families", nargs="+", help="task families; none: the study's own; gsm, gsm7: word problems, a real model"
     )
-    study.add_argument("--strategies", nargs="+", help="recovery; none: the study's own")
+    study.add_argument("--strategies", nargs="+", help="recovery; training_real: arms; none: the study's own")
     study.add_argument(
         "--models", type=int, nargs="+", help="training seeds; recovery: of the start, 0 is bundled, others are trained"
     )

@@ -34,7 +34,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +255,14 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "no finished run: name them with --runs, or make them by python -m benchmarks recovery --families gsm"
         )
-    if options.publish and options.quick:
-        raise ConfigError("--publish puts a whole study into the documents; leave out --quick, or it")
+    if options.publish and (options.quick or options.strategies):
+        raise ConfigError("--publish puts a whole study into the documents; leave out --quick and --strategies, or it")
     source, orders = Pool(places), options.models or ([0] if options.quick else [0, 1])
     begin(out, "training study on real text", sizes, [ARMS, sorted(source.prompts)])
     hard = hard_of(out, source, sizes)
+    asked = options.strategies or [arm for arms in ARMS.values() for arm in arms]
     waves = [
-        [Cell(NAME, kind, arm, 0, order) for order in orders for kind, arm in arms]
+        [Cell(NAME, kind, arm, 0, order) for order in orders for kind, arm in arms if arm in asked]
         for arms in (
             [("start", "start"), *(("sft", arm) for arm in ARMS["sft"])],
             [("rlvr", ARMS["rlvr"][1])],
@@ -272,7 +273,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         for wave in waves:
             for finished in as_completed([workers.submit(run, cell, out, source, sizes) for cell in wave]):
                 print(finished.result(), flush=True)
-    found = [json.loads(cell.file(out).read_text(encoding="utf-8")) for cell in chain(*waves)]
+    cells = [Cell(NAME, kind, arm, 0, order) for kind, arms in ARMS.items() for arm in arms for order in orders]
+    found = [json.loads(cell.file(out).read_text(encoding="utf-8")) for cell in cells if cell.file(out).exists()]
     document = {
         "name": "training-real",
         "command": harness.command_line(sys.argv[1:]),
@@ -283,7 +285,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "lora": asdict(LORA),
         "runs": [place.name for place in places],
         "training_seeds": orders,
-        "seconds": sum(cell["seconds"] for cell in found),
+        "cells": {"done": len(found), "of": len(cells), "seconds": sum(cell["seconds"] for cell in found)},
         "commits": Counter(cell["commit"] for cell in found),
         "families": {NAME: pool(found, hard, ARMS)},
     }
