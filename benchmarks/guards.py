@@ -2,10 +2,10 @@
 through, each alone and together.
 
 Thresholds are chosen on the first set of prompts of a family and measured on the others; where those hold fewer than
-ten valid samples, on all and the same (and the table says so). Provenance is read from the texts again, so that runs
-from before those guards serve as well. A combination is found greedily: of all guards and thresholds the one that
+ten valid samples, on all and the same (and the table says so). What guards read in the texts is read again, so that
+runs from before those guards serve as well. A combination is found greedily: of all guards and thresholds the one that
 lowers contamination most while so much of the valid is kept, until none does. Samples of one prompt are not
-independent, so the intervals are too narrow.
+independent, so the intervals are too narrow. Families whose runs are not named stay as they were measured before.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks import harness
-from latentrevise.data.records import Prompt, Sample, Start, Verdict, decoded, original_prefix, read_records
+from latentrevise.checkers.loading import load
+from latentrevise.data.boundary import Boundary
+from latentrevise.data.records import Prompt, Sample, Start, Verdict, original_prefix, read_records
 from latentrevise.data.storage import write_json
 from latentrevise.errors import InputError
 from latentrevise.recovery.guards import GUARDS, GuardConfig, auc, guard, guard_curves, wilson
-from latentrevise.recovery.provenance import provenance
+from latentrevise.recovery.provenance import text_signals
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.recovery.verdicts import before_answer
 from latentrevise.verify.patterns import BOXED, AnswerPattern
@@ -43,6 +45,8 @@ def samples_of(run: Path) -> list[Judged]:
     header = json.loads(directory.header.read_text(encoding="utf-8"))
     pattern = AnswerPattern(header["config"].get("answer_pattern", BOXED))
     tokenizer = AutoTokenizer.from_pretrained(header["model"]["path"])
+    boundary = Boundary.of(header["config"]["prefix_boundary"], tokenizer)
+    checker = None if (name := header["config"].get("step_checker")) is None else load(name, "step_checker")
     prompts = {prompt.id: prompt.text for prompt in read_records(directory.prompts, Prompt)}
     found = []
     for arm in sorted(path.name for path in (run / "verdicts").iterdir() if "@" not in path.name):
@@ -55,8 +59,9 @@ def samples_of(run: Path) -> list[Judged]:
             if header["config"]["rendering"] == "original":
                 prefix = original_prefix(start.prefix_ids, prefix)
             end = before_answer(tokenizer, sample.completion_ids, sample.completion, pattern)
-            text = decoded(tokenizer, (*prefix, *sample.completion_ids[:end]))
-            signals = (verdict.signals or {}) | provenance(prompts[verdict.prompt_id], text)
+            ids = (*prefix, *sample.completion_ids[:end])
+            text = text_signals(prompts[verdict.prompt_id], ids, tokenizer, boundary, checker)
+            signals = (verdict.signals or {}) | text
             found.append((signals, bool(verdict.valid)))
     return found
 
@@ -146,13 +151,10 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     for family, sets in sorted(families.items()):
         judged = {seed: [sample for run in runs for sample in samples_of(run)] for seed, runs in sets.items()}
         others = [sample for seed in sorted(judged)[1:] for sample in judged[seed]]
-        found[family] = measure(judged[min(judged)], others)
-    document = {
-        "name": "guards",
-        "command": " ".join(["python -m benchmarks guards --runs", *(run.name for run in options.runs)]),
-        "commit": harness.commit(),
-        "families": found,
-    }
+        runs = sorted(run.name for own in sets.values() for run in own)
+        found[family] = measure(judged[min(judged)], others) | {"runs": runs, "commit": harness.commit()}
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))["families"] if RESULTS.is_file() else {}
+    document = {"name": "guards", "families": dict(sorted((before | found).items()))}
     print(tables(document))
     if options.publish:
         write_json(RESULTS, document)
@@ -175,7 +177,7 @@ def tables(document: dict[str, Any]) -> str:
             if (text := _thresholds(one)) not in seen:
                 lines.append(_row("", f"{text} (for {100 * floor:.0f} % kept)", one, keys))
             seen.add(text)
-    names = ("used", "founded", "plain", "step", "answer", "derivation", "length")
+    names = ("used", "founded", "true", "plain", "step", "answer", "derivation", "length")
     lines += ["", "The AUC of each signal there, valid over invalid:", "", f"| family | {' | '.join(names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
     for family, found in document["families"].items():

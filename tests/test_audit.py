@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from latentrevise.checkers.arithmetic import check_step
+from latentrevise.data.boundary import Boundary, Regex
 from latentrevise.errors import ConfigError
 from latentrevise.recovery.guards import (
     Candidate,
@@ -18,8 +20,11 @@ from latentrevise.recovery.guards import (
     signals,
     wilson,
 )
-from latentrevise.recovery.provenance import provenance
+from latentrevise.recovery.provenance import provenance, text_signals
+from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.revise.hull import Mixture
+from latentrevise.train.repair import RepairSettings
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -121,12 +126,42 @@ def test_provenance_says_where_numbers_come_from_and_which_are_used(question, st
 def test_provenance_and_contrast_object_below_their_thresholds_alone():
     config = GuardConfig(min_founded=0.5, min_used=1.0, min_contrast=0.0)
     known = {"founded": 0.5, "used": 1.0}
-    assert objections(config, provenance=known, contrast=0.0) == []
+    assert objections(config, text=known, contrast=0.0) == []
     assert objections(config) == [], "what was not measured is no objection"
     worse = {"founded": 0.4, "used": 0.9}
     wanted = ["undecided", "unfounded-operand", "unused-fact"]
-    assert objections(config, provenance=worse, contrast=-0.1) == wanted
-    assert objections(provenance=worse, contrast=-0.1) == [], "off by default"
+    assert objections(config, text=worse, contrast=-0.1) == wanted
+    assert objections(text=worse, contrast=-0.1) == [], "off by default"
+
+
+@pytest.mark.parametrize(
+    ("row", "true"),
+    [
+        ("6+3=9. 9*2=18. so ", 1.0),
+        ("6+3=9. 9*2=17. so ", 0.5),
+        ("6+3=9. 8*2=16. so ", 0.5),  # no 8 anywhere
+        ("6+3=8. 8*2=17", 0.0),
+        ("so. ", None),
+    ],
+)
+@pytest.mark.parametrize("boundary", [None, ".", Regex(r"\.(?!\d)")])
+def test_a_step_that_the_checker_calls_false_is_a_signal(row, true, boundary):
+    tokenizer, question = tiny_tokenizer(), "he had 6 eggs and bought 3, twice."
+    ids, steps = tokenizer.encode(row, add_special_tokens=False), Boundary.of(boundary, tokenizer)
+    assert text_signals(question, ids, tokenizer, steps, None) == provenance(question, row)
+    found = text_signals(question, ids, tokenizer, steps, check_step)
+    if boundary is None and true is not None:
+        true = float(true == 1.0)  # all of it is one step
+    assert found == provenance(question, row) | ({} if true is None else {"true": true})
+    config = GuardConfig(min_true_steps=1.0)
+    assert objections(config, text=found) == (["false-step"] if true is not None and true < 1 else [])
+
+
+def test_steps_are_judged_by_a_checker_that_is_named():
+    for settings in (RecoverConfig, RepairSettings):
+        with pytest.raises(ConfigError, match=r"guards.min_true_steps = 1.0 needs a step_checker.*set it to null"):
+            settings(guards=GuardConfig(min_true_steps=1.0))
+        settings(guards=GuardConfig(min_true_steps=1.0), step_checker="latentrevise.checkers.arithmetic:check_step")
 
 
 @pytest.mark.parametrize(

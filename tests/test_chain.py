@@ -1,6 +1,7 @@
 """Strategies one after another, each on what is left; signals, agreement and selection in the rows of a run."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def finished(rule, tmp_path_factory):
         samples=6,
         chunk=8,
         equal_compute_cap=12,
-        guards=GuardConfig(min_agreement=0.25, min_contrast=0.5, min_used=0.5),
+        guards=GuardConfig(min_agreement=0.25, min_contrast=0.5, min_used=0.5, min_true_steps=0.5),
+        step_checker="benchmarks.step_checkers:check_step",
         select="shortest",
         keep=1,
     )
@@ -107,7 +109,7 @@ def test_one_trajectory_a_prompt_and_it_is_the_shortest(finished):
 
 def test_signals_are_on_record_and_say_what_the_guards_said(finished):
     recovered, config, _ = finished
-    seen = 0
+    seen, judged = 0, Counter()
     for name in config.strategies:
         for v in read_records(recovered.out / "verdicts" / name, Verdict):
             assert (v.signals is None) == (v.verdict != "correct")
@@ -116,6 +118,9 @@ def test_signals_are_on_record_and_say_what_the_guards_said(finished):
                 assert v.signals["agreement"] in (0, 0.25, 0.5, 0.75, 1)
                 assert v.signals["plain"] == pytest.approx(sum(v.plain_logprobs) / len(v.plain_logprobs))
                 assert guard(v.signals, config.guards) == (v.guard.split(",") if v.guard else [])
+                judged[v.signals["true"] < 0.5, "false-step" in (v.guard or "")] += 1
+    assert set(judged) <= {(True, True), (False, False)}
+    assert judged[False, False], "no sample has steps that the checker holds for true"
     assert seen == recovered.metrics["guards"]["valid"] + recovered.metrics["guards"]["invalid"] - sum(
         v.verdict == "correct" for v in read_records(recovered.out / "verdicts" / "resample@equal", Verdict)
     )

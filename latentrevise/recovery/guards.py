@@ -82,8 +82,9 @@ class GuardConfig:
     min_founded: (``unfounded-operand``) share of the row's equations whose operands are all in the question or results
         before them; min_used: (``unused-fact``) share of the question's numbers that its equations use (see
         ``recovery.provenance``). They read digits: for tasks whose derivations are equations over the question's
-        numbers. Of all these a trainer's repair measures neither ``min_agreement`` nor ``min_contrast``, and refuses
-        them.
+        numbers. min_true_steps: (``false-step``) share of the row's steps that the ``step_checker`` holds for true, of
+        those that it judges. Of all these a trainer's repair measures neither ``min_agreement`` nor
+        ``min_contrast``, and refuses them.
     max_text_nll: (``broken-text``) nats a token by which the text that a mixture is written as may be less likely,
         under the plain model, than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv
         2606.29938, Eq. 8, does that to tables whose rows differ in norm). Our own decision.
@@ -102,6 +103,7 @@ class GuardConfig:
     min_contrast: float | None = None
     min_founded: float | None = None
     min_used: float | None = None
+    min_true_steps: float | None = None
     max_text_nll: float | None = 1.0
     told: bool = True
     max_mention: float | None = 0.5
@@ -124,7 +126,7 @@ class Candidate:
     tokens in front of the final answer. aimed: the strategy reads the answer, so that a token of it in the prefix is no
     chance. told: the sample was drawn behind a context that holds the answer. agreement: see ``GuardConfig``; None
     where it was not measured. text_nll: by how many nats a token the text that the mixture was written as is less
-    likely than the failed prefix; None where the text itself was fed.
+    likely than the failed prefix; None where the text itself was fed. text: see ``provenance.text_signals``.
     """
 
     prompt_ids: Sequence[int]
@@ -140,7 +142,7 @@ class Candidate:
     told: bool = False
     agreement: float | None = None
     text_nll: float | None = None
-    provenance: Mapping[str, float] = field(default_factory=dict)
+    text: Mapping[str, float] = field(default_factory=dict)
     contrast: float | None = None
 
 
@@ -161,7 +163,7 @@ def signals(candidate: Candidate) -> dict[str, float]:
         "leak": _leak(candidate, new) if candidate.aimed else 0.0,
         "derivation": len(candidate.plain_ids) + candidate.before_answer - kept,
         "length": len(candidate.completion_ids),
-        **candidate.provenance,
+        **candidate.text,
     }
     logprobs = candidate.plain_logprobs
     steps, answer = logprobs[: candidate.before_answer], logprobs[candidate.before_answer :]
@@ -227,6 +229,7 @@ GUARDS: dict[str, Guard] = {
     "undecided": Guard("contrast", "min_contrast", least=True),
     "unfounded-operand": Guard("founded", "min_founded", least=True),
     "unused-fact": Guard("used", "min_used", least=True),
+    "false-step": Guard("true", "min_true_steps", least=True),
     "broken-text": Guard("text", "max_text_nll", least=False),
     "told": Guard("told", "told", least=False),
     "early-answer": Guard("mention", "max_mention", least=True),

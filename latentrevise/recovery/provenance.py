@@ -1,4 +1,5 @@
-"""Where the numbers of a derivation come from, and whether the question's go into it: signals of two guards.
+"""What a row's text says of itself: where its numbers come from, whether the question's go into it, and whether a step
+checker calls a step false. Signals of three guards.
 
 Arithmetic that is true can still derive nothing: ``83 + 6 = 89. 89 - 6 = 83`` where the question has no 83, or a test
 of something else than the question's example. Whether equations are true is not looked at here, so that arithmetic of
@@ -7,8 +8,42 @@ another kind (modulo a number) can be read too. Our own decision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
 from latentrevise.checkers.arithmetic import ALWAYS, numbers_of
 from latentrevise.checkers.equations import equations, number_texts
+from latentrevise.checkers.loading import StepChecker
+from latentrevise.data.boundary import Boundary
+from latentrevise.data.records import decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_signals(
+    question: str,
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    boundary: Boundary | None,
+    step_checker: StepChecker | None,
+) -> dict[str, float]:
+    """``provenance`` of a row's ids in front of its answer, and ``true``: the share of the steps that the step checker
+    holds for true, of those that it judges; left out without a checker, or where it judges none. A row without a
+    boundary is one step."""
+    found = provenance(question, decoded(tokenizer, ids))
+    if step_checker is None:
+        return found
+    ends = [0, *(boundary.ends(ids) if boundary is not None else ()), len(ids)]
+    judged = [
+        holds
+        for first, end in pairwise(ends)
+        if first < end
+        and (holds := step_checker(question, decoded(tokenizer, ids[:first]), decoded(tokenizer, ids[first:end])))
+        is not None
+    ]
+    return found | ({"true": sum(judged) / len(judged)} if judged else {})
 
 
 def provenance(question: str, steps: str) -> dict[str, float]:

@@ -51,6 +51,11 @@ class CutSettings(StrategySettings):
             raise ConfigError(
                 f"{type(self).__name__}.prefix_fraction = {self.prefix_fraction!r}: it must lie in [0, 1)"
             )
+        if self.guards.min_true_steps is not None and self.step_checker is None:
+            raise ConfigError(
+                f"guards.min_true_steps = {self.guards.min_true_steps!r} needs a step_checker, such as"
+                " latentrevise.checkers.arithmetic:check_step for word problems; name one, or set it to null"
+            )
 
 
 def new_tokens(setting: int | None, left: int | None) -> int:

@@ -13,9 +13,9 @@ from latentrevise.engines import Completion, Request, SamplingParams
 from latentrevise.model.branches import Branch, completion_logprobs, score_branches
 from latentrevise.recovery.cases import Case
 from latentrevise.recovery.guards import Candidate, guard, signals
-from latentrevise.recovery.provenance import provenance
+from latentrevise.recovery.provenance import text_signals
 from latentrevise.revise.hull import Mixture
-from latentrevise.strategies import Strategy, Tools
+from latentrevise.strategies import Strategy, Tools, load_step_checker
 from latentrevise.verify.patterns import AnswerPattern
 from latentrevise.verify.verifier import Verifier
 
@@ -45,6 +45,7 @@ class Judge:
     ) -> None:
         self.tools, self.policy, self.tokenizer = tools, tools.policy, tools.tokenizer
         self.verifier, self.checker, self.config, self.boundary = verifier, checker, config, boundary
+        self.step_checker = load_step_checker(config)
 
     def verdicts(
         self,
@@ -92,9 +93,12 @@ class Judge:
                     told=strategy.uses_answer and bool(start.context_ids),
                     agreement=agreement_of[i],
                     text_nll=text_of.get(start.start_id),
-                    provenance=provenance(
+                    text=text_signals(
                         case.prompt.text,
-                        decoded(self.tokenizer, (*self.config.rendered(start), *sample.completion_ids[:before])),
+                        (*self.config.rendered(start), *sample.completion_ids[:before]),
+                        self.tokenizer,
+                        self.boundary,
+                        self.step_checker,
                     ),
                     contrast=contrast_of[i],
                 )

@@ -74,7 +74,8 @@ class StrategySettings:
 
     latent: the published method; its ablations change it by one thing each. rho: where they cut a failed rollout.
     window: what ``latent-plausible`` revises, see ``Latent``. step_checker: ``module:attribute`` of a function (prompt,
-    what was written before, one step) to true, false or None (it can't say); code of yours, imported by name.
+    what was written before, one step) to true, false or None (it can't say); code of yours, imported by name. It serves
+    ``step-checked``, ``intervene`` and the guard ``false-step``.
     """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
@@ -111,12 +112,13 @@ def _ours(name: str, settings: StrategySettings, window: Window) -> Latent:
     return Latent(name, settings.latent_plausible, window=window, forks=settings.forks)
 
 
-def _step_checker(settings: StrategySettings) -> StepChecker | None:
+def load_step_checker(settings: StrategySettings) -> StepChecker | None:
+    """What ``step_checker`` names; None for None. Raises ConfigError if it cannot be imported."""
     return None if settings.step_checker is None else load(settings.step_checker, "step_checker")
 
 
 def _step_checked(settings: StrategySettings) -> StepChecked:
-    check = _step_checker(settings)
+    check = load_step_checker(settings)
     if check is None:
         raise ConfigError(
             "strategy step-checked needs a step_checker, such as latentrevise.checkers.arithmetic:check_step for word"
@@ -144,7 +146,7 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "self-hint": lambda s: SelfHint(s.self_hint),
     "retry": lambda s: Retry("retry", s.retry.shown, "retry.shown"),
     "retry-told": lambda s: Retry("retry-told", s.retry.told, "retry.told"),
-    "intervene": lambda s: Intervene(s.intervene, s.forks.banned, _step_checker(s)),
+    "intervene": lambda s: Intervene(s.intervene, s.forks.banned, load_step_checker(s)),
     "evocot": lambda s: EvoCoT(s.evocot, s.forks.banned),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),

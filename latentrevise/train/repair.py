@@ -24,10 +24,10 @@ from latentrevise.model.compute import Compute
 from latentrevise.model.policy import Policy
 from latentrevise.recovery.cases import chosen_cuts, request_of
 from latentrevise.recovery.guards import Candidate, guard, signals
-from latentrevise.recovery.provenance import provenance
+from latentrevise.recovery.provenance import text_signals
 from latentrevise.recovery.settings import CutSettings
 from latentrevise.recovery.verdicts import before_answer
-from latentrevise.strategies import Proposal, Tools, Work, build
+from latentrevise.strategies import Proposal, Tools, Work, build, load_step_checker
 from latentrevise.verify.verifier import Judgement, VerdictName, Verifier
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class Repairer:
         self.policy, self.engine, self.tokenizer, self.verifier = policy, engine, tokenizer, verifier
         self.settings, self.sampling, self.ended = settings, sampling, ended
         self._boundary = Boundary.of(settings.prefix_boundary, tokenizer)
+        self._step_checker = load_step_checker(settings)
         template = verifier.pattern.template(settings.answer_template)
         self._template = tuple(tokenizer.encode(template, add_special_tokens=False))
         self._strategy = build(settings.strategy, settings)
@@ -241,7 +242,6 @@ class Repairer:
             completion = completions[i]
             text = decoded(self.tokenizer, completion.ids)
             before = before_answer(self.tokenizer, completion.ids, text, self.verifier.pattern)
-            steps = decoded(self.tokenizer, (*prefix, *completion.ids[:before]))
             found = signals(
                 Candidate(
                     prompt_ids=item.prompt.ids,
@@ -256,7 +256,13 @@ class Repairer:
                     aimed=self._strategy.uses_answer,
                     told=self._strategy.uses_answer and bool(proposal.context_ids),
                     text_nll=text_nll,
-                    provenance=provenance(item.prompt.text, steps),
+                    text=text_signals(
+                        item.prompt.text,
+                        (*prefix, *completion.ids[:before]),
+                        self.tokenizer,
+                        self._boundary,
+                        self._step_checker,
+                    ),
                 )
             )
             objections = guard(found, self.settings.guards)
