@@ -28,7 +28,7 @@ from latentrevise.recovery.measure import ArmTook, Measured, measure, mining
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.settings import RecoverConfig
 
-FAMILIES, PROMPTS, SEED = ("rule", "chain", "pair"), 48, 11
+FAMILIES, PROMPTS, SEED = ("rule", "chain", "pair"), 192, 11
 SMALL = {"rollouts": 8, "samples": 4, "equal_compute_cap": 64}  # of the demo's settings
 BAR = 1.3
 SHARES = (0.5, 0.15)
@@ -114,7 +114,7 @@ def of_family(name: str, place: Path, count: int, size: int, strategies: tuple[s
 
 
 def add_options(group: Any) -> None:
-    group.add_argument("--sample", type=int, default=24, help="plan: prompts that are measured")
+    group.add_argument("--sample", type=int, default=64, help="plan: prompts that are measured")
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
