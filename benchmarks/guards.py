@@ -1,8 +1,8 @@
 """The leak guards on finished runs of the recovery study: of the samples with the right answer, what they keep and let
 through, each alone and together.
 
-Thresholds are chosen on the first set of prompts of a family and measured on the others; where those hold fewer than
-ten valid samples, on all and the same (and the table says so). What guards read in the texts is read again, so that
+Thresholds are chosen on the first half of a family's sets of prompts (of three, one) and measured on the others; where
+those hold fewer than ten valid samples, on all and the same (and the table says so). What guards read in the texts is read again, so that
 runs from before those guards serve as well. A combination is found greedily: of all guards and thresholds the one that
 lowers contamination most while so much of the valid is kept, until none does. Samples of one prompt are not
 independent, so the intervals are too narrow. Families whose runs are not named stay as they were measured before.
@@ -150,9 +150,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for family, sets in sorted(families.items()):
         judged = {seed: [sample for run in runs for sample in samples_of(run)] for seed, runs in sets.items()}
-        others = [sample for seed in sorted(judged)[1:] for sample in judged[seed]]
+        seeds = sorted(judged)
+        first = max(1, len(seeds) // 2)
+        chosen_on, others = ([s for seed in own for s in judged[seed]] for own in (seeds[:first], seeds[first:]))
         runs = sorted(run.name for own in sets.values() for run in own)
-        found[family] = measure(judged[min(judged)], others) | {"runs": runs, "commit": harness.commit()}
+        found[family] = measure(chosen_on, others) | {"runs": runs, "commit": harness.commit()}
     before = json.loads(RESULTS.read_text(encoding="utf-8"))["families"] if RESULTS.is_file() else {}
     document = {"name": "guards", "families": dict(sorted((before | found).items()))}
     print(tables(document))

@@ -90,7 +90,7 @@ PLANS = {
     "gsm": Plan(
         (wordproblems.NAME,),
         (0,),
-        (4, 5, 6, 7, 8),  # before, on other sets: 0 and 1 (gsm-rivals.json), 2 and 3 (gsm-earlier.json)
+        (4, 5, 6, 7, 8, 9),  # before, on other sets: 0 and 1 (gsm-rivals.json), 2 and 3 (gsm-earlier.json)
         24,
         DECISIVE,
     ),
@@ -171,7 +171,6 @@ def recovery_of(
             max_new_tokens=base.max_new_tokens * steps // real.STEPS,
             strategies=strategies,
             label=unit.name,
-            step_checker="latentrevise.checkers.arithmetic:check_step",
             equal_compute_cap=128 if "self-hint" in strategies else 64,  # what the dearest strategy spends
         )
         prompts = wordproblems.word_problems(unit.prompts, steps, seed=unit.seed)

@@ -44,7 +44,7 @@ from benchmarks import harness
 from benchmarks.recovery import publish
 from benchmarks.training import TRAINER, Cell, paid, reinforced
 from benchmarks.training_plan import Sizes
-from benchmarks.training_tables import pool, table
+from benchmarks.training_tables import pool, tables
 from latentrevise.data.formats import Row, rollout_row, sft_row
 from latentrevise.data.prompts import load_prompts
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, read_records, row_seed
@@ -195,6 +195,7 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, source: Pool, s
         prefix_boundary=config.prefix_boundary,
         answer_template=config.answer_template,
         guards=config.guards,
+        step_checker=config.step_checker,
         rendering="argmax",
     )
     if "=" in cell.arm:
@@ -289,16 +290,10 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "commits": Counter(cell["commit"] for cell in found),
         "families": {NAME: pool(found, hard, ARMS)},
     }
-    print(shown(document))
+    print(tables(document))
     write_json(out / "training-real.json", document)
     if options.publish:
         root = Path(__file__).parent.parent
         write_json(root / "benchmarks/results/training-real.json", document)
-        publish(shown(document), root / "docs/training.md", "training-real")
+        publish(tables(document), root / "docs/training.md", "training-real")
     return document
-
-
-def shown(document: dict[str, Any]) -> str:
-    """The table of a study's document, and from which code its cells are."""
-    tables = [table(name, of, Sizes(**document["sizes"])) for name, of in document["families"].items()]
-    return "\n\n".join([*tables, harness.provenance("cells", document["commits"])])

@@ -14,6 +14,8 @@ PAGE = "results.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 STUDIES = {
     "gsm": ("Recovery on real text", recovery_tables.tables),
+    "gsm-earlier": ("Recovery on real text, earlier prompts", recovery_tables.tables),
+    "gsm7": ("Recovery on real text, seven steps", recovery_tables.tables),
     "gsm-rivals": ("Recovery on real text, every strategy", recovery_tables.tables),
     "gsm-variants": ("Ablations on real text", recovery_tables.tables),
     "recovery": ("Recovery", recovery_tables.tables),
@@ -21,6 +23,7 @@ STUDIES = {
     "rivals": ("What people would use instead", recovery_tables.tables),
     "variants": ("Harder families", recovery_tables.tables),
     "training": ("Training", training_tables.tables),
+    "training-real": ("Training on real text", training_tables.tables),
     "guards": ("Guards", guards.tables),
     "checkers": ("Checkers of derivations", checkers.table),
 }

@@ -63,7 +63,13 @@ def test_every_study_is_on_the_page_of_all_rows(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", ["gsm", "gsm-rivals", "gsm-variants", "recovery", "rivals", "variants", "training"])
+@pytest.mark.parametrize(
+    "study",
+    [
+        *("gsm", "gsm-earlier", "gsm7", "gsm-rivals", "gsm-variants", "recovery", "rivals", "variants"),
+        *("training", "training-real"),
+    ],
+)
 def test_all_rows_of_a_study_are_on_a_page(site, study):
     families = json.loads((ROOT / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))["families"]
     page = (site / "results.html").read_text(encoding="utf-8")

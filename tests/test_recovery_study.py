@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import checkers, gate, guards, harness, iterates, recovery, recovery_strata, recovery_tables, training
+from benchmarks import (
+    checkers,
+    gate,
+    guards,
+    harness,
+    iterates,
+    recovery,
+    recovery_strata,
+    recovery_tables,
+    training,
+    training_tables,
+)
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
 from latentrevise.data.records import Verdict, write_records
@@ -176,7 +187,7 @@ def test_a_document_without_the_markers_is_refused(tmp_path):
         recovery.publish("new", page)
 
 
-@pytest.mark.parametrize("study", [*recovery_tables.SHOWN, "training", "gate"])
+@pytest.mark.parametrize("study", [*recovery_tables.SHOWN, "training", "training-real", "gate"])
 def test_the_documents_say_what_the_results_say(study):
     root = Path(recovery.__file__).parent.parent
     document = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))
@@ -187,6 +198,8 @@ def test_the_documents_say_what_the_results_say(study):
 
     if study == "training":
         assert published("docs/training.md", study) == training.brief(document)
+    elif study == "training-real":
+        assert published("docs/training.md", study) == training_tables.tables(document)
     elif study == "gate":
         assert published("docs/audits.md", study) == gate.table(document)
     else:
@@ -196,9 +209,9 @@ def test_the_documents_say_what_the_results_say(study):
 
 
 @pytest.mark.parametrize("strategy", ["pivot-trie", "step-checked", "latent"])
-def test_the_page_pools_both_studies_of_word_problems(strategy):
+def test_the_page_pools_the_studies_of_word_problems(strategy):
     root, prompts, sums = Path(recovery.__file__).parent.parent, 0, Counter()
-    for study in ("gsm", "gsm-rivals"):
+    for study in ("gsm", "gsm-earlier", "gsm-rivals"):
         found = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))["families"]["gsm"]
         row, count = found["strategies"][strategy], found["zero_hit"]
         prompts += count
