@@ -2,10 +2,10 @@
 through, each alone and together.
 
 Thresholds are chosen on the first half of a family's sets of prompts (of three, one) and measured on the others; where
-those hold fewer than ten valid samples, on all and the same (and the table says so). What guards read in the texts is read again, so that
-runs from before those guards serve as well. A combination is found greedily: of all guards and thresholds the one that
-lowers contamination most while so much of the valid is kept, until none does. Samples of one prompt are not
-independent, so the intervals are too narrow. Families whose runs are not named stay as they were measured before.
+those hold fewer than ten valid samples, on all and the same (and the table says so). What guards read in the texts is
+read again, so that runs from before those guards serve as well. A combination is found greedily: of all guards and
+thresholds the one that lowers contamination most while so much of the valid is kept, until none does. Samples of one
+prompt are not independent, so the intervals are too narrow. Families whose runs are not named stay as they were.
 """
 
 from __future__ import annotations
