@@ -137,11 +137,12 @@ class Workers:
         """The kind of strike; ``late`` where it met a process that was done."""
         victim = self.living[index]
         assert victim.pid is not None
-        os.kill(victim.pid, SIGNALS[kind])
-        if kind == "stalls":
-            time.sleep(1.5 * settings().lease_seconds)
-            os.kill(victim.pid, signal.SIGCONT)
-            return kind
+        with contextlib.suppress(ProcessLookupError):  # it is done, and the fork server has taken note of it
+            os.kill(victim.pid, SIGNALS[kind])
+            if kind == "stalls":
+                time.sleep(1.5 * settings().lease_seconds)
+                os.kill(victim.pid, signal.SIGCONT)
+                return kind
         victim.join()
         if victim.exitcode == 0:  # it had come to the end
             return "late"

@@ -71,6 +71,7 @@ def test_two_processes_one_of_them_killed_give_the_rows_of_one(tmp_path):
         assert workers.hit(1, "kills") == "kills"
         assert workers.hit(0, "terminations") == "terminations"
         workers.end()
+        assert [workers.hit(0, kind) for kind in chaos.SIGNALS] == ["late"] * 3, "what is done is not struck"
         with pytest.raises(RunError, match="other settings"):
             recovery(out, Joint(0, 2))
         chaos.recovery(out, chaos.settings(), Alone()).recover()
