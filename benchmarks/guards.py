@@ -35,6 +35,7 @@ Judged = tuple[Mapping[str, float], bool]  # signals, and whether the derivation
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/guards.json"
 FLOORS = (0.95, 0.9, 0.8, 0.7)  # shares of the valid samples that a combination must keep
+WHOLE = {"false-step": 1.0, "unused-fact": 1.0}  # every step holds, every number is used: nothing is chosen
 _FEWEST = 10
 _MOST = 4  # guards in a combination
 
@@ -107,7 +108,9 @@ def combination(samples: Sequence[Judged], floor: float, codes: Sequence[str] = 
 
 
 def measure(chosen_on: Sequence[Judged], others: Sequence[Judged]) -> dict[str, Any]:
-    """The guards of a family, chosen on the first samples, measured on the second; on all where those are too few."""
+    """The guards of a family, chosen on the first samples, measured on the second; on all where those are too few, and
+    where nothing is chosen (WHOLE)."""
+    whole = rates([*chosen_on, *others], WHOLE)
     in_sample = sum(valid for _, valid in others) < _FEWEST
     if in_sample:
         chosen_on = others = [*chosen_on, *others]
@@ -130,6 +133,7 @@ def measure(chosen_on: Sequence[Judged], others: Sequence[Judged]) -> dict[str, 
         "in_sample": in_sample,
         "none": rates(others, {}),
         "defaults": defaults,
+        "whole": whole,
         "alone": {code: rates(others, combination(chosen_on, 0.7, (code,))) for code in guard_curves(chosen_on)},
         "together": {str(floor): rates(others, combination(chosen_on, floor)) for floor in FLOORS},
         "auc": {name: auc(*pair) for name, pair in split.items() if all(pair)},
@@ -179,6 +183,8 @@ def tables(document: dict[str, Any]) -> str:
             if (text := _thresholds(one)) not in seen:
                 lines.append(_row("", f"{text} (for {100 * floor:.0f} % kept)", one, keys))
             seen.add(text)
+        if "whole" in found:  # not in files of before
+            lines.append(_row("", f"{_thresholds(found['whole'])} (on all sets)", found["whole"], keys))
     names = ("used", "founded", "true", "plain", "step", "answer", "derivation", "length")
     lines += ["", "The AUC of each signal there, valid over invalid:", "", f"| family | {' | '.join(names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
