@@ -204,7 +204,8 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, source: Pool, s
     arguments = {
         "max_steps": sizes.rl_steps,
         "warmup_steps": 1,
-        "per_device_train_batch_size": sizes.rl_groups * group,
+        "per_device_train_batch_size": group,  # all groups of a step at once would not fit 24 GiB
+        "gradient_accumulation_steps": sizes.rl_groups,
         "learning_rate": sizes.rl_rate,
         "num_generations": group,
         "max_completion_length": config.max_new_tokens,
