@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -279,7 +278,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     found = [json.loads(cell.file(out).read_text(encoding="utf-8")) for cell in cells if cell.file(out).exists()]
     document = {
         "name": "training-real",
-        "command": harness.command_line(sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks training_real --runs", *(place.name for place in places)]),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft", "latentrevise")},
