@@ -53,9 +53,13 @@ class Sympy:
     """Computes; see ``compare.Mathematics``."""
 
     def same(self, gold: Scalar, answer: Scalar) -> bool:
+        from sympy import Expr
+
         a, b = _parsed(gold), _parsed(answer)
         if a == b:
             return True
+        if isinstance(a, Expr) and isinstance(b, Expr) and (apart := a - b).is_Rational:
+            return bool(apart == 0)  # next to what is large, no number of digits would show it
         if not a.free_symbols and not b.free_symbols:
             if a.is_Rational and b.is_Rational:
                 return False
