@@ -137,8 +137,9 @@ class Workers:
         """The kind of strike; ``late`` where it met a process that was done."""
         victim = self.living[index]
         assert victim.pid is not None
+        number = SIGNALS[kind]
         with contextlib.suppress(ProcessLookupError):  # it is done, and the fork server has taken note of it
-            os.kill(victim.pid, SIGNALS[kind])
+            os.kill(victim.pid, number)
             if kind == "stalls":
                 time.sleep(1.5 * settings().lease_seconds)
                 os.kill(victim.pid, signal.SIGCONT)
@@ -146,6 +147,8 @@ class Workers:
         victim.join()
         if victim.exitcode == 0:  # it had come to the end
             return "late"
+        if victim.exitcode not in (-number, 128 + number):
+            raise SystemExit(f"a worker ended by itself with exit code {victim.exitcode}; its traceback is above")
         self.living[index] = self._new(index)
         return kind
 

@@ -77,10 +77,11 @@ from latentrevise.model.loading import load_model
 from latentrevise.recovery.evaluate import EvalConfig, Score, evaluate
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.train.distill import DistillSettings, train_distill
 from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RLVRSettings, train_rlvr
-from latentrevise.train.settings import begin
+from latentrevise.train.settings import LoraSettings, begin
 from latentrevise.train.sft import SFTSettings, ordinary_rollouts, rendered, train_sft
 
 __all__ = [
@@ -203,8 +204,21 @@ def rows_of(cell: Cell, tokenizer: Any, out: Path, sizes: Sizes) -> tuple[list[R
 
 
 def fine_tune(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -> dict[str, Any]:
-    """Train an SFT arm; without a row of its own it is not trained."""
-    rows, counts = rows_of(cell, tokenizer, out, sizes)
+    """Train an SFT arm."""
+    return tuned(cell, model, tokenizer, out, sizes, rows_of(cell, tokenizer, out, sizes), LoraSettings())
+
+
+def tuned(
+    cell: Cell,
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    sizes: Sizes,
+    learned: tuple[list[Row], dict[str, int]],
+    lora: LoraSettings,
+) -> dict[str, Any]:
+    """Train on rows, of whose own half so many are different; without one there is no training."""
+    rows, counts = learned
     if counts["different"]:
         arguments = {
             "max_steps": sizes.sft_steps,
@@ -212,7 +226,7 @@ def fine_tune(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
             "per_device_train_batch_size": sizes.sft_batch,
             "learning_rate": sizes.sft_rate,
         }
-        settings = SFTSettings(trainer=TRAINER | arguments, seed=cell.order)
+        settings = SFTSettings(lora=lora, trainer=TRAINER | arguments, seed=cell.order)
         train_sft(model, tokenizer, rows, out / "models" / cell.name, settings)
     return {**counts, "rows": len(rows), "tokens": sum(sum(row["completion_mask"]) for row in rows)}
 
@@ -238,14 +252,8 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
     if arm.published:
         repair = replace(load_config(RLVRSettings, "paper-grpo").repair, answer_template=config.answer_template)
     else:
-        repair = RepairSettings(
-            strategy=arm.repair,
-            prefix_fraction=config.prefix_fraction,
-            prefix_boundary=config.prefix_boundary,
-            answer_template=config.answer_template,
-            rendering="argmax",
-            **({"guards": UNGUARDED} | asked(family) if cell.arm in RLVR_RIVALS else {"guards": config.guards}),
-        )
+        own = {"guards": UNGUARDED} | asked(family) if cell.arm in RLVR_RIVALS else {}
+        repair = repair_by(arm.repair, config, **own)
     arguments = {
         "max_steps": sizes.rl_steps,
         "warmup_steps": sizes.rl_steps // 8,
@@ -272,6 +280,13 @@ def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, sizes: Sizes) -
         repair=repair, loss=arm.loss, dynamic_sampling=arm.dynamic, trainer=TRAINER | arguments, seed=cell.order
     )
     return {**reinforced(model, tokenizer, prompts, place, settings), "group": group}
+
+
+def repair_by(strategy: str, config: RecoverConfig, **changes: Any) -> RepairSettings:
+    """A trainer's repair by the settings of a recovery, but for what is changed."""
+    shared = ("prefix_fraction", "prefix_boundary", "answer_template", "guards", "step_checker")
+    kept = {name: getattr(config, name) for name in shared}
+    return RepairSettings(strategy=strategy, rendering="argmax", **kept | changes)
 
 
 def reinforced(

@@ -41,7 +41,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery import publish
-from benchmarks.training import TRAINER, Cell, paid, reinforced
+from benchmarks.training import TRAINER, Cell, paid, reinforced, repair_by, tuned
 from benchmarks.training_plan import Sizes
 from benchmarks.training_tables import pool, tables
 from latentrevise.data.formats import Row, rollout_row, sft_row
@@ -55,10 +55,9 @@ from latentrevise.model.loading import load_model
 from latentrevise.recovery.evaluate import EvalConfig, Score, evaluate
 from latentrevise.recovery.metrics import POOL
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.train.repair import RepairSettings
 from latentrevise.train.rlvr import RLVRSettings
 from latentrevise.train.settings import LoraSettings, begin
-from latentrevise.train.sft import SFTSettings, ordinary_rollouts, train_sft
+from latentrevise.train.sft import ordinary_rollouts
 
 REPAIR = "pivot-trie"
 OWN = {"fresh-resampled": POOL, "latent": "latent", "pivot-trie": "pivot-trie", "step-checked": "step-checked"}
@@ -173,30 +172,12 @@ def judge(model: Any, tokenizer: Any, sizes: Sizes, known: Sequence[str], draw: 
 
 
 def fine_tune(cell: Cell, model: Any, tokenizer: Any, out: Path, source: Pool, sizes: Sizes) -> dict[str, Any]:
-    rows, counts = rows_of(cell, source, tokenizer, sizes)
-    if counts["different"]:
-        arguments = {
-            "max_steps": sizes.sft_steps,
-            "warmup_steps": sizes.sft_steps // 8,
-            "per_device_train_batch_size": sizes.sft_batch,
-            "learning_rate": sizes.sft_rate,
-        }
-        settings = SFTSettings(lora=LORA, trainer=TRAINER | arguments, seed=cell.order)
-        train_sft(model, tokenizer, rows, out / "models" / cell.name, settings)
-    return {**counts, "rows": len(rows), "tokens": sum(sum(row["completion_mask"]) for row in rows)}
+    return tuned(cell, model, tokenizer, out, sizes, rows_of(cell, source, tokenizer, sizes), LORA)
 
 
 def reinforce(cell: Cell, model: Any, tokenizer: Any, out: Path, source: Pool, sizes: Sizes) -> dict[str, Any]:
     config, group = real.real_config(), sizes.group
-    repair = RepairSettings(
-        strategy=REPAIR,
-        prefix_fraction=config.prefix_fraction,
-        prefix_boundary=config.prefix_boundary,
-        answer_template=config.answer_template,
-        guards=config.guards,
-        step_checker=config.step_checker,
-        rendering="argmax",
-    )
+    repair = repair_by(REPAIR, config)
     if "=" in cell.arm:
         other = replace(cell, arm=f"grpo + {REPAIR}").file(out)
         group, repair = paid(group, json.loads(other.read_text(encoding="utf-8"))), replace(repair, strategy="none")

@@ -189,14 +189,14 @@ def iter_prompts(
     has the errors of the others, by row, once the last prompt was given.
 
     Files are JSONL, JSON, CSV, TSV or parquet, text also with ``.gz`` behind; they are read twice, the first time for
-    their columns, and no more is held of them than ids. Columns are found by name (PROMPT_COLUMNS, ANSWER_COLUMNS,
-    ID_COLUMNS, the first that occurs) unless they are given. Golds are unwrapped (see ``golds``); a ``solution`` stays,
-    like every cell of which the answer is a part, among the further columns. A prompt is text or messages, as a list or
-    as JSON. chat: apply the tokenizer's chat template to texts too: ``auto``, when there is a template; a text that is
-    in its format already is used as it is. The template is applied once, here; the ids are what everything else uses.
-    instruction, chat_template_kwargs: see ``PromptSettings``. Rows without an id get a hash of their content; those
-    that repeat an earlier one are told in one error together. verifier: checks that the golds can be parsed; one of its
-    own, if None.
+    their columns, and little more is held of them than ids (of JSON and a parquet row group, all). Columns are found by
+    name (PROMPT_COLUMNS, ANSWER_COLUMNS, ID_COLUMNS, the first that occurs) unless they are given. Golds are unwrapped
+    (see ``golds``); a ``solution`` stays, like every cell of which the answer is a part, among the further columns. A
+    prompt is text or messages, as a list or as JSON. chat: apply the tokenizer's chat template to texts too: ``auto``,
+    when there is a template; a text that is in its format already is used as it is. The template is applied once, here;
+    the ids are what everything else uses. instruction, chat_template_kwargs: see ``PromptSettings``. Rows without an id
+    get a hash of their content; those that repeat an earlier one are told in one error together. verifier: checks that
+    the golds can be parsed; one of its own, if None.
 
     Raises InputError when nothing can be read at all; ConfigError for chat_template_kwargs that would be ignored.
     """
@@ -206,10 +206,12 @@ def iter_prompts(
         fetched(source) if is_url(source) else nullcontext(source) as place,
         nullcontext(verifier) if verifier is not None else Verifier() as judge,
     ):
-        known = None if isinstance(place, (str, os.PathLike)) else [*read_rows(place)]
-        columns = _columns(known or read_rows(place), name, prompt_column, answer_column)
-        reader = _Reader(columns, templater, tokenizer, max_prompt_tokens, errors)
-        read = reader.read(known or read_rows(place, told=False))
+        first: Iterable[tuple[int, Any]] = read_rows(place)
+        again: Iterable[tuple[int, Any]] = read_rows(place, told=False)
+        if not isinstance(place, (str, os.PathLike)):
+            first = again = list(first)  # they are held elsewhere, and may be read once
+        columns = _columns(first, name, prompt_column, answer_column)
+        read = _Reader(columns, templater, tokenizer, max_prompt_tokens, errors).read(again)
         while batch := list(islice(read, _CHECKED)):
             troubles = judge.check_golds([prompt.answer for _, prompt in batch])
             for (number, prompt), trouble in zip(batch, troubles, strict=True):
@@ -267,11 +269,12 @@ class _Reader:
             text = text_of(content)
             key = stable_hash([text, answer])
             known_id = known_id or key
-            if self.seen.setdefault(known_id, key) is not key:
+            if known_id in self.seen:
                 if self.seen[known_id] == key:
                     self.copies.append(number)
                     return None
                 raise BadRow("duplicate-id", f"id {shown(known_id)} was used before; give every row an id of its own")
+            self.seen[known_id] = key
             ids = self._ids(content, answer)
         except BadRow as error:
             self.errors.append(RowError(number, known_id, error.reason, str(error)))

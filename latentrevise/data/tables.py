@@ -269,11 +269,12 @@ def _read_tsv(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    from latentrevise.data.parquet import TableFile
+    from latentrevise.data.parquet import GROUP, TableFile
 
     number = 0
     with TableFile(path, remedy="fetch it, or write it anew") as file:
-        for group in file.groups():
+        parts = (whole.slice(first, GROUP) for whole in file.groups() for first in range(0, whole.num_rows, GROUP))
+        for group in parts:
             columns = []
             for name in group.column_names:
                 try:
