@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.recovery_strata import strata
+from benchmarks.recovery_strata import draw_further, strata
 from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, read_records
 from latentrevise.data.storage import atomic_write, write_json
@@ -58,13 +58,15 @@ from latentrevise.strategies.self_hint import SelfHintConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study runs where the command line does not say. models: training seeds. mined: prompts of a unit."""
+    """What a study runs where the command line does not say. models: training seeds. mined: prompts of a unit.
+    further: rollouts of each prompt that is beyond reach, drawn to tell which are far (see ``recovery_strata``)."""
 
     families: tuple[str, ...]
     models: tuple[int, ...]
     seeds: tuple[int, ...]
     mined: int
     strategies: tuple[str, ...]
+    further: int = 0
 
 
 GSM = {wordproblems.NAME: real.STEPS, f"{wordproblems.NAME}7": 7}  # word problems by their number of steps
@@ -93,6 +95,7 @@ PLANS = {
         (4, 5, 6, 7, 8),  # before, on other sets: 0 and 1 (gsm-rivals.json), 2 and 3 (gsm-earlier.json)
         24,
         DECISIVE,
+        further=240,
     ),
     "gsm7": Plan(("gsm7",), (0,), (4,), 16, DECISIVE),  # seven steps, which more samples hardly reach
     "gsm-rivals": Plan(
@@ -149,13 +152,18 @@ def train(job: tuple[str, int], cache: Path) -> None:
         model_for(*job, cache)
 
 
-def run(unit: Unit, out: Path, strategies: tuple[str, ...], dtype: str) -> tuple[Unit, dict[str, Any], float]:
+def run(
+    unit: Unit, out: Path, strategies: tuple[str, ...], dtype: str, further: int
+) -> tuple[Unit, dict[str, Any], float]:
     """Run or take up one unit; a worker's job. Returns its metrics and the seconds this call took."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     note_commit(unit, out)
     recovery, prompts = recovery_of(unit, out, strategies, dtype)
-    return unit, recovery.recover(prompts).metrics, time.perf_counter() - began
+    metrics = recovery.recover(prompts).metrics
+    if further:
+        draw_further(recovery, prompts, further)
+    return unit, metrics, time.perf_counter() - began
 
 
 def recovery_of(
@@ -397,7 +405,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[tuple[Unit, dict[str, Any]]]] = {family: [] for family in chosen}
     with ProcessPoolExecutor(min(jobs, len(units)), multiprocessing.get_context("spawn")) as workers:
         list(workers.map(partial(train, cache=out / "models"), [(f, m) for f in chosen for m in models]))
-        runs = [workers.submit(run, unit, out, strategies, dtype) for unit in units]
+        runs = [workers.submit(run, unit, out, strategies, dtype, plan.further) for unit in units]
         for count, finished in enumerate(as_completed(runs), 1):
             unit, metrics, seconds = finished.result()
             found[unit.family].append((unit, metrics))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.recovery_strata import BEYOND
+from benchmarks.recovery_strata import BEYOND, FAR
 from latentrevise.data.storage import atomic_write
 
 SHOWN = {  # what docs/recovery.md has of a study; all rows of all studies are on the site's page of all rows
@@ -35,9 +35,8 @@ def table(family: str, pooled: dict[str, Any]) -> str:
     heads = ["strategy", "valid derivation %", *["by model"] * several, "at its passes", *["at its seconds"] * timed]
     heads += ["right answer %", "wrong target %", "passes", "seconds"]
     strata = pooled.get("strata")  # not in files of before
-    if strata:
-        hard = strata["prompts"].get(BEYOND, 0)
-        heads.append(f"beyond {strata['rollouts']} further rollouts ({hard}): right, valid %")
+    hard = _hard(strata) if strata else {}
+    heads += [f"beyond {rollouts} further rollouts ({prompts}): right, valid %" for rollouts, prompts in hard.values()]
     heads.append("admitted (valid)")
     lines = [
         f"**{family}** ({pooled['zero_hit']} zero-hit of {pooled['mined']} prompts, runs: {len(pooled['units'])})",
@@ -53,8 +52,7 @@ def table(family: str, pooled: dict[str, Any]) -> str:
         if timed:
             cells.append(_rate(row["equal_seconds"]["valid"]))
         cells += [_rate(row["answer"]), _percent(row["wrong_target"]), f"{row['passes']:.0f}", f"{row['seconds']:.2f}"]
-        if strata:
-            cells.append(_beyond(strata, name))
+        cells += [_of_stratum(strata, stratum, name) for stratum in hard]
         lines.append(f"| {' | '.join(cells)} | {row['admitted']} ({row['admitted_valid']}) |")
     return "\n".join(lines)
 
@@ -84,28 +82,32 @@ def brief(document: dict[str, Any]) -> str:
 
 def _by_strata(pooled: dict[str, Any], names: Sequence[str]) -> str:
     """One family. Per cent of zero-hit prompts with a valid derivation, then with a right answer: [95 %]; resampling at
-    as many passes; in as many seconds. Then wrong targets, and right and valid ones of the prompts *beyond* reach."""
+    as many passes; in as many seconds. Then wrong targets, and right and valid ones of the prompts that are hard."""
     strata, rows = pooled["strata"], pooled["strategies"]
-    lines = [
-        f"| strategy | valid ({pooled['zero_hit']}) | right | wrong target"
-        f" | beyond reach ({strata['prompts'].get(BEYOND, 0)}): right, valid"
-        " | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
+    hard = _hard(strata)
+    heads = ["strategy", f"valid ({pooled['zero_hit']})", "right", "wrong target"]
+    heads += [f"{n} rollouts fail ({prompts}): right, valid" for n, prompts in hard.values()]
+    lines = [f"| {' | '.join(heads)} | seconds |", "|---" * (1 + len(heads)) + "|"]
     for name in sorted(names, key=lambda name: (-rows[name]["valid"][0], -rows[name]["answer"][0])):
         row = rows[name]
         cells = [
             f"{_whole(row[key])}; {_percent(row['equal_compute'][key])}; {_percent(row['equal_seconds'][key])}"
             for key in ("valid", "answer")
         ]
-        cells += [_percent(row["wrong_target"]), _beyond(strata, name), f"{row['seconds']:.1f}"]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        cells += [_percent(row["wrong_target"]), *(_of_stratum(strata, stratum, name) for stratum in hard)]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {row['seconds']:.1f} |")
     return "\n".join(lines)
 
 
-def _beyond(strata: dict[str, Any], name: str) -> str:
-    """Right answers and valid derivations among the prompts beyond reach."""
-    row = strata.get(BEYOND, {}).get(name)
+def _hard(strata: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """The strata of hard prompts: how many rollouts fail besides the mined ones, and how many prompts that are."""
+    found = {BEYOND: "rollouts", FAR: "far_rollouts"}
+    return {name: (strata[key], strata["prompts"].get(name, 0)) for name, key in found.items() if key in strata}
+
+
+def _of_stratum(strata: dict[str, Any], stratum: str, name: str) -> str:
+    """Right answers and valid derivations among its prompts."""
+    row = strata.get(stratum, {}).get(name)
     return f"{_percent(row['answer'])}, {_percent(row['valid'])}" if row else "-"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentrevise.engines import HFEngine, Request, SamplingParams, lines
+from latentrevise.engines.families import families
 from latentrevise.engines.prefixes import shared_prefixes
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -145,3 +146,33 @@ def test_the_plan_of_a_chain():
         (2, 71, 2, False),
         (1, 100, 0, True),
     ]
+
+
+def test_prompts_with_a_short_beginning_in_common_are_kept_apart():
+    """Eight prompts that share 25 of 85 tokens, each with rollouts begun: a line a prompt, with all its rollouts."""
+    prompts = [[*range(25), *range(1000 * p, 1000 * p + 60)] for p in range(1, 9)]
+    rollouts = [[*prompt, *range(-100 * j - 30, -100 * j)] for prompt in prompts for j in range(1, 9)]
+    found = families([115] * 64, shared_prefixes(rollouts))
+    assert [family.members for family in found] == [list(range(8 * p, 8 * p + 8)) for p in range(8)]
+    assert [family.tokens for family in found] == [85 + 8 * 30] * 8
+    assert len(families([85] * 8, shared_prefixes(prompts))) == 8
+
+
+def test_a_crowded_family_parts_by_prompts_and_then_by_rows(monkeypatch):
+    """Four prompts of 60 tokens, 40 of them the same, 6 rows each: one line, then one a prompt, then one a row."""
+    model = tiny_model("llama", V, seed=2)
+    engine, params = HFEngine(model, tiny_tokenizer(V)), SamplingParams(n=6, max_new_tokens=40)
+    requests = [Request([*draw(40, 1), *draw(20, 10 + i)], seed=i) for i in range(4)]
+    alone = [engine.generate([request], params)[0] for request in requests]
+    forms = []
+
+    def form(self, own=lines.Packed.parted):
+        found = own(self)
+        forms.append(found._families if isinstance(found, lines.Packed) else "padded")
+        return found
+
+    monkeypatch.setattr(lines.Packed, "parted", form)
+    monkeypatch.setattr(lines, "_CROWDED", 2)
+    together = engine.generate(requests, params)
+    assert [[c.ids for c in row] for row in together] == [[c.ids for c in row] for row in alone]
+    assert list(dict.fromkeys(forms)) == [4, "padded"]

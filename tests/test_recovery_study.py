@@ -22,7 +22,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
-from latentrevise.data.records import Verdict, write_records
+from latentrevise.data.records import Rollout, Verdict, write_records
 from latentrevise.data.storage import write_json
 from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
@@ -281,6 +281,23 @@ def test_strata_are_what_the_controls_rollouts_reach(tmp_path):
     assert found["prompts"] == {"within": 1, "beyond": 2}
     assert found["within"]["pivot"] == {"answer": wilson(1, 1), "valid": wilson(1, 1)}
     assert found["beyond"]["pivot"] == {"answer": wilson(2, 2), "valid": wilson(1, 2)}
+    assert "far" not in found["prompts"]
+    rollouts = [
+        Rollout(prompt, f"{prompt}/{j}", (1,), "text", "1", verdict, "stop", ())
+        for prompt, verdicts in (("hard", ("wrong", "correct")), ("other", ("wrong", "wrong")))
+        for j, verdict in enumerate(verdicts)
+    ]
+    for run, row in (("a", rollouts[:2]), ("b", rollouts[2:])):
+        write_records(RunDirectory(recovery_strata.further(tmp_path / run)).part("rollouts", 0), row)
+    found = recovery_strata.strata([tmp_path / "a", tmp_path / "b"], ["pivot"])
+    assert (found["prompts"], found["far_rollouts"]) == ({"within": 1, "beyond": 2, "far": 1}, 3)
+    assert found["far"]["pivot"] == {"answer": wilson(1, 1), "valid": wilson(1, 1)}
+    assert found["beyond"]["pivot"] == {"answer": wilson(2, 2), "valid": wilson(1, 2)}
+    unit = metrics(3, recovered=1, valid=1, wrong=[0.2, 0, 1], passes=100.0, control=0.1)
+    pooled = recovery.pool([(recovery.Unit("gsm", 0, 0, 8), unit)], ["pivot"]) | {"strata": found}
+    table = recovery_tables._by_strata(pooled, ["pivot"])
+    assert "| 1 rollouts fail (2): right, valid | 3 rollouts fail (1): right, valid |" in table
+    assert "| 20 | 100, 50 | 100, 100 | 0.3 |" in table
 
 
 def test_a_mixture_of_commits_is_said():

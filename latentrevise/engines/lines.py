@@ -3,7 +3,8 @@
 Two forms. ``Padded``: a line of the cache for each row. ``Packed``: one for each family of rows that share a prefix,
 its keys and values read by all of them; a row's own tokens stand behind, and a mask hides them from the others. That
 saves copying the prefix to each row and reading it once for each, and costs scores against the others' tokens; where
-those are many, ``Packed`` turns into ``Padded``.
+those are many, a family's rows part into smaller ones of rows that see mostly the same (those of one prompt, where
+prompts share a beginning), or into ``Padded``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from latentrevise.engines.cache import gathered, stored
 # Keys scored a row in Packed over those in Padded, beyond which the rows part. Scoring a key for many rows at once is a
 # matrix product; for one row it is a copy and a product with a vector.
 _CROWDED = 6
+_ALIKE = 0.8  # of what two rows see, so much in common puts them into one line still
 
 
 class Forward(Protocol):
@@ -111,20 +113,52 @@ class Packed:
         return self._forward(self._cache, mask, positions, self._wide, input_ids=ids)[where]
 
     def parted(self) -> Lines:
-        scored = self._families * self._wide * (self._sees.shape[1] + self._wide)
-        if scored <= _CROWDED * (int(self._sees.sum()) + len(self._sees)):
+        if not self._crowded(self._families, self._wide, self._sees.shape[1]):
             return self
-        counts = self._sees.sum(1)
-        width = int(counts.max())
-        # The hidden ones first, then those it sees in their order: cut to the last ones, padded on the left.
-        columns = torch.argsort(self._sees.byte(), dim=1, stable=True)[:, -width:]
-        mask = (torch.arange(width, device=counts.device) >= width - counts[:, None]).long()
+        count, groups = self._alike()
+        if count > self._families:
+            lines, columns, real = self._columns(count, groups)
+            if not self._crowded(count, int(torch.bincount(groups).max()), columns.shape[1]):
+                sees = self._sees.gather(1, columns[groups])
+                return Packed(self._forward, self._empty, self._moved(lines, columns), groups, sees, self._dtype)
+        alone = torch.arange(len(self._sees), device=self._sees.device)
+        lines, columns, real = self._columns(len(alone), alone)
+        return Padded(self._forward, self._moved(lines, columns), None if bool(real.all()) else real.long())
+
+    def _crowded(self, lines: int, wide: int, width: int) -> bool:
+        return lines * wide * (width + wide) > _CROWDED * (int(self._sees.sum()) + len(self._sees))
+
+    def _alike(self) -> tuple[int, Tensor]:
+        """The rows in groups: whoever has most of what it sees in common with a group's first row, in the rows' order.
+        How many groups; int64 ``[B]``, the group of each row."""
+        seen = self._sees.float()
+        same = self._family[:, None] == self._family
+        counts = seen.sum(1)
+        alike = same & (seen @ seen.T >= _ALIKE * torch.maximum(counts[:, None], counts))
+        groups, count = torch.full_like(self._family, -1), 0
+        for row in range(len(groups)):
+            if groups[row] < 0:
+                groups[alike[row] & (groups < 0)] = count
+                count += 1
+        return count, groups
+
+    def _columns(self, count: int, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For ``count`` groups of rows: the line of each, which of its columns any of them sees, in their order and
+        padded on the left with some that none does ``[count, width]``, and which of those are seen."""
+        seen = torch.zeros(count, self._sees.shape[1], device=groups.device).index_add_(0, groups, self._sees.float())
+        lines = torch.empty(count, dtype=torch.long, device=groups.device).index_put_((groups,), self._family)
+        width = int((seen > 0).sum(1).max())
+        columns = torch.argsort((seen > 0).byte(), dim=1, stable=True)[:, -width:]
+        return lines, columns, seen.gather(1, columns) > 0
+
+    def _moved(self, lines: Tensor, columns: Tensor) -> Cache:
+        """A cache of these columns of these lines."""
         cache, whole = self._empty(), stored(self._cache)
         for index in range(len(whole)):
             keys, values = whole[index]
-            cache.update(gathered(keys, self._family, columns), gathered(values, self._family, columns), index)
+            cache.update(gathered(keys, lines, columns), gathered(values, lines, columns), index)
             # freed before the next layer's are copied
-        return Padded(self._forward, cache, None if bool(mask.all()) else mask)
+        return cache
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

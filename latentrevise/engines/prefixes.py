@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORTH = 4, 8  # a shared prefix of fewer positions, or of less than an eighth of what stands behind it, is run again
+# A shared prefix of fewer positions, or of fewer than stand behind it, is run again: rows of one line are decoded
+# together, each scored against all tokens there, and prompts that have no more in common than the beginning of a chat
+# template (measured: 25 of 85 tokens, 8 rollouts of each of 8 prompts) are decoded in two thirds of the time apart.
+WORTH = 4, 1
 
 
 @dataclass(frozen=True)
