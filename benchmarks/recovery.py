@@ -394,6 +394,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         options.seeds or plan.seeds,
     )
     strategies = tuple(options.strategies or plan.strategies)
+    further = 0 if options.strategies else plan.further  # they say something of the prompts, not of some strategies
     units = [
         Unit(family, model, seed, options.mined or plan.mined)
         for seed in seeds
@@ -405,7 +406,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[tuple[Unit, dict[str, Any]]]] = {family: [] for family in chosen}
     with ProcessPoolExecutor(min(jobs, len(units)), multiprocessing.get_context("spawn")) as workers:
         list(workers.map(partial(train, cache=out / "models"), [(f, m) for f in chosen for m in models]))
-        runs = [workers.submit(run, unit, out, strategies, dtype, plan.further) for unit in units]
+        runs = [workers.submit(run, unit, out, strategies, dtype, further) for unit in units]
         for count, finished in enumerate(as_completed(runs), 1):
             unit, metrics, seconds = finished.result()
             found[unit.family].append((unit, metrics))
