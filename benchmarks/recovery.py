@@ -71,11 +71,15 @@ class Plan:
 
 GSM = {wordproblems.NAME: real.STEPS, f"{wordproblems.NAME}7": 7}  # word problems by their number of steps
 # What people would use instead, on the same inputs; in a study of their own, beside two of the main one.
-RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "resample-new")
-DECISIVE = ("latent", "latent-random", "pivot-trie", "step-checked", "resample-rho0.8", "resample")
+RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "pivot-checked", "resample-new")
+DECISIVE = ("latent", "latent-random", "pivot-trie", "step-checked", "pivot-checked", "resample-rho0.8", "resample")
 PLANS = {
     "recovery": Plan(
-        ("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, tuple(name for name in names() if name not in RIVALS)
+        ("rule", "chain", "pair"),
+        (0, 1),
+        (0, 1, 2),
+        32,
+        tuple(name for name in names() if name not in RIVALS),
     ),
     "rivals": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, (*RIVALS, "pivot", "resample")),
     "variants": Plan(

@@ -11,7 +11,7 @@ from benchmarks.recovery_strata import BEYOND, FAR
 from latentrevise.data.storage import atomic_write
 
 SHOWN = {  # what docs/recovery.md has of a study; all rows of all studies are on the site's page of all rows
-    "gsm": ("pivot-trie", "step-checked", "resample", "resample-rho0.8", "latent", "latent-random"),
+    "gsm": ("pivot-checked", "pivot-trie", "step-checked", "resample", "resample-rho0.8", "latent", "latent-random"),
     "recovery": (
         "hint",
         "pivot-pair",

@@ -23,6 +23,7 @@ from latentrevise.strategies.intervene import Intervene, InterveneConfig
 from latentrevise.strategies.latent import Latent, Window
 from latentrevise.strategies.pair import Pair, PairConfig, PairRandom
 from latentrevise.strategies.pivot import Pivot, PivotConfig, PivotRandom
+from latentrevise.strategies.pivot_checked import PivotChecked
 from latentrevise.strategies.resample import Resample, ResamplePrefix
 from latentrevise.strategies.retry import Retry, RetryConfig
 from latentrevise.strategies.self_hint import SelfHint, SelfHintConfig
@@ -75,7 +76,7 @@ class StrategySettings:
     latent: the published method; its ablations change it by one thing each. rho: where they cut a failed rollout.
     window: what ``latent-plausible`` revises, see ``Latent``. step_checker: ``module:attribute`` of a function (prompt,
     what was written before, one step) to true, false or None (it can't say); code of yours, imported by name. It serves
-    ``step-checked``, ``intervene`` and the guard ``false-step``.
+    ``step-checked``, ``pivot-checked``, ``intervene`` and the guard ``false-step``.
     """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
@@ -117,14 +118,24 @@ def load_step_checker(settings: StrategySettings) -> StepChecker | None:
     return None if settings.step_checker is None else load(settings.step_checker, "step_checker")
 
 
-def _step_checked(settings: StrategySettings) -> StepChecked:
+def _needed_checker(name: str, settings: StrategySettings) -> StepChecker:
     check = load_step_checker(settings)
     if check is None:
         raise ConfigError(
-            "strategy step-checked needs a step_checker, such as latentrevise.checkers.arithmetic:check_step for word"
+            f"strategy {name} needs a step_checker, such as latentrevise.checkers.arithmetic:check_step for word"
             " problems; name one, or leave the strategy out"
         )
+    return check
+
+
+def _step_checked(settings: StrategySettings) -> StepChecked:
+    check = _needed_checker("step-checked", settings)
     return StepChecked(settings.step_checked, settings.forks.banned, check)
+
+
+def _pivot_checked(settings: StrategySettings) -> PivotChecked:
+    check = _needed_checker("pivot-checked", settings)
+    return PivotChecked(settings.forks, settings.pivot_trie, settings.step_checked, check)
 
 
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
@@ -154,6 +165,7 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "dart": lambda s: Dart(s.dart),
     "pivot": lambda s: Pivot("pivot", s.forks, s.pivot),
     "pivot-trie": lambda s: Pivot("pivot-trie", s.forks, s.pivot_trie),
+    "pivot-checked": _pivot_checked,
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),

@@ -284,21 +284,40 @@ def target_values(
     completed greedily, and an answer that this opens is left out. Charged are the forced token, what was decoded,
     template and answer; the completion up to there is cached.
     """
-    stems = [(item.prompt.ids, (*ids[:at], token)) for item, ids, at, token in branches]
-    closed = [reader.boundary.closes(stem) for _, stem in stems]
-    unfinished = [stem for stem, done in zip(stems, closed, strict=True) if not done]
+    tails = completed(tools, reader, [(item, (*ids[:at], token)) for item, ids, at, token in branches], step_tokens)
+    rows = [(item, ids, at, (token, *tail)) for (item, ids, at, token), (tail, _) in zip(branches, tails, strict=True)]
+    return [
+        (value, Compute(forward=compute.forward, decoded=decoded))
+        for (value, compute), (_, decoded) in zip(values_behind(tools, rows), tails, strict=True)
+    ]
+
+
+def completed(
+    tools: Tools, reader: Reader, stems: Sequence[tuple[Work, tuple[int, ...]]], step_tokens: int
+) -> list[tuple[tuple[int, ...], int]]:
+    """The greedy rest of the step that each beginning of a completion leaves open, without an answer that it opens; and
+    the tokens decoded."""
+    contexts = [(item.prompt.ids, ids) for item, ids in stems]
+    closed = [reader.boundary.closes(ids) for _, ids in stems]
+    unfinished = [context for context, done in zip(contexts, closed, strict=True) if not done]
     written = iter(next_steps(tools, reader, unfinished, step_tokens, least=0))
+    tails = [((), 0) if done else next(written) for done in closed]
+    return [(tail[: reader.reasoning(tail)], decoded) for tail, decoded in tails]
+
+
+def values_behind(
+    tools: Tools, rows: Sequence[tuple[Work, tuple[int, ...], int, tuple[int, ...]]]
+) -> list[tuple[float, Compute]]:
+    """``log pi(target | completion[:at], ids, template)`` of each (work, completion, at, ids), and what that took:
+    template and answer."""
     trunks: dict[tuple[int, ...], int] = {}
-    rows, computes = [], []
-    for (_, stem), done, (item, ids, _, token) in zip(stems, closed, branches, strict=True):
-        tail, decoded = ((), 0) if done else next(written)
-        trunk = trunks.setdefault((*item.prompt.ids, *ids), len(trunks))
-        before = (token, *tail[: reader.reasoning(tail)], *item.template_ids)
-        rows.append(
-            Branch(trunk, len(item.prompt.ids) + len(stem) - 1, (*before, *item.answer_ids), scored_from=len(before))
-        )
-        computes.append(Compute(forward=len(item.template_ids) + len(item.answer_ids), decoded=decoded))
-    scores = score_branches(tools.policy, list(trunks), rows, token_budget=tools.token_budget)
+    branches, computes = [], []
+    for item, completion, at, ids in rows:
+        trunk = trunks.setdefault((*item.prompt.ids, *completion), len(trunks))
+        before = (*ids, *item.template_ids)
+        branches.append(Branch(trunk, len(item.prompt.ids) + at, (*before, *item.answer_ids), scored_from=len(before)))
+        computes.append(Compute(forward=len(item.template_ids) + len(item.answer_ids)))
+    scores = score_branches(tools.policy, list(trunks), branches, token_budget=tools.token_budget)
     return list(zip(scores.total.tolist(), computes, strict=True))
 
 

@@ -55,6 +55,11 @@ class PivotConfig:
     def __post_init__(self) -> None:
         require(self, keep=(self.keep >= 0, "0 or more"), mass_weight=(self.mass_weight >= 0, "0 or more"))
 
+    def score(self, fork: Fork) -> float:
+        """What a fork that was scored is ranked by."""
+        assert fork.value is not None
+        return fork.value + self.mass_weight * fork.mass
+
 
 @dataclass(frozen=True)
 class Pivot:
@@ -71,16 +76,12 @@ class Pivot:
         found = _candidates(tools, reader, work, self.forks, self.config)
         proposals = []
         for own in score(tools, reader, work, found, self.forks.step_tokens):
-            best = sorted(own.forks, key=self._score, reverse=True)
+            best = sorted(own.forks, key=self.config.score, reverse=True)
             ranked = [continue_from(fork, len(best)) for fork in best]
             keep = self.config.keep
             made = spread(ranked[:keep], samples) if keep else one_greedy_each(ranked, samples)
             proposals.append(charged(made, samples, own.compute))
         return proposals
-
-    def _score(self, fork: Fork) -> float:
-        assert fork.value is not None  # all were scored
-        return fork.value + self.config.mass_weight * fork.mass
 
 
 @dataclass(frozen=True)

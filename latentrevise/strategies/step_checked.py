@@ -7,7 +7,7 @@ does not help a model whose mistakes are in what it computes. Our own decision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from latentrevise.checkers.loading import StepChecker
 from latentrevise.config import at_least_one
@@ -29,11 +29,12 @@ class StepCheckedConfig:
 
 
 @dataclass
-class _Path:
+class Path:
     """A rollout on its way: the steps that were accepted, and how often the next one was tried."""
 
     number: int
     ids: tuple[int, ...] = ()
+    start: Proposal = field(default_factory=lambda: Proposal(n=1))  # where it began
     tried: int = 0
     going: bool = True
     given_up: bool = False
@@ -54,34 +55,51 @@ class StepChecked:
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         reader = Reader(tools, work[0].template_ids, self.banned)
-        paths = [[_Path(j) for j in range(samples)] for _ in work]
-        while going := [(item, path) for item, own in zip(work, paths, strict=True) for path in own if path.going]:
-            seeds = [row_seed(item.seed, self.name, path.number, len(path.ids), path.tried) for item, path in going]
-            contexts = [(*item.prompt.ids, *path.ids) for item, path in going]
-            texts, computes = write(tools, contexts, seeds, **reader.boundary.stops, cached=True)
-            for (item, path), step, compute in zip(going, texts, computes, strict=True):
-                path.compute += compute
-                self._take(tools, reader, item, path, step[0] if step else None)
-        proposals = []
-        for own in paths:
-            # What was decoded to get there need not be run again, as in a rollout that was sampled in one go.
-            left = [Proposal(n=1, plain_ids=p.ids, kept=len(p.ids)) for p in own if not p.given_up]
-            proposals.append(charged(spread(left, samples), samples, sum((p.compute for p in own), Compute())))
-        return proposals
+        paths = [[Path(j) for j in range(samples)] for _ in work]
+        walk(tools, reader, self.step_checker, self.config.tries, self.name, list(zip(work, paths, strict=True)))
+        return [arrived(own, samples, Compute()) for own in paths]
 
-    def _take(self, tools: Tools, reader: Reader, item: Work, path: _Path, step: Written | None) -> None:
-        """Judge what was sampled for a path's next step."""
-        length = tools.sampling.max_new_tokens
-        end = None if step is None else reader.boundary.first(path.ids, step.ids)
-        ids = () if step is None else step.ids[:end]
-        if not ids or reader.reasoning((*path.ids, *ids)) < len(path.ids) + len(ids):
-            path.going = False  # no room is left, it ended, or the answer opens
-            return
-        path.tried += 1
-        before, written = (decoded(tools.tokenizer, part) for part in (path.ids, ids))
-        if self.step_checker(item.prompt.text, before, written) is False:
-            path.given_up = path.tried == self.config.tries
-            path.going = not path.given_up
-            return
-        path.ids, path.tried = (*path.ids, *ids), 0
-        path.going = end is not None and len(path.ids) < length - 1
+
+def walk(
+    tools: Tools,
+    reader: Reader,
+    check: StepChecker,
+    tries: int,
+    name: str,
+    paths: Sequence[tuple[Work, Sequence[Path]]],
+) -> None:
+    """Sample the paths of each piece of work, up to where the answer opens. name: of the strategy, for the seeds."""
+    while going := [(item, path) for item, own in paths for path in own if path.going]:
+        seeds = [row_seed(item.seed, name, path.number, len(path.ids), path.tried) for item, path in going]
+        contexts = [(*item.prompt.ids, *path.ids) for item, path in going]
+        texts, computes = write(tools, contexts, seeds, **reader.boundary.stops, cached=True)
+        for (item, path), step, compute in zip(going, texts, computes, strict=True):
+            path.compute += compute
+            _take(tools, reader, check, tries, item, path, step[0] if step else None)
+
+
+def arrived(paths: Sequence[Path], samples: int, spent: Compute) -> list[Proposal]:
+    """What the paths of one piece of work come to. spent: on finding where they begin."""
+    # What was decoded to get there need not be run again, as in a rollout that was sampled in one go.
+    left = [replace(p.start, plain_ids=p.ids, kept=len(p.ids)) for p in paths if not p.given_up]
+    return charged(spread(left, samples), samples, sum((p.compute for p in paths), spent))
+
+
+def _take(
+    tools: Tools, reader: Reader, check: StepChecker, tries: int, item: Work, path: Path, step: Written | None
+) -> None:
+    """Judge what was sampled for a path's next step."""
+    length = tools.sampling.max_new_tokens
+    end = None if step is None else reader.boundary.first(path.ids, step.ids)
+    ids = () if step is None else step.ids[:end]
+    if not ids or reader.reasoning((*path.ids, *ids)) < len(path.ids) + len(ids):
+        path.going = False  # no room is left, it ended, or the answer opens
+        return
+    path.tried += 1
+    before, written = (decoded(tools.tokenizer, part) for part in (path.ids, ids))
+    if check(item.prompt.text, before, written) is False:
+        path.given_up = path.tried == tries
+        path.going = not path.given_up
+        return
+    path.ids, path.tried = (*path.ids, *ids), 0
+    path.going = end is not None and len(path.ids) < length - 1

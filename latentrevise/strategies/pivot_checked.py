@@ -1,0 +1,112 @@
+"""``pivot-checked``: forks whose steps hold, the best of them by the answer, and from there step by step, checked.
+
+``pivot-trie`` chooses by the answer alone: a fork behind a false step is as good as any. ``step-checked`` reads no
+answer and begins each rollout anew. Here the step checker turns away forks that stand behind a false step or lead into
+one, before they are scored, and false steps after them. Our own decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from latentrevise.checkers.loading import StepChecker
+from latentrevise.data.records import Rollout, decoded
+from latentrevise.model.compute import Compute
+from latentrevise.strategies.base import Proposal, Tools, Work
+from latentrevise.strategies.candidates import (
+    Fork,
+    ForkConfig,
+    Reader,
+    completed,
+    continue_from,
+    find_forks,
+    values_behind,
+)
+from latentrevise.strategies.pivot import PivotConfig
+from latentrevise.strategies.step_checked import Path, StepCheckedConfig, arrived, walk
+from latentrevise.strategies.steps import first_false, steps_of
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A fork with the greedy rest of its step. ids: from the start of the completion to the end of that step."""
+
+    fork: Fork
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PivotChecked:
+    """A rollout a sample from the best branches, as ``config`` ranks them (``scope`` and ``order`` are those of
+    ``pivot-trie``: all failed rollouts, the forks of the highest mass); without a branch, from the question."""
+
+    forks: ForkConfig
+    config: PivotConfig
+    steps: StepCheckedConfig
+    step_checker: StepChecker
+    name: str = "pivot-checked"
+    uses_answer: bool = True
+    backend: str = "none"
+
+    def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
+        reader = Reader(tools, work[0].template_ids, self.forks.banned)
+        branches, spent = self._branches(tools, reader, work)
+        ranked = self._ranked(tools, work, branches, spent)
+        paths = [
+            [
+                Path(j, own[j % len(own)].ids, continue_from(own[j % len(own)].fork, len(own))) if own else Path(j)
+                for j in range(samples)
+            ]
+            for own in ranked
+        ]
+        walk(tools, reader, self.step_checker, self.steps.tries, self.name, list(zip(work, paths, strict=True)))
+        return [arrived(own, samples, compute) for own, compute in zip(paths, spent, strict=True)]
+
+    def _branches(
+        self, tools: Tools, reader: Reader, work: Sequence[Work]
+    ) -> tuple[list[list[_Branch]], list[Compute]]:
+        """The branches whose steps up to their end are none that the checker calls false, one of each text; and what
+        finding them took."""
+        found = find_forks(tools, reader, work, [item.failed for item in work], self.forks)
+        forks: list[tuple[int, Fork]] = []
+        for i, (item, own) in enumerate(zip(work, found, strict=True)):
+            sound = [fork for fork in own.forks if fork.at < self._sound(tools, reader, item, fork.rollout)]
+            sound.sort(key=lambda fork: (fork.mass, fork.logprob), reverse=True)
+            forks += [(i, fork) for fork in sound[: self.forks.max_forks]]
+        stems = [(work[i], (*fork.prefix_ids, fork.token)) for i, fork in forks]
+        kept: list[dict[str, _Branch]] = [{} for _ in work]
+        spent = [own.compute for own in found]
+        tails = completed(tools, reader, stems, self.forks.step_tokens)
+        for (i, fork), (_, stem), (tail, written) in zip(forks, stems, tails, strict=True):
+            spent[i] += Compute(decoded=written)
+            branch = _Branch(fork, (*stem, *tail))
+            if self._holds(tools, reader, work[i], branch):
+                kept[i].setdefault(decoded(tools.tokenizer, branch.ids).strip(), branch)
+        return [list(own.values()) for own in kept], spent
+
+    def _sound(self, tools: Tools, reader: Reader, item: Work, rollout: Rollout) -> int:
+        """How many places of a rollout lie in front of the end of its first false step."""
+        steps = steps_of(reader, rollout.completion_ids)
+        false = first_false(tools, item, self.step_checker, steps)
+        return len(rollout.completion_ids) if false is None else steps.ends[false]
+
+    def _holds(self, tools: Tools, reader: Reader, item: Work, branch: _Branch) -> bool:
+        """Whether the checker lets the step pass that the fork stands in."""
+        start = max((end for end in reader.ends(branch.ids) if end <= branch.fork.at), default=0)
+        before, step = (decoded(tools.tokenizer, part) for part in (branch.ids[:start], branch.ids[start:]))
+        return self.step_checker(item.prompt.text, before, step) is not False
+
+    def _ranked(
+        self, tools: Tools, work: Sequence[Work], branches: Sequence[Sequence[_Branch]], spent: list[Compute]
+    ) -> list[list[_Branch]]:
+        """The branches with the values of their forks, the best first; what that took is added to ``spent``."""
+        flat = [(i, branch) for i, own in enumerate(branches) for branch in own]
+        rows = [(work[i], b.fork.rollout.completion_ids, b.fork.at, b.ids[b.fork.at :]) for i, b in flat]
+        ranked: list[list[_Branch]] = [[] for _ in work]
+        for (i, branch), (value, compute) in zip(flat, values_behind(tools, rows), strict=True):
+            spent[i] += compute
+            ranked[i].append(replace(branch, fork=replace(branch.fork, value=value)))
+        for own in ranked:
+            own.sort(key=lambda branch: self.config.score(branch.fork), reverse=True)
+        return ranked
