@@ -244,3 +244,49 @@ def test_settings_are_checked_and_read_from_plain_data():
     config = from_dict(RecoverConfig, {"forks": {"p_min": 0.02}, "pivot_trie": {"keep": 0}})
     assert (config.forks.p_min, config.pivot_trie.scope, config.pivot.scope) == (0.02, "all", "chosen")
     assert from_dict(RecoverConfig, to_dict(config)) == config
+
+
+def no_e(prompt, before, step):
+    """A step checker: false where a step holds an e; with nothing before, it can't say that one holds."""
+    assert prompt == "1+2?"
+    return False if "e" in step else None if not before else True
+
+
+def test_checked_forks_stand_where_the_steps_hold_and_so_do_all_that_follow(tiny):
+    name = "tests.test_strategies_pivot:no_e"
+    work = tiny_work(tiny, "a;b;ce;d;=8", "f;fg;=8", "a;b;hi=8")
+    forks = ForkConfig(p_min=0.015, max_forks=600, step_tokens=5)
+    config = RecoverConfig(strategies=("pivot-checked",), step_checker=name, forks=forks)
+    (own,) = build("pivot-checked", config).propose(tiny, [work], 600)
+    text = tiny.tokenizer.decode
+    sound = {"a;b;ce;": 7, "f;fg;=8": 8, "a;b;hi=8": 9}  # up to the end of the first false step
+    assert sum(p.n for p in own) == 600
+    assert len({(p.parent, p.trace) for p in own}) > 20
+    for proposal in own:
+        (at,), (forced,) = proposal.trace.positions, proposal.trace.tokens
+        parent = next(r for r in work.failed if r.sample_id == proposal.parent)
+        reach = next(end for start, end in sound.items() if text(list(parent.completion_ids)).startswith(start))
+        assert at < reach
+        assert proposal.plain_ids[: at + 1] == (*parent.completion_ids[:at], forced)
+        assert proposal.uncached == 0
+        assert "e" not in text(list(proposal.plain_ids))
+    every = build("pivot-checked", replace(config, step_checker="tests.test_strategies_pivot:any_step"))
+    unchecked = build("pivot-trie", replace(config, pivot_trie=PivotConfig(scope="all", order="mass", mass_weight=1.0)))
+    (open_,), (trie,) = every.propose(tiny, [work], 1), unchecked.propose(tiny, [work], 1)
+    # Where every step holds, the first fork is the one that pivot-trie takes, by the same value.
+    assert open_[0].trace.positions == trie[0].trace.positions
+    assert open_[0].trace.tokens == trie[0].trace.tokens
+    assert open_[0].trace.value == pytest.approx(trie[0].trace.value, abs=1e-4)
+
+
+def any_step(prompt, before, step):
+    return True
+
+
+def test_without_a_fork_that_holds_checked_rollouts_begin_at_the_question(tiny):
+    config = RecoverConfig(step_checker="tests.test_strategies_pivot:any_step", forks=ForkConfig(p_min=0.99))
+    (own,) = build("pivot-checked", config).propose(tiny, [tiny_work(tiny, "a;b")], 2)
+    assert sum(p.n for p in own) == 2
+    assert all(p.parent is None and p.trace is None for p in own)
+    with pytest.raises(ConfigError, match=r"pivot-checked needs a step_checker.*leave the strategy out"):
+        build("pivot-checked", RecoverConfig())
