@@ -1,12 +1,17 @@
-"""Greedy forks of one rollout at different places against one request, alternately in one run.
+"""What requests that share tokens cost together: forks of one rollout, and prompts with a beginning in common.
 
-A random model of about SmolLM2-135M's shape. What is asked: the engine computes the rollout once and keeps its keys and
-values once, so that the forks cost their own tokens.
+A random model of about SmolLM2-135M's shape. Greedy forks of one rollout at different places are timed against one
+request: the engine should compute the rollout once and keep its keys and values once, so that forks cost their own
+tokens. Samples of prompts that share the beginning of a chat template are timed against those of prompts that share
+nothing: what is shared should not make them dearer. Alternately in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,6 +20,8 @@ from benchmarks import harness
 from latentrevise.engines import HFEngine, Request, SamplingParams
 
 VOCABULARY, LAYERS = 49152, 30
+PROMPTS, LENGTH, BEGINNING = 8, 85, 25  # as the word problems' prompts are
+SAMPLES, NEW = 8, 60
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
@@ -36,37 +43,64 @@ def main(options: argparse.Namespace) -> dict:
 def _cell(options: argparse.Namespace, dtype: str, device: torch.device, report: harness.Report) -> dict:
     layers = options.layers or LAYERS
     engine = HFEngine(_model(layers, dtype, device))
-    params = SamplingParams(temperature=0, max_new_tokens=3)
-    seconds: dict[str, list[float]] = {"one": [], "forks": []}
-    for number in range(options.rounds + 1):
-        drawn = torch.randint(10, VOCABULARY, (options.rollout_tokens + 1,), generator=_generator(number)).tolist()
+    cells = {"forks": _forks(options.forks, options.rollout_tokens), "prompts": _prompts}
+    told = {
+        "forks": f"{options.forks} forks of {options.rollout_tokens} tokens, against one request",
+        "prompts": f"{PROMPTS} x {SAMPLES} samples, {BEGINNING} of {LENGTH} tokens in common, against none in common",
+    }
+    found = {}
+    for name, ask in cells.items():
+        own = found[name] = _ratio(engine, ask, options.rounds, device)
+        print(
+            f"{dtype}, {layers} layers, {told[name]}: {own['shared_s']:.2f} s, {own['other_s']:.2f} s,"
+            f" {own['ratio']:.2f} times ({own['p20']:.2f} to {own['p80']:.2f}), {report.threads} threads",
+            flush=True,
+        )
+    asked = {"forks": options.forks, "rollout_tokens": options.rollout_tokens, "rounds": options.rounds}
+    return {"dtype": dtype, "layers": layers, **asked, "cells": found}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """``shared``: the requests that are timed; ``other``: those that they are held against."""
+
+    shared: list[Request]
+    other: list[Request]
+    params: SamplingParams
+
+
+def _forks(count: int, length: int) -> Callable[[int], _Asked]:
+    def ask(number: int) -> _Asked:
+        drawn = _drawn(length + 1, number)
         rollout, other = drawn[:-1], drawn[-1]
-        places = [options.rollout_tokens * (k + 1) // options.forks - 1 for k in range(options.forks)]
-        asked = {"one": [Request(rollout)], "forks": [Request([*rollout[:at], other]) for at in places]}
-        for name in ("one", "forks") if number % 2 else ("forks", "one"):
-            taken = harness.clock(lambda requests=asked[name]: engine.generate(requests, params), device)
+        places = [length * (k + 1) // count - 1 for k in range(count)]
+        params = SamplingParams(temperature=0, max_new_tokens=3)
+        return _Asked([Request([*rollout[:at], other]) for at in places], [Request(rollout)], params)
+
+    return ask
+
+
+def _prompts(number: int) -> _Asked:
+    drawn = _drawn(LENGTH * PROMPTS, number)
+    prompts = [drawn[LENGTH * i : LENGTH * (i + 1)] for i in range(PROMPTS)]
+    shared = [Request([*drawn[:BEGINNING], *prompt[BEGINNING:]], seed=i) for i, prompt in enumerate(prompts)]
+    other = [Request(prompt, seed=i) for i, prompt in enumerate(prompts)]
+    return _Asked(shared, other, SamplingParams(n=SAMPLES, max_new_tokens=NEW))
+
+
+def _ratio(engine: HFEngine, ask: Callable[[int], _Asked], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of both, and of the rounds' ratios the median, 20 and 80 %. The first round is not counted."""
+    seconds: dict[str, list[float]] = {"shared": [], "other": []}
+    for number in range(rounds + 1):
+        asked = ask(number)
+        for name in ("other", "shared") if number % 2 else ("shared", "other"):
+            requests = getattr(asked, name)
+            taken = harness.clock(partial(engine.generate, requests, asked.params), device)
             if number:
                 seconds[name].append(taken)
-    ratios = [a / b for a, b in zip(seconds["forks"], seconds["one"], strict=True)]
-    low, middle, high = harness.quantiles(ratios)
-    one, forks = (harness.quantiles(seconds[name])[1] for name in ("one", "forks"))
-    print(
-        f"{dtype}, {layers} layers: {options.forks} forks of {options.rollout_tokens} tokens {forks:.2f} s, one"
-        f" request {one:.2f} s: {middle:.2f} times ({low:.2f} to {high:.2f}), {report.threads} threads",
-        flush=True,
-    )
-    return {
-        "dtype": dtype,
-        "layers": layers,
-        "forks": options.forks,
-        "rollout_tokens": options.rollout_tokens,
-        "forks_s": forks,
-        "one_s": one,
-        "ratio": middle,
-        "p20": low,
-        "p80": high,
-        "rounds": options.rounds,
-    }
+    low, middle, high = harness.quantiles([a / b for a, b in zip(seconds["shared"], seconds["other"], strict=True)])
+    medians = {f"{name}_s": harness.quantiles(own)[1] for name, own in seconds.items()}
+    return medians | {"ratio": middle, "p20": low, "p80": high}
 
 
 def _model(layers: int, dtype: str, device: torch.device) -> LlamaForCausalLM:
@@ -88,5 +122,5 @@ def _model(layers: int, dtype: str, device: torch.device) -> LlamaForCausalLM:
     return model
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _drawn(count: int, seed: int) -> list[int]:
+    return torch.randint(10, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
