@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     study.add_argument("--rivals", action="store_true", help="recovery, training: what people would use instead")
     study.add_argument(
-        "--families", nargs="+", help="task families; none: the study's own; gsm, gsm7: word problems, a real model"
+        "--families",
+        nargs="+",
+        help="task families; none: the study's own; gsm, gsm6 to gsm8: word problems, a real model",
     )
     study.add_argument("--strategies", nargs="+", help="recovery; training_real: arms; none: the study's own")
     study.add_argument(

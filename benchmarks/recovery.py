@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.recovery_plans import GSM, PLANS
 from benchmarks.recovery_strata import draw_further, strata
 from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, read_records
@@ -46,7 +47,6 @@ from latentrevise.model.loading import load_model
 from latentrevise.recovery.guards import GUARDS, guard_trade_off, wilson
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
-from latentrevise.strategies import names
 from latentrevise.strategies.dart import DartConfig
 from latentrevise.strategies.evocot import EvoCoTConfig
 from latentrevise.strategies.explain import ExplainConfig
@@ -54,77 +54,6 @@ from latentrevise.strategies.intervene import InterveneConfig
 from latentrevise.strategies.pair import PairConfig
 from latentrevise.strategies.retry import RetryConfig
 from latentrevise.strategies.self_hint import SelfHintConfig
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study runs where the command line does not say. models: training seeds. mined: prompts of a unit.
-    further: rollouts of each prompt that is beyond reach, drawn to tell which are far (see ``recovery_strata``)."""
-
-    families: tuple[str, ...]
-    models: tuple[int, ...]
-    seeds: tuple[int, ...]
-    mined: int
-    strategies: tuple[str, ...]
-    further: int = 0
-
-
-GSM = {wordproblems.NAME: real.STEPS, f"{wordproblems.NAME}7": 7}  # word problems by their number of steps
-# What people would use instead, on the same inputs; in a study of their own, beside two of the main one.
-RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "pivot-checked", "resample-new")
-DECISIVE = ("latent", "latent-random", "pivot-trie", "step-checked", "pivot-checked", "resample-rho0.8", "resample")
-PLANS = {
-    "recovery": Plan(
-        ("rule", "chain", "pair"),
-        (0, 1),
-        (0, 1, 2),
-        32,
-        tuple(name for name in names() if name not in RIVALS),
-    ),
-    "rivals": Plan(("rule", "chain", "pair"), (0, 1), (0, 1, 2), 32, (*RIVALS, "pivot", "resample")),
-    "variants": Plan(
-        ("far", "pair64", "partial"),
-        (0,),
-        (0,),
-        48,
-        (
-            *("hint", "pivot-pair", "pivot-pair-linear", "pair-random", "pivot-beam", "pivot"),
-            *("latent-plausible", "latent-window", "dart", "resample"),
-        ),
-    ),
-    # A real language model and text, see latentrevise.demo.real: what decides on many prompts, the rest on fewer.
-    "gsm": Plan(
-        (wordproblems.NAME,),
-        (0,),
-        (4, 5, 6, 7, 8),  # before, on other sets: 0 and 1 (gsm-rivals.json), 2 and 3 (gsm-earlier.json)
-        24,
-        DECISIVE,
-        further=240,
-    ),
-    "gsm7": Plan(("gsm7",), (0,), (4,), 16, DECISIVE),  # seven steps, which more samples hardly reach
-    "gsm-rivals": Plan(
-        (wordproblems.NAME,),
-        (0,),
-        (0, 1),
-        24,
-        (
-            *("latent", "latent-nearest", "latent-random", "latent-plausible", "explain", "dart", "pivot"),
-            *("pivot-trie", "branch-mass", *RIVALS, "resample-rho0.8", "resample-prefix", "resample"),
-        ),
-    ),
-    "gsm-variants": Plan(
-        (wordproblems.NAME,),
-        (0,),
-        (0,),
-        24,
-        (
-            *("latent", "latent-adam", "latent-no-guide", "latent-no-explore", "latent-no-fluency"),
-            *("latent-rho0.5", "latent-rho0.2", "latent-k5", "latent-k20", "resample"),
-        ),
-    ),
-    "quick": Plan(("rule",), (0,), (0,), 16, ("latent-plausible", "pivot", "pivot-random", "branch-mass", "resample")),
-}
-
 
 TOLD = "{prompt} = {answer} ; {prompt}"
 
