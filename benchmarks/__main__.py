@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument(
         "--families",
         nargs="+",
-        help="task families; none: the study's own; gsm, gsm6 to gsm8: word problems, a real model",
+        help="task families; none: the study's own; gsm, gsm6, gsm7, gsm8: word problems",
     )
     study.add_argument("--strategies", nargs="+", help="recovery; training_real: arms; none: the study's own")
     study.add_argument(
