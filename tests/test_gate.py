@@ -50,7 +50,7 @@ def test_the_auc_is_within_prompts_and_leaves_out_prompts_of_one_kind():
     first = [(fork(-3.0, -5.0), True), (fork(-4.0, -1.0), False), (fork(-5.0, -2.0), False)]
     second = [(fork(-1.0, -9.0), True), (fork(-2.0, -1.0), False)]
     failed = [(fork(-0.1, -1.0), False)]
-    found = _verdict([first, second, failed], 3, 2, scoring=2.0, continuing=20.0)
+    found = _verdict([first, second, failed], 3, 2, scoring=2.0, continuing=20.0, checked=False)
     assert found["auc"]["value"] == [1.0, 1.0, 1.0]
     assert found["auc"]["prior"] == [0.0, 0.0, 0.0]
     assert found["auc"]["posterior"][0] == pytest.approx((0.0 + 0.0) / 2)
@@ -61,10 +61,12 @@ def test_the_auc_is_within_prompts_and_leaves_out_prompts_of_one_kind():
 
 
 def test_what_is_recommended():
-    assert _recommended([0.99, 0.97, 1.0], 0.95, 30)[0] == ["pivot"]
-    assert _recommended([0.77, 0.7, 0.84], 0.95, 30)[0] == ["branch-mass"]
-    assert _recommended([0.94, 0.9, 0.97], 0.95, 30)[0] == ["pivot", "branch-mass"]
-    assert _verdict([], 0, 0, 0.0, 0.0)["recommended"] == []
+    assert _recommended([0.99, 0.97, 1.0], 0.95, 30, False)[0] == ["pivot"]
+    assert _recommended([0.77, 0.7, 0.84], 0.95, 30, False)[0] == ["branch-mass"]
+    assert _recommended([0.94, 0.9, 0.97], 0.95, 30, False)[0] == ["pivot", "branch-mass"]
+    assert _recommended([0.99, 0.97, 1.0], 0.95, 30, True)[0] == ["pivot-checked"]
+    assert _recommended([0.94, 0.9, 0.97], 0.95, 30, True)[0] == ["pivot-checked", "branch-mass"]
+    assert _verdict([], 0, 0, 0.0, 0.0, False)["recommended"] == []
     with pytest.raises(ConfigError, match="forks"):
         GateConfig(forks=0)
 

@@ -46,8 +46,9 @@ def implicit_value(
     succeeds: Callable[[Sequence[tuple[str, str]]], Sequence[bool]],
     forks: ForkConfig,
     config: GateConfig,
+    checked: bool = False,
 ) -> dict[str, Any]:
-    """Measure the gate on solved prompts.
+    """Measure the gate on solved prompts. checked: the run has a step checker, so strategies that read it are advised.
 
     work: solved prompts, each with the rollout to leave among its ``cuts`` (a failed one, as in a recovery, where there
     is one). succeeds: judges (answer, completion) pairs. Returns what goes into ``gate.json``: the AUC within a prompt,
@@ -57,7 +58,7 @@ def implicit_value(
     """
     work = list(work[: config.prompts])
     if not work:
-        return _verdict([], 0, 0, 0.0, 0.0)
+        return _verdict([], 0, 0, 0.0, 0.0, checked)
     reader = Reader(tools, work[0].template_ids, forks.banned)
     found = [
         _drawn(item, own, config.forks) for item, own in zip(work, _forks(tools, reader, work, forks), strict=True)
@@ -77,7 +78,7 @@ def implicit_value(
     count = max(len(pairs), 1)
     scoring = sum(own.compute.passes for own in scored) / count
     continuing = sum(len(c.ids) + (c.finish_reason == "stop") for c in completions) / count
-    return _verdict(list(by_prompt.values()), len(work), sum(labels), scoring, continuing)
+    return _verdict(list(by_prompt.values()), len(work), sum(labels), scoring, continuing, checked)
 
 
 def _forks(tools: Tools, reader: Reader, work: Sequence[Work], config: ForkConfig) -> list[Forks]:
@@ -98,7 +99,12 @@ _SCORES: dict[str, Callable[[Fork], float]] = {
 
 
 def _verdict(
-    prompts: Sequence[Sequence[tuple[Fork, bool]]], looked_at: int, successes: int, scoring: float, continuing: float
+    prompts: Sequence[Sequence[tuple[Fork, bool]]],
+    looked_at: int,
+    successes: int,
+    scoring: float,
+    continuing: float,
+    checked: bool,
 ) -> dict[str, Any]:
     mixed = [own for own in prompts if len({label for _, label in own}) == 2]
     rates = {
@@ -111,7 +117,7 @@ def _verdict(
     }
     cost = scoring / continuing if continuing else 0.0
     break_even = FREE + (CHARGED - FREE) * min(1.0, cost / CHARGED_COST)
-    strategies, reason = _recommended(rates["value"], break_even, len(mixed))
+    strategies, reason = _recommended(rates["value"], break_even, len(mixed), checked)
     return {
         "prompts": looked_at,
         "prompts_with_both": len(mixed),
@@ -126,7 +132,7 @@ def _verdict(
     }
 
 
-def _recommended(value: Sequence[float], break_even: float, prompts: int) -> tuple[list[str], str]:
+def _recommended(value: Sequence[float], break_even: float, prompts: int, checked: bool) -> tuple[list[str], str]:
     mean, low, high = value
     if prompts < FEWEST:
         return [], (
@@ -134,8 +140,9 @@ def _recommended(value: Sequence[float], break_even: float, prompts: int) -> tup
             f" {FEWEST}: add easier prompts, or mine more rollouts"
         )
     known = f"the answer score's AUC is {mean:.2f} [{low:.2f}, {high:.2f}], break-even is at about {break_even:.2f}"
+    scored = "pivot-checked" if checked else "pivot"
     if low >= break_even:
-        return ["pivot"], f"{known}: score branches by the answer"
+        return [scored], f"{known}: score branches by the answer"
     if high < break_even:
         return ["branch-mass"], f"{known}: leave the failures without reading the answer"
-    return ["pivot", "branch-mass"], f"{known}, within the interval: try both on a few prompts"
+    return [scored, "branch-mass"], f"{known}, within the interval: try both on a few prompts"

@@ -176,7 +176,8 @@ class Recovery:
                 kept = first if failed else last
                 if any(r.verdict == "correct" for r in own) and len(kept) < config.gate.prompts:
                     kept.append(self.job.case(prompt, failed or own).work(False))
-            found = implicit_value(self.job.tools(), first + last, self.job.succeed, config.forks, config.gate)
+            checked = config.step_checker is not None
+            found = implicit_value(self.job.tools(), first + last, self.job.succeed, config.forks, config.gate, checked)
             write_signed(self.run.gate, found)
         return self.run.read_gate()
 
