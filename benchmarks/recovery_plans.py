@@ -25,7 +25,10 @@ class Plan:
 GSM = {wordproblems.NAME: real.STEPS} | {f"{wordproblems.NAME}{steps}": steps for steps in (6, 7, 8)}
 # What people would use instead, on the same inputs; in a study of their own, beside two of the main one.
 RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "pivot-checked", "resample-new")
-DECISIVE = ("latent", "latent-random", "pivot-trie", "step-checked", "pivot-checked", "resample-rho0.8", "resample")
+DECISIVE = (
+    *("latent", "latent-random", "branch-mass", "pivot-trie", "step-checked", "pivot-checked"),
+    *("resample-rho0.8", "resample"),
+)
 LONGER = ("latent", "pivot-trie", "step-checked", "pivot-checked", "resample")
 PLANS = {
     "recovery": Plan(
@@ -50,7 +53,7 @@ PLANS = {
     "gsm": Plan(
         (wordproblems.NAME,),
         (0,),
-        (4, 5, 6, 7, 8),  # before, on other sets: 0 and 1 (gsm-rivals.json), 2 and 3 (gsm-earlier.json)
+        (4, 5, 8),  # before: 4 to 8 (gsm-before.json), 2 and 3 (gsm-earlier.json), 0 and 1 (gsm-rivals.json)
         24,
         DECISIVE,
         further=240,

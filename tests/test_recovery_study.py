@@ -208,10 +208,21 @@ def test_the_documents_say_what_the_results_say(study):
         assert published("README.md", study) == recovery_tables.summary(document["families"])
 
 
-@pytest.mark.parametrize("strategy", ["pivot-trie", "step-checked", "latent"])
-def test_the_page_pools_the_studies_of_word_problems(strategy):
+BEFORE, OTHERS = ("gsm-before", "gsm-earlier", "gsm-rivals"), ("gsm-rivals", "gsm-others")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "studies"),
+    [
+        ("pivot-checked", ("gsm",)),
+        *((name, BEFORE) for name in ("pivot-trie", "step-checked", "latent")),
+        *((name, (*OTHERS, "gsm-mass")) for name in ("branch-mass", "resample-new")),
+        *((name, OTHERS) for name in ("dart", "evocot", "pivot")),
+    ],
+)
+def test_the_page_pools_the_studies_of_word_problems(strategy, studies):
     root, prompts, sums = Path(recovery.__file__).parent.parent, 0, Counter()
-    for study in ("gsm", "gsm-earlier", "gsm-rivals"):
+    for study in studies:
         found = json.loads((root / f"benchmarks/results/{study}.json").read_text(encoding="utf-8"))["families"]["gsm"]
         row, count = found["strategies"][strategy], found["zero_hit"]
         prompts += count
@@ -220,7 +231,8 @@ def test_the_page_pools_the_studies_of_word_problems(strategy):
         sums.update({name: row[name] for name in ("admitted", "admitted_valid")})
     valid = "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * v for v in wilson(sums["valid"], prompts)))
     admitted = "{admitted} ({admitted_valid})".format(**sums) if sums["admitted"] else "0"
-    line = (valid, f"{100 * sums['seconds'] / prompts:.0f}", f"{sums['answer'] / sums['wrong_target']:.1f}", admitted)
+    ratio = f"{sums['answer'] / sums['wrong_target']:.1f}"
+    line = (str(prompts), valid, f"{100 * sums['seconds'] / prompts:.0f}", ratio, admitted)
     assert f"| `{strategy}` | {' | '.join(line)} |" in (root / "docs/recovery.md").read_text(encoding="utf-8")
 
 

@@ -8,8 +8,9 @@ published method).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ from latentrevise.model.policy import Policy
 
 # A row's branches attend to the whole row, mask or not, so a row is closed at about this many tokens.
 _ROW = 256
+
+
+class _Rows(Protocol):
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+Measured = TypeVar("Measured", bound=_Rows)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,27 @@ def score_branches(
     ``Branch``; any order, any number a trunk. token_budget: padded tokens in one batch; None: from free memory.
     Raises InputError for a branch that leaves its trunk out of range or scores nothing.
     """
+
+    def logprob(hidden: Tensor, targets: Tensor) -> Tensor:
+        return policy.head.logprob(hidden, targets).cpu()
+
+    found, trunk_tokens = visit_branches(policy, trunks, branches, logprob, token_budget)
+    return BranchScores([torch.cat(parts) for parts in found], trunk_tokens, [len(b.tokens) - 1 for b in branches])
+
+
+def visit_branches(
+    policy: Policy,
+    trunks: Sequence[Sequence[int] | Tensor],
+    branches: Sequence[Branch],
+    measure: Callable[[Tensor, Tensor], Measured],
+    token_budget: int | None = None,
+) -> tuple[list[list[Measured]], list[int]]:
+    """Run the branches as ``score_branches`` does, and ``measure`` what each of their tokens is predicted from.
+
+    measure: takes hidden states ``[n, d]`` and the tokens that follow ``[n]``, and returns something with a row for
+    each, which can be sliced. Returns of each branch its slices, whose rows are its tokens' from ``scored_from`` on, in
+    order; and ``trunk_tokens``.
+    """
     for t, trunk in enumerate(trunks):
         _check_trunk(policy, trunk, f"trunk {t}")
     work = [_checked(policy, trunks, i, branch) for i, branch in enumerate(branches)]
@@ -85,21 +114,21 @@ def score_branches(
         of_trunk.setdefault(branch.trunk, []).append(i)
     used = list(of_trunk)
     needed = [max(work[i].at for i in of_trunk[t]) for t in used]
-    found: dict[int, Tensor] = {}
+    found: dict[int, list[Measured]] = {}
 
     def run(batch: list[int]) -> None:
         cache = policy.prompt_cache([trunks[used[b]][: needed[b]] for b in batch])
         place = {used[b]: row for row, b in enumerate(batch)}
         mine = [i for b in batch for i in of_trunk[used[b]]]
-        scores = _first_tokens(policy, work, mine, place, cache)
+        parts = _first_tokens(policy, work, mine, place, cache, measure)
         rows = [row for b in batch for row in _rows(work, of_trunk[used[b]])]
         sizes = [(work[row[0]].at, sum(len(work[i].tokens) - 1 for i in row)) for row in rows]
 
         def run_rows(chosen: list[int]) -> None:
-            _later_tokens(policy, work, [rows[r] for r in chosen], place, cache, scores)
+            _later_tokens(policy, work, [rows[r] for r in chosen], place, cache, measure, parts)
 
         memory.in_batches(policy, sizes, budget, share, run_rows, "row of branches")
-        found.update({i: torch.cat(parts) for i, parts in scores.items()})
+        found.update(parts)
 
     with policy.frozen(), torch.no_grad():
         budget = token_budget or memory.token_budget(policy)
@@ -108,7 +137,7 @@ def score_branches(
     trunk_tokens = [0] * len(trunks)
     for t, n in zip(used, needed, strict=True):
         trunk_tokens[t] = n
-    return BranchScores([found[i] for i in range(len(work))], trunk_tokens, [len(b.tokens) - 1 for b in work])
+    return [found[i] for i in range(len(work))], trunk_tokens
 
 
 def completion_logprobs(
@@ -180,17 +209,23 @@ def _rows(work: Sequence[Branch], own: list[int]) -> list[list[int]]:
 
 
 def _first_tokens(
-    policy: Policy, work: Sequence[Branch], mine: list[int], place: dict[int, int], cache: PromptCache
-) -> dict[int, list[Tensor]]:
-    """The scores of the branches' first tokens, which the trunk's own hidden states predict."""
+    policy: Policy,
+    work: Sequence[Branch],
+    mine: list[int],
+    place: dict[int, int],
+    cache: PromptCache,
+    measure: Callable[[Tensor, Tensor], Measured],
+) -> dict[int, list[Measured]]:
+    """What is measured of the branches' first tokens, which the trunk's own hidden states predict."""
     scored = [i for i in mine if work[i].scored_from == 0]
-    found: dict[int, list[Tensor]] = {i: [] for i in mine}
+    found: dict[int, list[Measured]] = {i: [] for i in mine}
     if scored:
         rows = torch.tensor([place[work[i].trunk] for i in scored], device=policy.device)
         before = torch.tensor([work[i].at - 1 for i in scored], device=policy.device)
         targets = torch.tensor([work[i].tokens[0] for i in scored], device=policy.device)
-        for i, value in zip(scored, policy.head.logprob(cache.hidden[rows, before], targets).cpu(), strict=True):
-            found[i].append(value.unsqueeze(0))
+        measured = measure(cache.hidden[rows, before], targets)
+        for row, i in enumerate(scored):
+            found[i].append(measured[row : row + 1])
     return found
 
 
@@ -200,7 +235,8 @@ def _later_tokens(
     rows: list[list[int]],
     place: dict[int, int],
     cache: PromptCache,
-    scores: dict[int, list[Tensor]],
+    measure: Callable[[Tensor, Tensor], Measured],
+    parts: dict[int, list[Measured]],
 ) -> None:
     packing = pack_branches(
         [[(work[i].at, work[i].tokens, work[i].scored_from) for i in row] for row in rows],
@@ -215,8 +251,8 @@ def _later_tokens(
         packing.tokens, packing.position, packing.segment, cache.select(trunk, longest), packing.reach
     )
     hidden = policy.hidden(ready)
-    logprobs = policy.head.logprob(hidden.index_select(0, packing.score_index), packing.targets).cpu()
-    flat = [i for row in rows for i in row]
-    parts = logprobs.split([len(work[i].tokens) - max(work[i].scored_from, 1) for i in flat])
-    for i, part in zip(flat, parts, strict=True):
-        scores[i].append(part)
+    measured = measure(hidden.index_select(0, packing.score_index), packing.targets)
+    stop = 0
+    for i in (i for row in rows for i in row):
+        start, stop = stop, stop + len(work[i].tokens) - max(work[i].scored_from, 1)
+        parts[i].append(measured[start:stop])

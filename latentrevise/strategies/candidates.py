@@ -12,15 +12,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
-import torch
+from torch import Tensor
 
 from latentrevise.config import at_least_one, require
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Rollout
 from latentrevise.engines import Request, SamplingParams
-from latentrevise.model import memory
-from latentrevise.model.branches import Branch, score_branches
+from latentrevise.model.branches import Branch, score_branches, visit_branches
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.base import Choice, Proposal, Tools, Work, shares
 
@@ -153,34 +153,26 @@ class Reading:
 def read(
     tools: Tools, contexts: Sequence[tuple[Sequence[int], Sequence[int]]], p_min: float, count: int
 ) -> list[Reading]:
-    """One pass over each (prompt, tokens); no more than ``count`` alternatives a position."""
+    """One pass over each (prompt, tokens), over equal prompts once; no more than ``count`` alternatives a position."""
     policy = tools.policy
-    found: dict[int, Reading] = {}
 
-    def run(batch: list[int]) -> None:
-        cache = policy.prompt_cache([[*contexts[i][0], *contexts[i][1][:-1]] for i in batch])
-        rows = [(b, len(contexts[i][0]) - 1 + j) for b, i in enumerate(batch) for j in range(len(contexts[i][1]))]
-        b, at = torch.tensor(rows, device=policy.device).T
-        hidden = cache.hidden[b, at]
-        targets = torch.tensor([token for i in batch for token in contexts[i][1]], device=policy.device)
+    def measure(hidden: Tensor, targets: Tensor) -> list[tuple[float, float, list[tuple[int, float]]]]:
         logprobs, entropies = policy.head.logprob_and_entropy(hidden, targets)
         ids, values, _ = policy.head.plausible(hidden, p_min, count, policy.allowed)
         listed = [
             [(token, value) for token, value in zip(*pair, strict=True) if token >= 0]
             for pair in zip(ids.tolist(), values.tolist(), strict=True)
         ]
-        own, entropy = logprobs.tolist(), entropies.tolist()
-        start = 0
-        for i in batch:
-            stop = start + len(contexts[i][1])
-            found[i] = Reading(own[start:stop], entropy[start:stop], listed[start:stop])
-            start = stop
+        return list(zip(logprobs.tolist(), entropies.tolist(), listed, strict=True))
 
-    with policy.frozen(), torch.no_grad():
-        budget = tools.token_budget or memory.token_budget(policy)
-        sizes = [(0, len(x) + len(y) - 1) for x, y in contexts]
-        memory.in_batches(policy, sizes, budget, 1.0, run, "failed rollout")
-    return [found[i] for i in range(len(contexts))]
+    prompts = {prompt: t for t, prompt in enumerate(dict.fromkeys(tuple(prompt) for prompt, _ in contexts))}
+    branches = [Branch(prompts[tuple(prompt)], len(prompt), ids) for prompt, ids in contexts]
+    found, _ = visit_branches(policy, list(prompts), branches, measure, tools.token_budget)
+    readings = []
+    for parts in found:
+        logprobs, entropies, listed = zip(*chain.from_iterable(parts), strict=True)
+        readings.append(Reading(list(logprobs), list(entropies), list(listed)))
+    return readings
 
 
 def room(tools: Tools, item: Work, step_tokens: int) -> int:
