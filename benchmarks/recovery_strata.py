@@ -2,7 +2,7 @@
 
 The rollouts of the equal-compute control say which zero-hit prompts more sampling would have solved: *within reach* is
 a prompt with a right answer among them, *beyond* one without. They are drawn for every study anyway. *far* are the
-prompts beyond reach that several hundred further rollouts, drawn for this alone, do not solve either.
+prompts beyond reach that as many further rollouts as the study draws for this alone do not solve either.
 """
 
 from __future__ import annotations

@@ -270,6 +270,10 @@ def test_checked_forks_stand_where_the_steps_hold_and_so_do_all_that_follow(tiny
         assert proposal.plain_ids[: at + 1] == (*parent.completion_ids[:at], forced)
         assert proposal.uncached == 0
         assert "e" not in text(list(proposal.plain_ids))
+    kept = replace(config, pivot_trie=PivotConfig(scope="chosen", order="entropy", mass_weight=1.0, keep=2))
+    (few,) = build("pivot-checked", kept).propose(tiny, [work], 6)
+    assert {p.parent for p in few} == {"p/0"}
+    assert len({p.trace for p in few}) <= 2, "scope and keep are those of pivot_trie"
     every = build("pivot-checked", replace(config, step_checker="tests.test_strategies_pivot:any_step"))
     unchecked = build("pivot-trie", replace(config, pivot_trie=PivotConfig(scope="all", order="mass", mass_weight=1.0)))
     (open_,), (trie,) = every.propose(tiny, [work], 1), unchecked.propose(tiny, [work], 1)
@@ -281,6 +285,23 @@ def test_checked_forks_stand_where_the_steps_hold_and_so_do_all_that_follow(tiny
 
 def any_step(prompt, before, step):
     return True
+
+
+def no_step(prompt, before, step):
+    return False
+
+
+def test_checked_forks_that_are_turned_away_are_charged(tiny):
+    """Reading the rollout, the forced token of each fork up to the end of the first step, and all that is decoded."""
+    work, forks = tiny_work(tiny, "ab;cd;"), ForkConfig(p_min=0.015, max_forks=600, step_tokens=1)
+    config = RecoverConfig(step_checker="tests.test_strategies_pivot:no_step", forks=forks)
+    ((start,),) = build("pivot-checked", config).propose(tiny, [work], 1)
+    reader = Reader(tiny, work.template_ids, forks.banned)
+    (found,) = find_forks(tiny, reader, [work], [work.failed], forks)
+    tried = [fork for fork in found.forks if fork.at < 3]
+    assert 10 < len(tried) < len(found.forks)
+    assert start.compute.forward == found.compute.forward + len(tried)
+    assert start.compute.decoded > 0
 
 
 def test_without_a_fork_that_holds_checked_rollouts_begin_at_the_question(tiny):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # A shared prefix of fewer positions, or of fewer than stand behind it, is run again: rows of one line are decoded
 # together, each scored against all tokens there, and prompts that have no more in common than the beginning of a chat
-# template (measured: 25 of 85 tokens, 8 rollouts of each of 8 prompts) are sampled in half the time apart.
+# template (25 of 85 tokens, 8 rollouts of each of 8 prompts: benchmarks forks) are sampled in 0.57 of the time apart.
 WORTH = 4, 1
 
 

@@ -128,16 +128,6 @@ def _needed_checker(name: str, settings: StrategySettings) -> StepChecker:
     return check
 
 
-def _step_checked(settings: StrategySettings) -> StepChecked:
-    check = _needed_checker("step-checked", settings)
-    return StepChecked(settings.step_checked, settings.forks.banned, check)
-
-
-def _pivot_checked(settings: StrategySettings) -> PivotChecked:
-    check = _needed_checker("pivot-checked", settings)
-    return PivotChecked(settings.forks, settings.pivot_trie, settings.step_checked, check)
-
-
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "latent": lambda s: _published("latent", s),
     "latent-nearest": lambda s: _published("latent-nearest", s, text="nearest"),
@@ -161,11 +151,11 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "evocot": lambda s: EvoCoT(s.evocot, s.forks.banned),
     "hint": lambda s: Hint(s.hint),
     "gcg": lambda s: GCG(s.gcg),
-    "step-checked": _step_checked,
+    "step-checked": lambda s: StepChecked(s.step_checked, s.forks.banned, _needed_checker("step-checked", s)),
     "dart": lambda s: Dart(s.dart),
     "pivot": lambda s: Pivot("pivot", s.forks, s.pivot),
     "pivot-trie": lambda s: Pivot("pivot-trie", s.forks, s.pivot_trie),
-    "pivot-checked": _pivot_checked,
+    "pivot-checked": lambda s: PivotChecked(s.forks, s.pivot_trie, s.step_checked, _needed_checker("pivot-checked", s)),
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),

@@ -6,7 +6,7 @@ embeddings, a branch can only raise the target's probability the way the policy 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +73,7 @@ class Pivot:
 
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         reader = Reader(tools, work[0].template_ids, self.forks.banned)
-        found = _candidates(tools, reader, work, self.forks, self.config)
+        found = candidates(tools, reader, work, self.forks, self.config)
         proposals = []
         for own in score(tools, reader, work, found, self.forks.step_tokens):
             best = sorted(own.forks, key=self.config.score, reverse=True)
@@ -97,7 +97,7 @@ class PivotRandom:
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         reader = Reader(tools, work[0].template_ids, self.forks.banned)
         proposals = []
-        for item, own in zip(work, _candidates(tools, reader, work, self.forks, self.config), strict=True):
+        for item, own in zip(work, candidates(tools, reader, work, self.forks, self.config), strict=True):
             draw = torch.Generator().manual_seed(row_seed(item.seed, self.name))
             order = torch.randperm(len(own.forks), generator=draw).tolist()
             drawn = [continue_from(own.forks[i], len(order)) for i in order]
@@ -105,12 +105,19 @@ class PivotRandom:
         return proposals
 
 
-def _candidates(
-    tools: Tools, reader: Reader, work: Sequence[Work], forks: ForkConfig, config: PivotConfig
+def candidates(
+    tools: Tools,
+    reader: Reader,
+    work: Sequence[Work],
+    forks: ForkConfig,
+    config: PivotConfig,
+    wanted: Callable[[Work, Fork], bool] = lambda item, fork: True,
 ) -> list[Forks]:
-    """The forks to be scored, at most ``max_forks`` a prompt."""
+    """The forks to be scored, of those ``wanted`` at most ``max_forks`` a prompt."""
     rollouts = [chosen(item) if config.scope == "chosen" else item.failed for item in work]
     found = find_forks(tools, reader, work, rollouts, forks)
+    for item, off in zip(work, found, strict=True):
+        off.forks = [fork for fork in off.forks if wanted(item, fork)]
     many = [i for i, own in enumerate(found) if len(own.forks) > forks.max_forks]
     if config.order == "gain":
         keys = _gains(tools, reader, [work[i] for i in many], [found[i] for i in many])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from latentrevise.checkers.loading import StepChecker
-from latentrevise.data.records import Rollout, decoded
+from latentrevise.data.records import decoded
 from latentrevise.model.compute import Compute
 from latentrevise.strategies.base import Proposal, Tools, Work
 from latentrevise.strategies.candidates import (
@@ -20,10 +20,9 @@ from latentrevise.strategies.candidates import (
     Reader,
     completed,
     continue_from,
-    find_forks,
     values_behind,
 )
-from latentrevise.strategies.pivot import PivotConfig
+from latentrevise.strategies.pivot import PivotConfig, candidates
 from latentrevise.strategies.step_checked import Path, StepCheckedConfig, arrived, walk
 from latentrevise.strategies.steps import first_false, steps_of
 
@@ -38,8 +37,8 @@ class _Branch:
 
 @dataclass(frozen=True)
 class PivotChecked:
-    """A rollout a sample from the best branches, as ``config`` ranks them (``scope`` and ``order`` are those of
-    ``pivot-trie``: all failed rollouts, the forks of the highest mass); without a branch, from the question."""
+    """A rollout a sample from the best branches, found and ranked as ``config``, that of ``pivot-trie``, says (with
+    ``keep`` from so many); without a branch, from the question."""
 
     forks: ForkConfig
     config: PivotConfig
@@ -52,14 +51,11 @@ class PivotChecked:
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         reader = Reader(tools, work[0].template_ids, self.forks.banned)
         branches, spent = self._branches(tools, reader, work)
-        ranked = self._ranked(tools, work, branches, spent)
-        paths = [
-            [
-                Path(j, own[j % len(own)].ids, continue_from(own[j % len(own)].fork, len(own))) if own else Path(j)
-                for j in range(samples)
-            ]
-            for own in ranked
-        ]
+        paths = []
+        for own in self._ranked(tools, work, branches, spent):
+            starts = [(branch.ids, continue_from(branch.fork, len(own))) for branch in own]
+            best = starts[: self.config.keep or samples]
+            paths.append([Path(j, *best[j % len(best)]) if best else Path(j) for j in range(samples)])
         walk(tools, reader, self.step_checker, self.steps.tries, self.name, list(zip(work, paths, strict=True)))
         return [arrived(own, samples, compute) for own, compute in zip(paths, spent, strict=True)]
 
@@ -68,28 +64,31 @@ class PivotChecked:
     ) -> tuple[list[list[_Branch]], list[Compute]]:
         """The branches whose steps up to their end are none that the checker calls false, one of each text; and what
         finding them took."""
-        found = find_forks(tools, reader, work, [item.failed for item in work], self.forks)
-        forks: list[tuple[int, Fork]] = []
-        for i, (item, own) in enumerate(zip(work, found, strict=True)):
-            sound = [fork for fork in own.forks if fork.at < self._sound(tools, reader, item, fork.rollout)]
-            sound.sort(key=lambda fork: (fork.mass, fork.logprob), reverse=True)
-            forks += [(i, fork) for fork in sound[: self.forks.max_forks]]
+        sound: dict[tuple[str, str], int] = {}  # places of a rollout in front of the end of its first false step
+
+        def wanted(item: Work, fork: Fork) -> bool:
+            name, ids = (item.prompt.id, fork.rollout.sample_id), fork.rollout.completion_ids
+            if name not in sound:
+                steps = steps_of(reader, ids)
+                false = first_false(tools, item, self.step_checker, steps)
+                sound[name] = len(ids) if false is None else steps.ends[false]
+            return fork.at < sound[name]
+
+        found = candidates(tools, reader, work, self.forks, self.config, wanted)
+        forks = [(i, fork) for i, own in enumerate(found) for fork in own.forks]
         stems = [(work[i], (*fork.prefix_ids, fork.token)) for i, fork in forks]
         kept: list[dict[str, _Branch]] = [{} for _ in work]
         spent = [own.compute for own in found]
         tails = completed(tools, reader, stems, self.forks.step_tokens)
         for (i, fork), (_, stem), (tail, written) in zip(forks, stems, tails, strict=True):
-            spent[i] += Compute(decoded=written)
             branch = _Branch(fork, (*stem, *tail))
-            if self._holds(tools, reader, work[i], branch):
-                kept[i].setdefault(decoded(tools.tokenizer, branch.ids).strip(), branch)
+            text = decoded(tools.tokenizer, branch.ids).strip()
+            new = text not in kept[i] and self._holds(tools, reader, work[i], branch)
+            # The forced token of a branch that is scored is charged with its score.
+            spent[i] += Compute(forward=0 if new else 1, decoded=written)
+            if new:
+                kept[i][text] = branch
         return [list(own.values()) for own in kept], spent
-
-    def _sound(self, tools: Tools, reader: Reader, item: Work, rollout: Rollout) -> int:
-        """How many places of a rollout lie in front of the end of its first false step."""
-        steps = steps_of(reader, rollout.completion_ids)
-        false = first_false(tools, item, self.step_checker, steps)
-        return len(rollout.completion_ids) if false is None else steps.ends[false]
 
     def _holds(self, tools: Tools, reader: Reader, item: Work, branch: _Branch) -> bool:
         """Whether the checker lets the step pass that the fork stands in."""
