@@ -29,7 +29,7 @@ DECISIVE = (
     *("latent", "latent-random", "branch-mass", "pivot-trie", "step-checked", "pivot-checked"),
     *("resample-rho0.8", "resample"),
 )
-LONGER = ("latent", "pivot-trie", "step-checked", "pivot-checked", "resample")
+LONGER = ("latent", "branch-mass", "pivot-trie", "step-checked", "pivot-checked", "resample")
 PLANS = {
     "recovery": Plan(
         ("rule", "chain", "pair"),
