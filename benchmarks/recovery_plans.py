@@ -24,12 +24,15 @@ class Plan:
 # Word problems by their number of steps: the plain name is the main study's, of longer ones there are smaller studies.
 GSM = {wordproblems.NAME: real.STEPS} | {f"{wordproblems.NAME}{steps}": steps for steps in (6, 7, 8)}
 # What people would use instead, on the same inputs; in a study of their own, beside two of the main one.
-RIVALS = ("self-hint", "retry", "retry-told", "intervene", "evocot", "step-checked", "pivot-checked", "resample-new")
+RIVALS = (
+    *("self-hint", "retry", "retry-told", "intervene", "evocot"),
+    *("step-checked", "pivot-checked", "branch-checked", "resample-new"),
+)
 DECISIVE = (
-    *("latent", "latent-random", "branch-mass", "pivot-trie", "step-checked", "pivot-checked"),
+    *("latent", "latent-random", "branch-mass", "branch-checked", "step-checked"),
     *("resample-rho0.8", "resample"),
 )
-LONGER = ("latent", "branch-mass", "pivot-trie", "step-checked", "pivot-checked", "resample")
+LONGER = ("latent", "branch-mass", "branch-checked", "step-checked", "resample")
 PLANS = {
     "recovery": Plan(
         ("rule", "chain", "pair"),
@@ -53,7 +56,7 @@ PLANS = {
     "gsm": Plan(
         (wordproblems.NAME,),
         (0,),
-        (4, 5, 8),  # before: 4 to 8 (gsm-before.json), 2 and 3 (gsm-earlier.json), 0 and 1 (gsm-rivals.json)
+        (4, 5, 8, 9, 10, 11, 12, 13, 14),  # sets 0 to 8 were looked at before, in gsm-*.json; 9 and more were not
         24,
         DECISIVE,
         further=240,

@@ -11,7 +11,7 @@ from latentrevise.errors import ConfigError
 from latentrevise.model.loading import load_model
 from latentrevise.recovery.settings import RecoverConfig
 from latentrevise.strategies import Choice, ForkConfig, PivotConfig, build
-from latentrevise.strategies.candidates import Reader, Reading, _off_trie, find_forks, score
+from latentrevise.strategies.candidates import Reader, Reading, _off_trie, completed, find_forks, score
 from latentrevise.strategies.pivot import Pivot, PivotRandom, _gains
 from tests.failed import rollout, tools_for, work_of, zero_hit
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -291,23 +291,56 @@ def no_step(prompt, before, step):
     return False
 
 
-def test_checked_forks_that_are_turned_away_are_charged(tiny):
-    """Reading the rollout, the forced token of each fork up to the end of the first step, and all that is decoded."""
-    work, forks = tiny_work(tiny, "ab;cd;"), ForkConfig(p_min=0.015, max_forks=600, step_tokens=1)
+def test_the_most_probable_forks_that_hold_are_gone_on_from_one_a_sample(tiny):
+    name, samples = "tests.test_strategies_pivot:no_e", 12
+    work = tiny_work(tiny, "a;b;ce;d;=8", "f;fg;=8", "a;b;hi=8")
+    forks = ForkConfig(p_min=0.015, max_forks=600, step_tokens=5)
+    reader, text = Reader(tiny, work.template_ids, forks.banned), tiny.tokenizer.decode
+    (every,) = find_forks(tiny, reader, [work], [work.failed], forks)
+    reach = {"p/0": 7, "p/1": 8, "p/2": 9}
+    wanted: dict[str, tuple] = {}
+    for fork in sorted(every.forks, key=lambda fork: fork.mass, reverse=True):
+        stem = (*fork.prefix_ids, fork.token)
+        if fork.at >= reach[fork.rollout.sample_id]:
+            continue
+        ((tail, _),) = completed(tiny, reader, [(work, stem)], 5)
+        written = text([*stem, *tail]).strip()
+        if "e" not in written:
+            wanted.setdefault(written, (fork.rollout.sample_id, fork.at, fork.token))
+    (own,) = build("branch-checked", RecoverConfig(step_checker=name, forks=forks)).propose(tiny, [work], samples)
+    assert sum(p.n for p in own) == samples
+    begun = [(p.parent, *p.trace.positions, *p.trace.tokens) for p in own]
+    first = list(wanted.values())[:samples]
+    assert len(wanted) > samples
+    assert len(begun) > samples // 2, "few are given up"
+    assert begun == [start for start in first if start in begun]
+    for proposal in own:
+        assert "e" not in text(list(proposal.plain_ids))
+        assert proposal.uncached == 0
+        assert proposal.trace.value is None
+
+
+@pytest.mark.parametrize(("name", "most"), [("pivot-checked", 600), ("branch-checked", 600), ("branch-checked", 5)])
+def test_checked_forks_that_are_turned_away_are_charged(tiny, name, most):
+    """Reading the rollout up to the end of the first step, the forced token of each fork there, and all that is
+    decoded."""
+    work, forks = tiny_work(tiny, "ab;cd;"), ForkConfig(p_min=0.015, max_forks=most, step_tokens=1)
     config = RecoverConfig(step_checker="tests.test_strategies_pivot:no_step", forks=forks)
-    ((start,),) = build("pivot-checked", config).propose(tiny, [work], 1)
+    ((start,),) = build(name, config).propose(tiny, [work], 1)
     reader = Reader(tiny, work.template_ids, forks.banned)
     (found,) = find_forks(tiny, reader, [work], [work.failed], forks)
     tried = [fork for fork in found.forks if fork.at < 3]
     assert 10 < len(tried) < len(found.forks)
-    assert start.compute.forward == found.compute.forward + len(tried)
+    assert start.compute.forward == 2 + min(len(tried), most)
     assert start.compute.decoded > 0
+    assert start.parent is None
 
 
-def test_without_a_fork_that_holds_checked_rollouts_begin_at_the_question(tiny):
+@pytest.mark.parametrize("name", ["pivot-checked", "branch-checked"])
+def test_without_a_fork_that_holds_checked_rollouts_begin_at_the_question(tiny, name):
     config = RecoverConfig(step_checker="tests.test_strategies_pivot:any_step", forks=ForkConfig(p_min=0.99))
-    (own,) = build("pivot-checked", config).propose(tiny, [tiny_work(tiny, "a;b")], 2)
+    (own,) = build(name, config).propose(tiny, [tiny_work(tiny, "a;b")], 2)
     assert sum(p.n for p in own) == 2
     assert all(p.parent is None and p.trace is None for p in own)
-    with pytest.raises(ConfigError, match=r"pivot-checked needs a step_checker.*leave the strategy out"):
-        build("pivot-checked", RecoverConfig())
+    with pytest.raises(ConfigError, match=rf"{name} needs a step_checker.*leave the strategy out"):
+        build(name, RecoverConfig())

@@ -12,6 +12,7 @@ from latentrevise.revise.hull import TextRule
 from latentrevise.revise.revision import ReviseConfig
 from latentrevise.strategies.base import Choice, Cut, Proposal, Strategy, Tools, Work
 from latentrevise.strategies.beam import Beam
+from latentrevise.strategies.branch_checked import BranchChecked
 from latentrevise.strategies.branching import Branching
 from latentrevise.strategies.candidates import ForkConfig
 from latentrevise.strategies.dart import Dart, DartConfig
@@ -76,7 +77,7 @@ class StrategySettings:
     latent: the published method; its ablations change it by one thing each. rho: where they cut a failed rollout.
     window: what ``latent-plausible`` revises, see ``Latent``. step_checker: ``module:attribute`` of a function (prompt,
     what was written before, one step) to true, false or None (it can't say); code of yours, imported by name. It serves
-    ``step-checked``, ``pivot-checked``, ``intervene`` and the guard ``false-step``.
+    ``step-checked``, ``branch-checked``, ``pivot-checked``, ``intervene`` and the guard ``false-step``.
     """
 
     latent: ReviseConfig = field(default_factory=ReviseConfig)
@@ -158,6 +159,7 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "pivot-checked": lambda s: PivotChecked(s.forks, s.pivot_trie, s.step_checked, _needed_checker("pivot-checked", s)),
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
+    "branch-checked": lambda s: BranchChecked(s.forks, s.step_checked, _needed_checker("branch-checked", s)),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
     "resample-new": lambda s: Branching("resample-new", s.forks, "draw"),
     "pivot-pair": lambda s: Pair("pivot-pair", s.forks, s.pair),

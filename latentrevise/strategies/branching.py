@@ -21,6 +21,7 @@ from latentrevise.strategies.candidates import (
     charged,
     continue_from,
     find_forks,
+    most_probable,
     one_greedy_each,
     spread,
 )
@@ -60,4 +61,6 @@ class Branching:
             uniform = torch.rand(len(forks), generator=torch.Generator().manual_seed(row_seed(seed, self.name)))
             keys = torch.tensor([fork.mass for fork in forks]) - (-uniform.clamp_min(1e-30).log()).log()
             return [forks[i] for i in keys.argsort(descending=True).tolist()]
-        return sorted(forks, key=lambda fork: (getattr(fork, str(self.order)), fork.logprob), reverse=True)
+        if self.order == "mass":
+            return most_probable(forks)
+        return sorted(forks, key=lambda fork: (fork.entropy, fork.logprob), reverse=True)

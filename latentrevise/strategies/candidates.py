@@ -10,7 +10,7 @@ this fork. All of it is our own decision.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -181,10 +181,21 @@ def room(tools: Tools, item: Work, step_tokens: int) -> int:
     return max(0, tools.left(len(item.prompt.ids) + behind))
 
 
+def whole(item: Work, rollout: Rollout) -> int:
+    """All places of a rollout."""
+    return len(rollout.completion_ids)
+
+
 def find_forks(
-    tools: Tools, reader: Reader, work: Sequence[Work], rollouts: Sequence[Sequence[Rollout]], config: ForkConfig
+    tools: Tools,
+    reader: Reader,
+    work: Sequence[Work],
+    rollouts: Sequence[Sequence[Rollout]],
+    config: ForkConfig,
+    reach: Callable[[Work, Rollout], int] = whole,
 ) -> list[Forks]:
-    """The forks off the trie of ``rollouts``, one list a piece of work.
+    """The forks off the trie of ``rollouts``, one list a piece of work. reach: at how many places of a rollout, its
+    first ones, they may leave it; rollouts that begin alike must be given the same, or their whole common beginning.
 
     The record of a rollout holds the log-probs of its own tokens alone, so each distinct one is run once more; that is
     charged, without the prompt, whose keys and values are those of the sampling.
@@ -195,7 +206,7 @@ def find_forks(
         for rollout in own:
             # The token that opens the answer is one more place to go on instead.
             end = min(reader.reasoning(rollout.completion_ids) + 1, config.max_positions)
-            end = min(end, room(tools, item, config.step_tokens))
+            end = min(end, room(tools, item, config.step_tokens), reach(item, rollout))
             distinct.setdefault(rollout.completion_ids[:end], rollout)
         paths += [(i, rollout, ids) for ids, rollout in distinct.items() if ids]
     readings = read(tools, [(work[i].prompt.ids, ids) for i, _, ids in paths], config.p_min, config.max_forks)
@@ -227,6 +238,11 @@ def _off_trie(paths: Sequence[tuple[Rollout, tuple[int, ...], Reading]]) -> Iter
         for token, logprob in reading.alternatives[at]:
             if token not in children[node]:
                 yield Fork(rollout, at, token, logprob, reading.entropies[at], mass + logprob)
+
+
+def most_probable(forks: Sequence[Fork]) -> list[Fork]:
+    """By mass, the highest first; of one mass the more probable token."""
+    return sorted(forks, key=lambda fork: (fork.mass, fork.logprob), reverse=True)
 
 
 def next_steps(

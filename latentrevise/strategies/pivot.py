@@ -31,6 +31,7 @@ from latentrevise.strategies.candidates import (
     one_greedy_each,
     score,
     spread,
+    whole,
 )
 
 
@@ -111,13 +112,11 @@ def candidates(
     work: Sequence[Work],
     forks: ForkConfig,
     config: PivotConfig,
-    wanted: Callable[[Work, Fork], bool] = lambda item, fork: True,
+    reach: Callable[[Work, Rollout], int] = whole,
 ) -> list[Forks]:
-    """The forks to be scored, of those ``wanted`` at most ``max_forks`` a prompt."""
+    """The forks to be scored, at most ``max_forks`` a prompt. reach: see ``find_forks``."""
     rollouts = [chosen(item) if config.scope == "chosen" else item.failed for item in work]
-    found = find_forks(tools, reader, work, rollouts, forks)
-    for item, off in zip(work, found, strict=True):
-        off.forks = [fork for fork in off.forks if wanted(item, fork)]
+    found = find_forks(tools, reader, work, rollouts, forks, reach)
     many = [i for i, own in enumerate(found) if len(own.forks) > forks.max_forks]
     if config.order == "gain":
         keys = _gains(tools, reader, [work[i] for i in many], [found[i] for i in many])

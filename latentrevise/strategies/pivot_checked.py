@@ -24,7 +24,7 @@ from latentrevise.strategies.candidates import (
 )
 from latentrevise.strategies.pivot import PivotConfig, candidates
 from latentrevise.strategies.step_checked import Path, StepCheckedConfig, arrived, walk
-from latentrevise.strategies.steps import first_false, steps_of
+from latentrevise.strategies.steps import holds, to_first_false
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,8 @@ class PivotChecked:
     ) -> tuple[list[list[_Branch]], list[Compute]]:
         """The branches whose steps up to their end are none that the checker calls false, one of each text; and what
         finding them took."""
-        sound: dict[tuple[str, str], int] = {}  # places of a rollout in front of the end of its first false step
-
-        def wanted(item: Work, fork: Fork) -> bool:
-            name, ids = (item.prompt.id, fork.rollout.sample_id), fork.rollout.completion_ids
-            if name not in sound:
-                steps = steps_of(reader, ids)
-                false = first_false(tools, item, self.step_checker, steps)
-                sound[name] = len(ids) if false is None else steps.ends[false]
-            return fork.at < sound[name]
-
-        found = candidates(tools, reader, work, self.forks, self.config, wanted)
+        reach = to_first_false(tools, reader, self.step_checker)
+        found = candidates(tools, reader, work, self.forks, self.config, reach)
         forks = [(i, fork) for i, own in enumerate(found) for fork in own.forks]
         stems = [(work[i], (*fork.prefix_ids, fork.token)) for i, fork in forks]
         kept: list[dict[str, _Branch]] = [{} for _ in work]
@@ -83,18 +74,12 @@ class PivotChecked:
         for (i, fork), (_, stem), (tail, written) in zip(forks, stems, tails, strict=True):
             branch = _Branch(fork, (*stem, *tail))
             text = decoded(tools.tokenizer, branch.ids).strip()
-            new = text not in kept[i] and self._holds(tools, reader, work[i], branch)
+            new = text not in kept[i] and holds(tools, reader, self.step_checker, work[i], branch.ids, fork.at)
             # The forced token of a branch that is scored is charged with its score.
             spent[i] += Compute(forward=0 if new else 1, decoded=written)
             if new:
                 kept[i][text] = branch
         return [list(own.values()) for own in kept], spent
-
-    def _holds(self, tools: Tools, reader: Reader, item: Work, branch: _Branch) -> bool:
-        """Whether the checker lets the step pass that the fork stands in."""
-        start = max((end for end in reader.ends(branch.ids) if end <= branch.fork.at), default=0)
-        before, step = (decoded(tools.tokenizer, part) for part in (branch.ids[:start], branch.ids[start:]))
-        return self.step_checker(item.prompt.text, before, step) is not False
 
     def _ranked(
         self, tools: Tools, work: Sequence[Work], branches: Sequence[Sequence[_Branch]], spent: list[Compute]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from latentrevise.checkers.loading import StepChecker
-from latentrevise.data.records import decoded
+from latentrevise.data.records import Rollout, decoded
 from latentrevise.strategies.base import Tools, Work
 from latentrevise.strategies.candidates import Reader
 
@@ -44,3 +44,21 @@ def first_false(tools: Tools, item: Work, check: StepChecker, steps: Steps) -> i
 
     verdicts = (check(item.prompt.text, text(steps.before(i)), text(steps.step(i))) for i in range(len(steps)))
     return next((i for i, holds in enumerate(verdicts) if holds is False), None)
+
+
+def to_first_false(tools: Tools, reader: Reader, check: StepChecker) -> Callable[[Work, Rollout], int]:
+    """At how many places, its first ones, a rollout may be left: up to the end of its first false step."""
+
+    def reach(item: Work, rollout: Rollout) -> int:
+        steps = steps_of(reader, rollout.completion_ids)
+        false = first_false(tools, item, check, steps)
+        return len(rollout.completion_ids) if false is None else steps.ends[false]
+
+    return reach
+
+
+def holds(tools: Tools, reader: Reader, check: StepChecker, item: Work, ids: Sequence[int], at: int) -> bool:
+    """Whether the checker lets the step pass that the completion's place ``at`` stands in, its last one."""
+    start = max((end for end in reader.ends(ids) if end <= at), default=0)
+    before, step = (decoded(tools.tokenizer, part) for part in (ids[:start], ids[start:]))
+    return check(item.prompt.text, before, step) is not False
