@@ -34,7 +34,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery_plans import GSM, PLANS
-from benchmarks.recovery_strata import draw_further, strata
+from benchmarks.recovery_strata import draw_further, gains, strata
 from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, summary, tables
 from latentrevise.data.records import Verdict, read_records
 from latentrevise.data.storage import atomic_write, write_json
@@ -349,6 +349,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         family: pool(sorted(own, key=lambda item: order[item[0]]), strategies)
         | {"guards": guards([unit for unit, _ in own], out)}
         | {"strata": strata([out / unit.name for unit, _ in own], strategies)}
+        | {"gains": gains([out / unit.name for unit, _ in own], strategies)}
         for family, own in found.items()
         if sum(m["zero_hit"] for _, m in own)
     }

@@ -1,4 +1,4 @@
-"""How hard a zero-hit prompt is, and what each strategy recovers of the hard ones.
+"""How hard a zero-hit prompt is, what each strategy recovers of the hard ones, and what it gains over resampling.
 
 The rollouts of the equal-compute control say which zero-hit prompts more sampling would have solved: *within reach* is
 a prompt with a right answer among them, *beyond* one without. They are drawn for every study anyway. *far* are the
@@ -7,6 +7,7 @@ prompts beyond reach that as many further rollouts as the study draws for this a
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrevise.data.records import Rollout, Verdict, read_records, row_seed
-from latentrevise.recovery.guards import wilson
+from latentrevise.recovery.guards import bootstrap_mean, pass_at_k, wilson
 from latentrevise.recovery.metrics import POOL
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.rundir import RunDirectory
@@ -82,6 +83,26 @@ def strata(runs: Iterable[Path], strategies: Sequence[str]) -> dict[str, Any]:
             for stratum, of in prompts.items()
         }
     )
+
+
+def gains(runs: Sequence[Path], strategies: Sequence[str]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Of finished runs: for each strategy the share of prompts with a right answer and with a valid derivation less
+    that of plain resampling in its seconds, prompt by prompt (mean, 95 % bootstrap interval over prompts). Nothing
+    where no control was drawn."""
+    differences = defaultdict[tuple[str, str], list[float]](list)
+    for path in runs:
+        run = RunDirectory(path)
+        pool, arms = _right(run, POOL), json.loads(run.metrics.read_text(encoding="utf-8"))["arms"]
+        for strategy in strategies if pool.samples else ():
+            bought, found = arms[strategy]["control_seconds"]["samples"], _right(run, strategy)
+            for key, own, fresh in (("answer", found.right, pool.right), ("valid", found.valid, pool.valid)):
+                differences[strategy, key] += [
+                    bool(own[name]) - pass_at_k(drawn, fresh[name], bought) for name, drawn in pool.samples.items()
+                ]
+    gained = defaultdict[str, dict[str, tuple[float, float, float]]](dict)
+    for (strategy, key), values in differences.items():
+        gained[strategy][key] = bootstrap_mean(values)
+    return dict(gained)
 
 
 class _Counts:

@@ -82,10 +82,11 @@ def brief(document: dict[str, Any]) -> str:
 
 def _by_strata(pooled: dict[str, Any], names: Sequence[str]) -> str:
     """One family. Per cent of zero-hit prompts with a valid derivation, then with a right answer: [95 %]; resampling at
-    as many passes; in as many seconds. Then wrong targets, and right and valid ones of the prompts that are hard."""
-    strata, rows = pooled["strata"], pooled["strategies"]
+    as many passes; in as many seconds. Valid ones less resampling's in as many seconds. Then wrong targets, and right
+    and valid ones of the prompts that are hard."""
+    strata, rows, gains = pooled["strata"], pooled["strategies"], pooled["gains"]
     hard = _hard(strata)
-    heads = ["strategy", f"valid ({pooled['zero_hit']})", "right", "wrong target"]
+    heads = ["strategy", f"valid ({pooled['zero_hit']})", "gain in valid", "right", "wrong target"]
     heads += [f"{n} rollouts fail ({prompts}): right, valid" for n, prompts in hard.values()]
     lines = [f"| {' | '.join(heads)} | seconds |", "|---" * (1 + len(heads)) + "|"]
     for name in sorted(names, key=lambda name: (-rows[name]["valid"][0], -rows[name]["answer"][0])):
@@ -94,6 +95,7 @@ def _by_strata(pooled: dict[str, Any], names: Sequence[str]) -> str:
             f"{_whole(row[key])}; {_percent(row['equal_compute'][key])}; {_percent(row['equal_seconds'][key])}"
             for key in ("valid", "answer")
         ]
+        cells.insert(1, "{:+.0f} [{:+.0f}, {:+.0f}]".format(*(100 * v for v in gains[name]["valid"])))
         cells += [_percent(row["wrong_target"]), *(_of_stratum(strata, stratum, name) for stratum in hard)]
         lines.append(f"| `{name}` | {' | '.join(cells)} | {row['seconds']:.1f} |")
     return "\n".join(lines)

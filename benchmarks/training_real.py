@@ -10,11 +10,11 @@ repeated where there are fewer:
     ordinary         more ordinary rollouts
     fresh-resampled  right answers of zero-hit prompts among the 64 rollouts of the equal-compute control
     latent           the published recovery, guards off
-    pivot-trie       as it is shipped, guards on
-    step-checked     the same
+    step-checked     as it is shipped, guards on
+    branch-checked   the same
     reference        the zero-hit prompts' own solutions: what the best recovery could give
 
-RLVR: GRPO on the runs' prompts, repaired by ``pivot-trie``, against GRPO with as many more rollouts as that cost.
+RLVR: GRPO on the runs' prompts, repaired by ``branch-checked``, against GRPO with as many more rollouts as that cost.
 Intervals and ``p``: see ``benchmarks.training``.
 """
 
@@ -59,16 +59,16 @@ from latentrevise.train.rlvr import RLVRSettings
 from latentrevise.train.settings import LoraSettings, begin
 from latentrevise.train.sft import ordinary_rollouts
 
-REPAIR = "pivot-trie"
-OWN = {"fresh-resampled": POOL, "latent": "latent", "pivot-trie": "pivot-trie", "step-checked": "step-checked"}
-GUARDED = ("pivot-trie", "step-checked")
+REPAIR = "branch-checked"
+GUARDED = ("step-checked", "branch-checked")
+OWN = {"fresh-resampled": POOL, "latent": "latent"} | {name: name for name in GUARDED}
 ARMS = {
     "start": ("start",),
     "sft": ("ordinary", *OWN, "reference"),
     "rlvr": (f"grpo = {REPAIR}", f"grpo + {REPAIR}"),
 }
 SIZES = Sizes(
-    rows=32, sft_steps=16, sft_batch=8, sft_rate=5e-4, rl_steps=6, rl_groups=4, rl_rate=2e-4, judged=64, samples=8
+    rows=64, sft_steps=32, sft_batch=8, sft_rate=5e-4, rl_steps=6, rl_groups=4, rl_rate=2e-4, judged=128, samples=8
 )
 QUICK = replace(SIZES, rows=4, sft_steps=1, sft_batch=4, rl_steps=1, rl_groups=1, group=2, judged=4, samples=8)
 LORA = LoraSettings(rank=8, alpha=16)

@@ -27,7 +27,7 @@ from latentrevise.data.storage import write_json
 from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
 from latentrevise.errors import ConfigError, InputError
-from latentrevise.recovery.guards import wilson
+from latentrevise.recovery.guards import bootstrap_mean, wilson
 from latentrevise.recovery.rundir import RunDirectory
 from latentrevise.strategies.pair import PairConfig
 
@@ -307,9 +307,35 @@ def test_strata_are_what_the_controls_rollouts_reach(tmp_path):
     assert found["beyond"]["pivot"] == {"answer": wilson(2, 2), "valid": wilson(1, 2)}
     unit = metrics(3, recovered=1, valid=1, wrong=[0.2, 0, 1], passes=100.0, control=0.1)
     pooled = recovery.pool([(recovery.Unit("gsm", 0, 0, 8), unit)], ["pivot"]) | {"strata": found}
-    table = recovery_tables._by_strata(pooled, ["pivot"])
+    table = recovery_tables._by_strata(pooled | {"gains": {"pivot": {"valid": (0.25, -0.05, 0.5)}}}, ["pivot"])
     assert "| 1 rollouts fail (2): right, valid | 3 rollouts fail (1): right, valid |" in table
+    assert "| +25 [-5, +50] |" in table
     assert "| 20 | 100, 50 | 100, 100 | 0.3 |" in table
+
+
+def test_a_gain_is_that_over_resampling_in_the_same_seconds(tmp_path):
+    """Of four fresh rollouts two are bought; `one` is right in two of them, once validly, `none` never."""
+
+    def write(run, arm, *found):
+        rows = [
+            Verdict(f"{i}", "s", prompt, "1", "correct" if right else "wrong", False, False, valid, [], None, None)
+            for i, (prompt, right, valid) in enumerate(found)
+        ]
+        write_records(run.part("verdicts", 0, arm), rows, Verdict)
+
+    run, other = RunDirectory(tmp_path / "a"), RunDirectory(tmp_path / "b")
+    fresh = [("one", True, True), ("one", True, False), *2 * [("one", False, False)], *4 * [("none", False, False)]]
+    write(run, "resample@equal", *fresh)
+    write(run, "pivot", ("one", True, False), ("none", True, True))
+    write_json(run.metrics, {"arms": {"pivot": {"control_seconds": {"samples": 2}}}})
+    write(other, "resample@equal", *3 * [("more", False, False)])
+    write(other, "pivot", ("more", False, False))
+    write_json(other.metrics, {"arms": {"pivot": {"control_seconds": {"samples": 3}}}})
+    found = recovery_strata.gains([run.path, other.path], ["pivot"])
+    assert found["pivot"]["answer"] == pytest.approx(bootstrap_mean([1 - 5 / 6, 1.0, 0.0]))
+    assert found["pivot"]["valid"] == pytest.approx(bootstrap_mean([-0.5, 1.0, 0.0]))
+    write_json(tmp_path / "c" / "metrics.json", {"arms": {"pivot": {"control_seconds": None}}})
+    assert recovery_strata.gains([tmp_path / "c"], ["pivot"]) == {}, "no control was drawn"
 
 
 def test_a_mixture_of_commits_is_said():
