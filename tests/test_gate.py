@@ -65,7 +65,8 @@ def test_what_is_recommended():
     assert _recommended([0.77, 0.7, 0.84], 0.95, 30, False)[0] == ["branch-mass"]
     assert _recommended([0.94, 0.9, 0.97], 0.95, 30, False)[0] == ["pivot", "branch-mass"]
     assert _recommended([0.99, 0.97, 1.0], 0.95, 30, True)[0] == ["pivot-checked"]
-    assert _recommended([0.94, 0.9, 0.97], 0.95, 30, True)[0] == ["pivot-checked", "branch-mass"]
+    assert _recommended([0.94, 0.9, 0.97], 0.95, 30, True)[0] == ["pivot-checked", "branch-checked"]
+    assert _recommended([0.77, 0.7, 0.84], 0.95, 30, True)[0] == ["branch-checked"]
     assert _verdict([], 0, 0, 0.0, 0.0, False)["recommended"] == []
     with pytest.raises(ConfigError, match="forks"):
         GateConfig(forks=0)

@@ -140,9 +140,9 @@ def _recommended(value: Sequence[float], break_even: float, prompts: int, checke
             f" {FEWEST}: add easier prompts, or mine more rollouts"
         )
     known = f"the answer score's AUC is {mean:.2f} [{low:.2f}, {high:.2f}], break-even is at about {break_even:.2f}"
-    scored = "pivot-checked" if checked else "pivot"
+    scored, unscored = ("pivot-checked", "branch-checked") if checked else ("pivot", "branch-mass")
     if low >= break_even:
         return [scored], f"{known}: score branches by the answer"
     if high < break_even:
-        return ["branch-mass"], f"{known}: leave the failures without reading the answer"
-    return [scored, "branch-mass"], f"{known}, within the interval: try both on a few prompts"
+        return [unscored], f"{known}: leave the failures without reading the answer"
+    return [scored, unscored], f"{known}, within the interval: try both on a few prompts"

@@ -129,6 +129,12 @@ def _needed_checker(name: str, settings: StrategySettings) -> StepChecker:
     return check
 
 
+def _checked(name: str, settings: StrategySettings) -> dict[str, Any]:
+    """What the strategies are made of that fork where steps hold."""
+    check = _needed_checker(name, settings)
+    return {"forks": settings.forks, "steps": settings.step_checked, "step_checker": check}
+
+
 _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "latent": lambda s: _published("latent", s),
     "latent-nearest": lambda s: _published("latent-nearest", s, text="nearest"),
@@ -156,10 +162,10 @@ _STRATEGIES: dict[str, Callable[[StrategySettings], Strategy]] = {
     "dart": lambda s: Dart(s.dart),
     "pivot": lambda s: Pivot("pivot", s.forks, s.pivot),
     "pivot-trie": lambda s: Pivot("pivot-trie", s.forks, s.pivot_trie),
-    "pivot-checked": lambda s: PivotChecked(s.forks, s.pivot_trie, s.step_checked, _needed_checker("pivot-checked", s)),
+    "pivot-checked": lambda s: PivotChecked(config=s.pivot_trie, **_checked("pivot-checked", s)),
     "pivot-random": lambda s: PivotRandom(s.forks, s.pivot),
     "branch-mass": lambda s: Branching("branch-mass", s.forks, "mass"),
-    "branch-checked": lambda s: BranchChecked(s.forks, s.step_checked, _needed_checker("branch-checked", s)),
+    "branch-checked": lambda s: BranchChecked(**_checked("branch-checked", s)),
     "branch-entropy": lambda s: Branching("branch-entropy", s.forks, "entropy"),
     "resample-new": lambda s: Branching("resample-new", s.forks, "draw"),
     "pivot-pair": lambda s: Pair("pivot-pair", s.forks, s.pair),

@@ -17,6 +17,8 @@ from latentrevise.strategies.base import Proposal, Tools, Work
 from latentrevise.strategies.candidates import (
     Fork,
     ForkConfig,
+    Forks,
+    Reach,
     Reader,
     completed,
     continue_from,
@@ -28,6 +30,16 @@ from latentrevise.strategies.steps import holds, to_first_false
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A fork with the greedy rest of its step. ids: from the start of the completion to the end of that step; among:
+    how many forks it was chosen from."""
+
+    fork: Fork
+    ids: tuple[int, ...]
+    among: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BranchChecked:
     """A rollout a sample, each from another fork: the forks of the highest mass, not behind a false step, whose own
     step, completed greedily, is none; ``forks.max_forks`` are tried at most. With fewer than samples they are taken in
@@ -43,31 +55,32 @@ class BranchChecked:
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         reader = Reader(tools, work[0].template_ids, self.forks.banned)
         reach = to_first_false(tools, reader, self.step_checker)
-        found = find_forks(tools, reader, work, [item.failed for item in work], self.forks, reach)
-        spent = [own.compute for own in found]
-        ranked = [most_probable(own.forks)[: self.forks.max_forks] for own in found]
-        paths = []
-        for own, forks in zip(self._held(tools, reader, work, ranked, samples, spent), found, strict=True):
-            starts = [(ids, continue_from(fork, len(forks.forks))) for fork, ids in own]
+        paths, spent = [], []
+        for branches, compute in self.branches(tools, reader, work, samples, reach):
+            starts = [(branch.ids, continue_from(branch.fork, branch.among)) for branch in branches]
             paths.append([Path(j, *starts[j % len(starts)]) if starts else Path(j) for j in range(samples)])
+            spent.append(compute)
         walk(tools, reader, self.step_checker, self.steps.tries, self.name, list(zip(work, paths, strict=True)))
         return [arrived(own, samples, compute) for own, compute in zip(paths, spent, strict=True)]
 
-    def _held(
-        self,
-        tools: Tools,
-        reader: Reader,
-        work: Sequence[Work],
-        ranked: Sequence[Sequence[Fork]],
-        samples: int,
-        spent: list[Compute],
-    ) -> list[list[tuple[Fork, tuple[int, ...]]]]:
-        """The first forks whose steps hold, ``samples`` of different text, and the ids up to the end of the step. No
-        more are tried at a time than are still lacking; what that took is added to ``spent``."""
-        held: list[dict[str, tuple[Fork, tuple[int, ...]]]] = [{} for _ in work]
-        left = [iter(forks) for forks in ranked]
+    def branches(
+        self, tools: Tools, reader: Reader, work: Sequence[Work], samples: int, reach: Reach
+    ) -> list[tuple[list[Branch], Compute]]:
+        """What each piece of work goes on from, the best first, and what finding it took."""
+        found = find_forks(tools, reader, work, [item.failed for item in work], self.forks, reach)
+        for own in found:
+            own.forks = most_probable(own.forks)[: self.forks.max_forks]
+        return self.held(tools, reader, work, found, samples)
+
+    def held(
+        self, tools: Tools, reader: Reader, work: Sequence[Work], found: Sequence[Forks], most: int
+    ) -> list[tuple[list[Branch], Compute]]:
+        """The first ``most`` forks of each piece of work whose own step holds, of different text, and what they took
+        with what finding the forks did. No more are tried at a time than are still lacking."""
+        kept: list[dict[str, Branch]] = [{} for _ in work]
+        left, spent = [iter(own.forks) for own in found], [own.compute for own in found]
         while tried := [
-            (i, fork) for i, own in enumerate(held) for _, fork in zip(range(samples - len(own)), left[i], strict=False)
+            (i, fork) for i, own in enumerate(kept) for _, fork in zip(range(most - len(own)), left[i], strict=False)
         ]:
             stems = [(work[i], (*fork.prefix_ids, fork.token)) for i, fork in tried]
             tails = completed(tools, reader, stems, self.forks.step_tokens)
@@ -75,6 +88,6 @@ class BranchChecked:
                 spent[i] += Compute(forward=1, decoded=written)
                 ids = (*stem, *tail)
                 text = decoded(tools.tokenizer, ids).strip()
-                if text not in held[i] and holds(tools, reader, self.step_checker, work[i], ids, fork.at):
-                    held[i][text] = fork, ids
-        return [list(own.values()) for own in held]
+                if text not in kept[i] and holds(tools, reader, self.step_checker, work[i], ids, fork.at):
+                    kept[i][text] = Branch(fork, ids, len(found[i].forks))
+        return [(list(own.values()), compute) for own, compute in zip(kept, spent, strict=True)]

@@ -181,6 +181,9 @@ def room(tools: Tools, item: Work, step_tokens: int) -> int:
     return max(0, tools.left(len(item.prompt.ids) + behind))
 
 
+Reach = Callable[[Work, Rollout], int]  # at how many places of a rollout, its first ones, forks may leave it
+
+
 def whole(item: Work, rollout: Rollout) -> int:
     """All places of a rollout."""
     return len(rollout.completion_ids)
@@ -192,10 +195,10 @@ def find_forks(
     work: Sequence[Work],
     rollouts: Sequence[Sequence[Rollout]],
     config: ForkConfig,
-    reach: Callable[[Work, Rollout], int] = whole,
+    reach: Reach = whole,
 ) -> list[Forks]:
-    """The forks off the trie of ``rollouts``, one list a piece of work. reach: at how many places of a rollout, its
-    first ones, they may leave it; rollouts that begin alike must be given the same, or their whole common beginning.
+    """The forks off the trie of ``rollouts``, one list a piece of work. reach: rollouts that begin alike must be given
+    the same, or their whole common beginning.
 
     The record of a rollout holds the log-probs of its own tokens alone, so each distinct one is run once more; that is
     charged, without the prompt, whose keys and values are those of the sampling.

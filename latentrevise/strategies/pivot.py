@@ -6,7 +6,7 @@ embeddings, a branch can only raise the target's probability the way the policy 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ from latentrevise.strategies.candidates import (
     Fork,
     ForkConfig,
     Forks,
+    Reach,
     Reader,
     charged,
     chosen,
@@ -112,7 +113,7 @@ def candidates(
     work: Sequence[Work],
     forks: ForkConfig,
     config: PivotConfig,
-    reach: Callable[[Work, Rollout], int] = whole,
+    reach: Reach = whole,
 ) -> list[Forks]:
     """The forks to be scored, at most ``max_forks`` a prompt. reach: see ``find_forks``."""
     rollouts = [chosen(item) if config.scope == "chosen" else item.failed for item in work]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentrevise.checkers.loading import StepChecker
 from latentrevise.data.records import Rollout, decoded
 from latentrevise.strategies.base import Tools, Work
-from latentrevise.strategies.candidates import Reader
+from latentrevise.strategies.candidates import Reach, Reader
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def first_false(tools: Tools, item: Work, check: StepChecker, steps: Steps) -> i
     return next((i for i, holds in enumerate(verdicts) if holds is False), None)
 
 
-def to_first_false(tools: Tools, reader: Reader, check: StepChecker) -> Callable[[Work, Rollout], int]:
+def to_first_false(tools: Tools, reader: Reader, check: StepChecker) -> Reach:
     """At how many places, its first ones, a rollout may be left: up to the end of its first false step."""
 
     def reach(item: Work, rollout: Rollout) -> int:
