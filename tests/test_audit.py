@@ -116,7 +116,9 @@ def test_the_weakest_token_of_the_steps_and_of_the_answer():
         ("61 ?A = 34 ; 5 ?A", "check A6 ; so", {"used": 0}),
         ("He had 6 eggs and bought 3.", "83 + 6 = 89. 89 - 6 = 83.", {"founded": 0.5, "used": 0.5}),
         ("He had 6 eggs and bought 3.", "6 + 3 = 9. 9 * 2 = 18.", {"founded": 1, "used": 1}),
-        ("Two of six?", "2 * 6 = 12", {"founded": 1}),
+        ("Two of six?", "2 * 6 = 12", {"founded": 1, "used": 1}),
+        ("He has 4, doubles it twice and buys 4.", "4 * 2 = 8. 8 + 4 = 12.", {"founded": 1, "used": 3 / 4}),
+        ("How many are one and none?", "1 + 1 = 2.", {"founded": 1}),
     ],
 )
 def test_provenance_says_where_numbers_come_from_and_which_are_used(question, steps, expected):

@@ -7,19 +7,22 @@ not show: where the question has no 83, ``83 + 6 = 89. 89 - 6 = 83`` is true and
 needs no worked solution.
 
 Where the data has one, ``check_against`` asks besides that its equations be there, in any order and with operands of
-sums and products swapped.
+sums and products swapped. Where the data has a formula of the question's numbers, ``computes`` asks whether a
+derivation is right whatever these numbers are: so it may take the operations in another order.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 
-from latentrevise.checkers.equations import SHARES, Equation, equations, number_texts, plain
+from latentrevise.checkers.equations import SHARES, Equation, Operand, equations, number_texts, plain
 
 _NUMBER_WORDS = {
     word: Fraction(value)
@@ -58,6 +61,8 @@ _NUMBER_WORDS = {
     for word in words.split()
 }
 _SHARES = SHARES | {f"{word}s": of for word, of in SHARES.items()} | {"halves": 2, "halved": 2}
+_PLACES, _MOST_READINGS = 3, 4096
+_Reading = tuple[Fraction, ...]  # a function of the question's numbers, by its values at some places
 ALWAYS = {Fraction(1), Fraction(2), Fraction(100)}  # a whole, a double or a half, per cent
 # What a question calls for without writing it: word -> numbers.
 _CALLED_FOR = {
@@ -152,7 +157,8 @@ def check_step(question: str, before: str, step: str) -> bool | None:
 
 
 def check_step_once(question: str, before: str, step: str) -> bool | None:
-    """As ``check_step``, and no number of the question is an operand more often than the question writes it.
+    """As ``check_step``, and no number of the question is an operand more often than the question tells it, in digits
+    or in words ("triples").
 
     For problems that use each fact once; a number that is a result as well, or a constant, may stand anywhere.
     """
@@ -160,11 +166,48 @@ def check_step_once(question: str, before: str, step: str) -> bool | None:
     if holds is not True:
         return holds
     earlier, found = equations(before), equations(step, before)
-    given = Counter(number_texts(question))
+    given = told(question)
     results = {equation.result for equation in [*earlier, *found]} | ALWAYS
     used = Counter(operand for equation in [*earlier, *found] for operand in equation.operands)
     new = {operand for equation in found for operand in equation.operands}
     return all(used[number] <= given[number] for number in new if number in given and number not in results)
+
+
+def computes(question: str, derivation: str, formula: Callable[[Sequence[Fraction]], Fraction]) -> bool:
+    """Whether the last equation of a derivation is the same function of the question's numbers as ``formula``, which is
+    given those written in digits, in their order.
+
+    An operand may be any of them that has its value, a result before, or a constant as above; one reading of the
+    derivation that is the formula is enough. Equal are functions that agree at three random places. More than 4,096
+    readings of an equation are not looked at: then it is not.
+    """
+    given, draw = number_texts(question), random.Random(0)
+    places = [[Fraction(draw.randrange(10**3, 10**6)) for _ in given] for _ in range(_PLACES)]
+    known: dict[Fraction, set[_Reading]] = {}
+    for number in numbers_of(re.sub(r"\d+(?:\.\d+)?", "", plain(question))) | ALWAYS:
+        known.setdefault(number, set()).add((number,) * _PLACES)
+    for i, number in enumerate(given):
+        known.setdefault(number, set()).add(tuple(place[i] for place in places))
+    last: set[_Reading] = set()
+    for equation in equations(_before_answer(derivation)):
+        ways = [_readings(term, known) for term in equation.terms] if equation.side else [set[_Reading]()]
+        if math.prod(map(len, ways)) > _MOST_READINGS:
+            return False
+        computed = [tuple(map(equation.at, zip(*chosen, strict=True))) for chosen in product(*ways)]
+        last = {tuple(value for value in values if value is not None) for values in computed if None not in values}
+        known.setdefault(equation.result, set()).update(last)
+    return tuple(map(formula, places)) in last
+
+
+def _readings(term: Operand, known: Mapping[Fraction, set[_Reading]]) -> set[_Reading]:
+    """What an operand can stand for: ``20%`` also for a hundredth of a 20, ``3/4`` for the quotient of a 3 and a 4."""
+    found = set(known.get(term.value, ()))
+    if len(term.parts) == 2:
+        above, below = (known.get(part, ()) for part in term.parts)
+        found |= {tuple(a / b for a, b in zip(x, y, strict=True)) for x in above for y in below if all(y)}
+    elif term.value != term.parts[0]:
+        found |= {tuple(a / 100 for a in x) for x in known.get(term.parts[0], ())}
+    return found
 
 
 def value_of(answer: str) -> Fraction | None:
@@ -177,6 +220,19 @@ def value_of(answer: str) -> Fraction | None:
         return Fraction(match[1].replace(" ", ""))
     except ZeroDivisionError:
         return None
+
+
+def told(question: str) -> Counter[Fraction]:
+    """How often a question tells each number, in digits or in words from two on: ``triples`` tells 3, ``half`` 2."""
+    words = re.findall(r"[a-z]+", plain(question).lower())
+    values = [_NUMBER_WORDS.get(word, Fraction(_SHARES.get(word, 0))) for word in words]
+    return Counter(number_texts(question)) + Counter(value for value in values if value >= 2)
+
+
+def uses_all(question: str, derivation: str) -> bool:
+    """Whether each number that the question tells is an operand as often as it is told."""
+    used = Counter(operand for equation in equations(_before_answer(derivation)) for operand in equation.operands)
+    return told(question) <= used
 
 
 def numbers_of(question: str) -> set[Fraction]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 
@@ -69,7 +69,8 @@ class Equation:
     is written in per cent. Of an unknown ``result`` is the value, and ``terms`` are those of both sides where this
     equation is the first to say it, none where it follows from that one.
 
-    start, end: characters of the text in which it was found, of the rewritten form.
+    start, end: characters of the text in which it was found, of the rewritten form. side: the tokens that its terms are
+    the operands of; none of an equation with an unknown.
     """
 
     text: str
@@ -79,11 +80,18 @@ class Equation:
     percent: bool
     start: int
     end: int
+    side: tuple[_Token, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def operands(self) -> tuple[Fraction, ...]:
         """The numbers that its operands are written by."""
         return tuple(part for term in self.terms for part in term.parts)
+
+    def at(self, values: Sequence[Fraction]) -> Fraction | None:
+        """What its operands' side comes to with these values in their places; None where it can't be computed, or of an
+        equation with an unknown."""
+        side, _ = _expression(self.side, Fraction(1), values) if self.side else (None, 0)
+        return None if side is None else side.value
 
     def founded(self, known: Set[Fraction]) -> bool:
         """Whether each operand is known, or all numbers that it is written by are."""
@@ -111,6 +119,7 @@ class _Side:
     percent: bool
     start: int
     end: int
+    tokens: tuple[_Token, ...]
 
 
 def plain(text: str) -> str:
@@ -190,20 +199,28 @@ def _read(clause: Sequence[_Token], text: str, solved: dict[str, Fraction]) -> l
         if token.kind == "is" and (not left.operators or right.operators):
             continue  # "there are 5 + 3 = 8 eggs", "what is 2 + 3": not a statement of this form
         ok = abs(left.value - right.value) <= _tolerance(left, right, token)
-        terms, result = left.terms, right.value
+        side, result = left, right.value
         if right.operators and not left.operators:  # "12 = 3 * 4"
-            terms, result = right.terms, left.value
+            side, result = right, left.value
         elif right.operators and not ok:
             # A running total: what this side equals is the number that the next side begins with.
             result = right.terms[0].parts[0]
             ok = left.value == result
-        found.append(_equation(text, left, right, ok, terms, result))
+        found.append(_equation(text, left, right, ok, side.terms, result, side.tokens))
     return found
 
 
-def _equation(text: str, left: _Side, right: _Side, ok: bool, terms: tuple[Operand, ...], result: Fraction) -> Equation:
+def _equation(
+    text: str,
+    left: _Side,
+    right: _Side,
+    ok: bool,
+    terms: tuple[Operand, ...],
+    result: Fraction,
+    side: tuple[_Token, ...] = (),
+) -> Equation:
     written = text[left.start : right.end].strip()
-    return Equation(written, ok, terms, result, right.percent, left.start, right.end)
+    return Equation(written, ok, terms, result, right.percent, left.start, right.end, side)
 
 
 def _tolerance(left: _Side, right: _Side, sign: _Token) -> Fraction:
@@ -265,10 +282,12 @@ def _behind(clause: Sequence[_Token], at: int, unknown: Fraction = Fraction(1)) 
     return side
 
 
-def _expression(tokens: Sequence[_Token], unknown: Fraction) -> tuple[_Side | None, int]:
+def _expression(
+    tokens: Sequence[_Token], unknown: Fraction, values: Sequence[Fraction] | None = None
+) -> tuple[_Side | None, int]:
     """The expression that the tokens begin with, and how many of them it takes (units behind it included). unknown: the
-    value of every unknown."""
-    parser = _Parser(tokens, unknown)
+    value of every unknown. values: in place of the operands' own."""
+    parser = _Parser(tokens, unknown, values)
     try:
         value = parser.sum()
     except (_Unreadable, ZeroDivisionError):
@@ -286,6 +305,7 @@ def _expression(tokens: Sequence[_Token], unknown: Fraction) -> tuple[_Side | No
         percent,
         tokens[0].start,
         end.end,
+        tuple(tokens[: parser.at]),
     )
     return side, parser.at
 
@@ -297,8 +317,9 @@ class _Unreadable(Exception):
 class _Parser:
     """Sums of products of signed numbers, powers and parentheses; words behind an operand are its unit."""
 
-    def __init__(self, tokens: Sequence[_Token], unknown: Fraction) -> None:
+    def __init__(self, tokens: Sequence[_Token], unknown: Fraction, values: Sequence[Fraction] | None) -> None:
         self.tokens, self.at, self.seen = tokens, 0, 0
+        self.values = values
         self.terms: list[Operand] = []
         self.unknown, self.unknowns = unknown, set[str]()
         self.operators, self.last, self.exact = 0, "", True
@@ -365,6 +386,8 @@ class _Parser:
         if following is not None and following.kind == "percent":
             self.take()
             value /= 100
+        if self.values is not None:
+            value = self.values[len(self.terms)]
         self.terms.append(Operand(value, parts))
         return value
 

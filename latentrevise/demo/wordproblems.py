@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from latentrevise.checkers.arithmetic import ArithmeticDerivation, check_against
+from latentrevise.checkers.arithmetic import ArithmeticDerivation, check_against, computes, uses_all
 from latentrevise.demo.data import Split, split_of
 from latentrevise.errors import InputError
 
@@ -84,6 +86,24 @@ class WordProblem:
     def derivation(self) -> str:
         return " ".join(f"{left} {operator} {right} = {result}." for left, operator, right, result in self.equations)
 
+    def formula(self, numbers: Sequence[Fraction]) -> Fraction:
+        """The answer where the text's numbers, as digits and in their order, were these."""
+        own = iter(numbers)
+        owned = next(own)
+        for kind, _, _ in self.events:
+            match kind:
+                case "add":
+                    owned += next(own)
+                case "take":
+                    owned -= next(own)
+                case "share":
+                    owned /= next(own)
+                case "packs":
+                    owned += next(own) * next(own)
+                case _:
+                    owned *= {"double": Fraction(2), "triple": Fraction(3), "halve": Fraction(1, 2)}[kind]
+        return owned
+
     @property
     def solution(self) -> str:
         return f"{self.derivation} The answer is \\boxed{{{self.answer}}}."
@@ -142,8 +162,14 @@ def _not_mine(prompt: str, why: str) -> InputError:
 
 
 def check(prompt: str, prefix: str, continuation: str, answer: str) -> ArithmeticDerivation:
-    """``checker: latentrevise.demo.wordproblems:check``: true and founded equations, the needed ones among them."""
-    return check_against(prompt, prefix, continuation, answer, parse(prompt).derivation)
+    """``checker: latentrevise.demo.wordproblems:check``: true and founded equations, and either the needed ones among
+    them or, as where operations are taken in another order, the same formula of the question's numbers, each of which
+    is an operand as often as it is told."""
+    problem, text = parse(prompt), prefix + continuation
+    found = check_against(prompt, prefix, continuation, answer, problem.derivation)
+    if found.reason == "missing_step" and uses_all(prompt, text) and computes(prompt, text, problem.formula):
+        return replace(found, valid=True, reason=None)
+    return found
 
 
 def word_problems(n: int, steps: int, *, split: Split = "report", seed: int = 0) -> list[dict[str, Any]]:

@@ -8,12 +8,14 @@ another kind (modulo a number) can be read too. Our own decision.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from latentrevise.checkers.arithmetic import ALWAYS, numbers_of
-from latentrevise.checkers.equations import equations, number_texts
+from latentrevise.checkers.arithmetic import ALWAYS, numbers_of, told
+from latentrevise.checkers.equations import equations
 from latentrevise.checkers.loading import StepChecker
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import decoded
@@ -48,16 +50,16 @@ def text_signals(
 
 def provenance(question: str, steps: str) -> dict[str, float]:
     """``founded``: the share of the steps' equations all of whose operands are in the question, a result before, or 1,
-    2 or 100; left out without an equation. ``used``: the share of the question's numbers, as digits, that are an
-    operand or a result; left out where the question has none.
+    2 or 100; left out without an equation. ``used``: the share of the question's numbers, in digits or words (see
+    ``told``), that are an operand or a result, each as often as it is told; left out where the question has none.
     """
     found = equations(steps)
-    known, seen, founded = numbers_of(question) | ALWAYS, set(), 0
+    known, seen, founded = numbers_of(question) | ALWAYS, Counter[Fraction](), 0
     for equation in found:
         founded += equation.founded(known)
         known.add(equation.result)
-        seen |= {*equation.operands, equation.result}
+        seen.update((*equation.operands, equation.result))
     signals = {"founded": founded / len(found)} if found else {}
-    if given := set(number_texts(question)):
-        signals["used"] = len(given & seen) / len(given)
+    if given := told(question):
+        signals["used"] = (given & seen).total() / given.total()
     return signals

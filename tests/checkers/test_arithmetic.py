@@ -11,7 +11,10 @@ from latentrevise.checkers.arithmetic import (
     check_against,
     check_step,
     check_step_once,
+    computes,
     numbers_of,
+    told,
+    uses_all,
     value_of,
 )
 from latentrevise.checkers.equations import equations
@@ -271,6 +274,63 @@ APPLES = "Ann has 12 apples and buys 3 bags of 5. How many has she?"
 def test_a_step_is_checked_by_the_question_and_what_came_before(before, step, holds, once):
     assert check_step(APPLES, before, step) is holds
     assert check_step_once(APPLES, before, step) is once
+
+
+@pytest.mark.parametrize(
+    ("question", "steps", "once"),
+    [
+        ("Ann has 3 apples. She triples them.", ("3 * 3 = 9.",), (True,)),
+        ("Ann has 3 apples. She triples them.", ("3 * 3 = 9.", "9 * 3 = 27."), (True, False)),
+        ("Ann has 3 apples. She buys 3 more.", ("3 + 3 = 6.", "6 / 3 = 2."), (True, False)),
+        ("Ann has six apples and loses a third.", ("6 / 3 = 2.", "2 * 3 = 6.", "6 * 3 = 18."), (True, False, False)),
+    ],
+)
+def test_words_tell_numbers_too(question, steps, once):
+    texts = [(" ".join(steps[:i]), step) for i, step in enumerate(steps)]
+    assert tuple(check_step_once(question, *text) for text in texts) == once
+
+
+def test_how_often_numbers_are_told():
+    found = told("Ann has 4 of a dozen eggs, doubles them, doubles them again, gives half away and buys one box of 4.")
+    assert found == {4: 2, 12: 1, 2: 3}
+    assert uses_all("Ann has 4 eggs, doubles them and buys 4.", "4 * 2 = 8. 4 + 8 = 12. \\boxed{12}")
+    assert not uses_all("Ann has 4 eggs, doubles them and buys 4.", "4 * 2 = 8. 8 + 8 = 16. \\boxed{4 * 4 = 16}")
+
+
+STORY = "Ann has 15 apples. She gets 5 packs of 4. She shares them among 5 boxes and keeps one. She eats 3 and buys 4."
+
+
+def story(numbers):
+    start, packs, each, boxes, eaten, bought = numbers
+    return (start + packs * each) / boxes - eaten + bought
+
+
+@pytest.mark.parametrize(
+    ("derivation", "right"),
+    [
+        ("5 * 4 = 20. 15 + 20 = 35. 35 / 5 = 7. 7 - 3 = 4. 4 + 4 = 8.", True),
+        ("5 * 4 = 20. 15 + 20 = 35. 35 / 5 = 7. 4 + 7 = 11. 11 - 3 = 8.", True),
+        ("(15 + 5 * 4) / 5 = 7, so 7 + 4 - 3 = 8.", True),
+        ("15 + 5 * 4 = 7 * 5 = 35. 35 / 5 = 7. 7 - 3 + 4 = 8.", True),
+        ("5 * 4 = 20. 15 + 20 = 35. 35 / 5 = 7. 5 - 4 = 1. 7 + 1 = 8.", False),  # with these numbers alone
+        ("5 + 3 = 8.", False),
+        ("4 * 2 = 8.", False),
+        ("let x be it. x + 3 = 11. so x = 8.", False),
+        ("15 apples.", False),
+    ],
+)
+def test_a_derivation_is_held_against_a_formula(derivation, right):
+    assert computes(STORY, derivation, story) is right
+
+
+def test_a_formula_is_read_through_shares_and_constants():
+    question = "A coat costs $80. It is 25% off, and Ann pays half of that. Bob pays 3/4 of the 80."
+    assert computes(question, "25% of 80 is 20. 80 - 20 = 60. 60 / 2 = 30.", lambda n: n[0] * (1 - n[1] / 100) / 2)
+    assert computes(question, "3/4 * 80 = 60.", lambda n: n[4] * n[2] / n[3])
+    assert not computes(question, "3/4 * 80 = 60. 60 / 2 = 30.", lambda n: n[0] * (1 - n[1] / 100) / 2)
+    many = "Ann has 2 apples, " + ", ".join(["2"] * 8) + "."
+    assert computes(many, "2 + 2 = 4.", lambda n: n[0] + n[1])
+    assert not computes(many, "2 + 2 + 2 + 2 + 2 = 10.", lambda n: sum(n[:5])), "too many readings"
 
 
 def test_steps_of_a_valid_derivation_hold_and_a_pasted_result_does_not():

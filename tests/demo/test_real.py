@@ -4,11 +4,13 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentrevise.checkers.equations import number_texts
 from latentrevise.data.boundary import Boundary, Regex
 from latentrevise.demo import real
 from latentrevise.demo.wordproblems import NAME, check, lessons, parse, sample, word_problems
@@ -41,6 +43,40 @@ def test_broken_derivations_are_not_valid():
         wrong = f"{steps[0].rsplit('= ', 1)[0]}= {int(result) + 1}"
         assert not check(row["prompt"], "", ". ".join([wrong, *steps[1:-1]]) + ". " + end, row["answer"]).valid
         assert not check(row["prompt"], "", end, row["answer"]).valid
+
+
+def test_another_order_with_the_same_formula_is_valid():
+    """Of two neighbouring steps without another between them the second may come first; with other numbers it is the
+    same problem."""
+    text = (
+        "Ivan has 27 shells. Then Ivan triples the number of shells. Then Ivan sells 74 of them. Later Ivan finds 25"
+        " more shells. Then Ivan triples the number of shells. Then Ivan shares them equally among 4 boxes and keeps"
+        " one box. How many shells does Ivan have now?"
+    )
+    problem, end = parse(text), "The answer is \\boxed{24}."
+    assert check(text, "27 * 3 = 81. 81 - 74 = 7. 7 + 25 = 32. 32 / 4 = 8. 8 * 3 = 24. ", end, "24").valid
+    assert check(text, "27 * 3 = 81. 81 + 25 = 106. 106 - 74 = 32. 32 * 3 = 96. 96 / 4 = 24. ", end, "24").valid
+    for wrong in (
+        "27 - 3 = 24. ",
+        "27 * 3 = 81. 81 - 74 = 7. 7 + 25 = 32. 32 - 4 = 28. 28 - 4 = 24. ",  # with these numbers alone
+        "81 - 74 = 7. 7 + 25 = 32. 32 / 4 = 8. 8 * 3 = 24. ",
+    ):
+        assert not check(text, wrong, end, "24").valid
+    short = (
+        "Tom has 5 books. Then Tom doubles the number of books. Half of the books get lost. How many books does Tom"
+        " have now?"
+    )
+    found = check(short, "5 + 0 = 5. ", "The answer is \\boxed{5}.", "5")
+    assert (found.valid, found.reason) == (False, "unfounded_operand")
+    found = check(short, "5 * 1 = 5. ", "The answer is \\boxed{5}.", "5")
+    assert (found.valid, found.reason) == (False, "missing_step"), "the formula, but steps are left out"
+    assert problem.formula([Fraction(n) for n in (27, 74, 25, 4)]) == problem.answer == 24
+    assert problem.formula([Fraction(n) for n in (30, 74, 25, 4)]) == Fraction(3 * (90 - 49), 4)
+
+
+def test_the_formula_gives_the_answer():
+    for row in word_problems(100, 6):
+        assert parse(row["prompt"]).formula(number_texts(row["prompt"])) == int(row["answer"])
 
 
 def test_prompts_are_different_seeded_and_of_one_split():
