@@ -124,7 +124,7 @@ class RecoverConfig(CutSettings, PromptSettings, VerifySettings):
 
     ELSEWHERE: ClassVar[tuple[str, ...]] = ("deaths", "lease_seconds", "ray")  # who computes, not what
 
-    strategies: tuple[str, ...] = ("latent", "latent-plausible", "pivot", "resample-prefix", "resample")
+    strategies: tuple[str, ...] = ("latent", "pivot", "branch-mass", "resample-prefix", "resample")
     rollouts: int = 16
     mine: RoundsConfig = field(default_factory=RoundsConfig)
     continuations: RoundsConfig = field(default_factory=RoundsConfig)

@@ -46,7 +46,7 @@ class RepairSettings(CutSettings):
     trained) where a mixture was. max_groups: repaired in one generation batch (0: all).
     """
 
-    strategy: str = "latent-plausible"
+    strategy: str = "pivot"
     replace: int = 1
     rendering: Literal["auto", "argmax", "original", "continuation"] = "auto"
     max_groups: int = 0
