@@ -81,9 +81,10 @@ class GuardConfig:
         target).
     min_founded: (``unfounded-operand``) share of the row's equations whose operands are all in the question or results
         before them; min_used: (``unused-fact``) share of the question's numbers that its equations use (see
-        ``recovery.provenance``). For tasks whose derivations are equations over the question's numbers. min_true_steps: (``false-step``) share of the row's steps that the ``step_checker`` holds for true, of
-        those that it judges. Of all these a trainer's repair measures neither ``min_agreement`` nor
-        ``min_contrast``, and refuses them.
+        ``recovery.provenance``). For tasks whose derivations are equations over the question's numbers.
+        min_true_steps: (``false-step``) share of the row's steps that the ``step_checker`` holds for true, of those
+        that it judges. Of all these a trainer's repair measures neither ``min_agreement`` nor ``min_contrast``, and
+        refuses them.
     max_text_nll: (``broken-text``) nats a token by which the text that a mixture is written as may be less likely,
         under the plain model, than the failed prefix it came from; beyond that the row's prefix is broken text (arXiv
         2606.29938, Eq. 8, does that to tables whose rows differ in norm). Our own decision.
