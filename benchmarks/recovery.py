@@ -35,7 +35,7 @@ import torch
 from benchmarks import harness
 from benchmarks.recovery_plans import GSM, PLANS
 from benchmarks.recovery_strata import draw_further, gains, strata
-from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, summary, tables
+from benchmarks.recovery_tables import PICTURED, SHOWN, brief, figure, guard_figure, shown_families, summary, tables
 from latentrevise.data.records import Verdict, read_records
 from latentrevise.data.storage import atomic_write, write_json
 from latentrevise.demo import Family, get_family, make_prompts, real, wordproblems
@@ -378,8 +378,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
             figure(study, root / f"docs/figures/{name}.png")
         if name in SHOWN:
             publish(brief(document), root / "docs/recovery.md", name)
-        if name == "recovery":
-            publish(summary(study), root / "README.md")
-            if len(seeds) > 1:
-                guard_figure(study, root / "docs/figures/guards.png")
+            publish(summary(shown_families(root / "benchmarks/results")), root / "README.md")
+        if name == "recovery" and len(seeds) > 1:
+            guard_figure(study, root / "docs/figures/guards.png")
     return document

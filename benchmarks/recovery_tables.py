@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from benchmarks.recovery_strata import BEYOND, FAR
 from latentrevise.data.storage import atomic_write
 
 SHOWN = {  # what docs/recovery.md has of a study; all rows of all studies are on the site's page of all rows
-    "gsm": ("pivot-checked", "pivot-trie", "step-checked", "resample", "resample-rho0.8", "latent", "latent-random"),
+    "gsm": (
+        *("branch-checked", "step-checked", "branch-mass", "latent", "latent-random"),
+        *("resample-rho0.8", "resample"),
+    ),
     "recovery": (
         "hint",
         "pivot-pair",
@@ -132,6 +136,12 @@ def _percent(rate: Sequence[float] | None) -> str:
 
 def _commits(document: dict[str, Any]) -> str:
     return harness.provenance("runs", document.get("commits", {harness.NOT_RECORDED: len(document["units"])}))
+
+
+def shown_families(results: Path) -> dict[str, dict[str, Any]]:
+    """The families of all published studies that docs/recovery.md shows, those on real text first."""
+    documents = [json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in SHOWN]
+    return {family: pooled for document in documents for family, pooled in document["families"].items()}
 
 
 def summary(study: dict[str, dict[str, Any]]) -> str:

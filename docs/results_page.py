@@ -14,9 +14,12 @@ PAGE = "results.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 STUDIES = {
     "gsm": ("Recovery on real text", recovery_tables.tables),
+    "gsm-scored": ("Recovery on real text, forks by the answer", recovery_tables.tables),
+    "gsm6": ("Recovery on real text, six steps", recovery_tables.tables),
+    "gsm7": ("Recovery on real text, seven steps", recovery_tables.tables),
+    "gsm8": ("Recovery on real text, eight steps", recovery_tables.tables),
     "gsm-before": ("Recovery on real text, before", recovery_tables.tables),
     "gsm-earlier": ("Recovery on real text, earlier prompts", recovery_tables.tables),
-    "gsm7": ("Recovery on real text, seven steps", recovery_tables.tables),
     "gsm-rivals": ("Recovery on real text, every strategy", recovery_tables.tables),
     "gsm-others": ("Recovery on real text, more strategies", recovery_tables.tables),
     "gsm-mass": ("Recovery on real text, forks by mass", recovery_tables.tables),

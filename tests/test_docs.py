@@ -66,7 +66,8 @@ def test_every_study_is_on_the_page_of_all_rows(site):
 @pytest.mark.parametrize(
     "study",
     [
-        *("gsm", "gsm-before", "gsm-earlier", "gsm7", "gsm-rivals", "gsm-others", "gsm-mass", "gsm-variants"),
+        *("gsm", "gsm-scored", "gsm6", "gsm7", "gsm8", "gsm-before", "gsm-earlier", "gsm-rivals", "gsm-others"),
+        *("gsm-mass", "gsm-variants"),
         *("recovery", "rivals", "variants"),
         *("training", "training-real"),
     ],

@@ -112,9 +112,10 @@ def test_rows_agree_with_each_other(finished, rule):
 
 def test_compute_is_charged_to_those_who_spend_it(finished):
     arms = finished[0].metrics["arms"]
-    for name in ("latent", "latent-plausible"):
-        assert arms[name]["compute"]["backward"] > 0
+    assert arms["latent"]["compute"]["backward"] > 0
+    for name in ("latent", "pivot"):
         assert arms[name + "@wrong"]["target"] == "wrong"
+    assert arms["branch-mass"]["compute"]["forward"] > arms["branch-mass"]["compute"]["backward"] == 0
     for name in ("resample", "resample-prefix", "resample@equal"):
         assert (arms[name]["compute"]["forward"], arms[name]["compute"]["backward"]) == (0, 0)
         assert name + "@wrong" not in arms
