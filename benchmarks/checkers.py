@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.recovery_strata import finished
 from latentrevise.checkers.arithmetic import check, check_against
 from latentrevise.data.records import Prompt, Rollout, Sample, read_records
 from latentrevise.data.storage import write_json
@@ -161,7 +162,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     if find_spec("reasoning_gym"):
         sources["gsm_symbolic"] = list(gsm_symbolic(seed))
     if options.runs:
-        sources["rollouts"] = list(rollouts(options.runs))
+        sources["rollouts"] = list(rollouts(finished(options.runs)))
         if not sources["rollouts"]:
             told = ", ".join(map(str, options.runs))
             raise InputError(f"{told}: no right rollout in it; give runs of the study of --families gsm")

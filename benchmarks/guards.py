@@ -19,6 +19,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks import harness
+from benchmarks.recovery_strata import finished
 from latentrevise.checkers.loading import load
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Sample, Start, Verdict, original_prefix, read_records
@@ -143,11 +144,8 @@ def measure(chosen_on: Sequence[Judged], others: Sequence[Judged]) -> dict[str, 
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks guards --runs DIR ...``."""
     families: dict[str, dict[int, list[Path]]] = {}
-    for run in options.runs or ():
-        family, _, rest = run.name.partition("-m")
-        seed = rest.partition("-p")[2]
-        if not seed.isdigit() or not RunDirectory(run).metrics.is_file():
-            raise InputError(f"{run}: no finished run of the recovery study (FAMILY-mMODEL-pSEED); leave it out")
+    for run in finished(options.runs or ()):
+        family, seed = run.name.partition("-m")[0], run.name.rpartition("-p")[2]
         families.setdefault(family, {}).setdefault(int(seed), []).append(run)
     if not families:
         raise InputError("guards: name the run directories of a finished recovery study with --runs")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrevise.data.records import Rollout, Verdict, read_records, row_seed
+from latentrevise.errors import InputError
 from latentrevise.recovery.guards import bootstrap_mean, pass_at_k, wilson
 from latentrevise.recovery.metrics import POOL
 from latentrevise.recovery.pipeline import Recovery
@@ -23,6 +24,14 @@ from latentrevise.recovery.settings import RoundsConfig
 
 WITHIN, BEYOND, FAR = "within", "beyond", "far"
 _ROUNDS = 6  # that further rollouts are drawn in: a prompt is left at its first right one
+
+
+def finished(runs: Sequence[Path]) -> list[Path]:
+    """The runs again. Raises InputError for one that is no finished run of a recovery study."""
+    for run in runs:
+        if not RunDirectory(run).metrics.is_file() or not run.name.rpartition("-p")[2].isdigit():
+            raise InputError(f"{run}: no finished run of the recovery study (FAMILY-mMODEL-pSEED); leave it out")
+    return list(runs)
 
 
 def further(run: Path) -> Path:

@@ -41,6 +41,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.recovery import publish
+from benchmarks.recovery_strata import finished
 from benchmarks.training import TRAINER, Cell, paid, reinforced, repair_by, tuned
 from benchmarks.training_plan import Sizes
 from benchmarks.training_tables import pool, tables
@@ -232,7 +233,8 @@ def hard_of(out: Path, source: Pool, sizes: Sizes) -> set[str]:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """``python -m benchmarks training_real``: see ``--help`` for the options it reads."""
     out, sizes = options.out, QUICK if options.quick else SIZES
-    places = tuple(options.runs or sorted(Path("gsm-study").glob(f"{NAME}-m*-p*/")))
+    there = sorted(path.parent for path in Path("gsm-study").glob(f"{NAME}-m*-p*/metrics.json"))
+    places = tuple(finished(options.runs or there))
     if not places:
         raise ConfigError(
             "no finished run: name them with --runs, or make them by python -m benchmarks recovery --families gsm"

@@ -8,7 +8,7 @@ from benchmarks.training import Cell
 from benchmarks.training_plan import Sizes
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Verdict, write_records
 from latentrevise.demo.wordproblems import NAME, word_problems
-from latentrevise.errors import ConfigError
+from latentrevise.errors import ConfigError, InputError
 from latentrevise.recovery.rundir import RunDirectory
 from tests.tiny import EOS, tiny_tokenizer
 
@@ -105,3 +105,10 @@ def test_the_study_needs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no finished run: name them with --runs"):
         main(["training_real"])
+    drawn = tmp_path / "gsm-study" / "gsm-m0-p4-further"  # rollouts of the hard prompts alone: no run of the study
+    drawn.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no finished run: name them with --runs"):
+        main(["training_real"])
+    for command in ("training_real", "checkers", "guards"):
+        with pytest.raises(InputError, match=r"gsm-m0-p4-further: no finished run of the recovery study .*; leave it"):
+            main([command, "--runs", str(drawn)])
