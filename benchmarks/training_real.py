@@ -255,8 +255,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     ]
     with ProcessPoolExecutor(options.jobs or os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
         for wave in waves:
-            for finished in as_completed([workers.submit(run, cell, out, source, sizes) for cell in wave]):
-                print(finished.result(), flush=True)
+            for done in as_completed([workers.submit(run, cell, out, source, sizes) for cell in wave]):
+                print(done.result(), flush=True)
     cells = [Cell(NAME, kind, arm, 0, order) for kind, arms in ARMS.items() for arm in arms for order in orders]
     found = [json.loads(cell.file(out).read_text(encoding="utf-8")) for cell in cells if cell.file(out).exists()]
     document = {
