@@ -152,10 +152,9 @@ def test_prompts_with_a_short_beginning_in_common_are_kept_apart():
     """Eight prompts that share 25 of 85 tokens, each with rollouts begun: a line a prompt, with all its rollouts."""
     prompts = [[*range(25), *range(1000 * p, 1000 * p + 60)] for p in range(1, 9)]
     rollouts = [[*prompt, *range(-100 * j - 30, -100 * j)] for prompt in prompts for j in range(1, 9)]
-    found = families([115] * 64, shared_prefixes(rollouts))
-    assert [family.members for family in found] == [list(range(8 * p, 8 * p + 8)) for p in range(8)]
-    assert [family.tokens for family in found] == [85 + 8 * 30] * 8
-    assert len(families([85] * 8, shared_prefixes(prompts))) == 8
+    found = families(shared_prefixes(rollouts))
+    assert found == [list(range(8 * p, 8 * p + 8)) for p in range(8)]
+    assert len(families(shared_prefixes(prompts))) == 8
 
 
 def test_a_crowded_family_parts_by_prompts_and_then_by_rows(monkeypatch):
@@ -176,3 +175,67 @@ def test_a_crowded_family_parts_by_prompts_and_then_by_rows(monkeypatch):
     together = engine.generate(requests, params)
     assert [[c.ids for c in row] for row in together] == [[c.ids for c in row] for row in alone]
     assert list(dict.fromkeys(forms)) == [4, "padded"]
+
+
+def grown(requests, found):
+    """Each request with its first two completions behind it: what a search asks next."""
+    return [
+        Request((*request.ids, *completion.ids, 7), seed=request.seed + 100 * j)
+        for request, own in zip(requests, found, strict=True)
+        for j, completion in enumerate(own[:2])
+    ]
+
+
+@pytest.mark.parametrize("crowded", [0, 6, 1e9])
+@pytest.mark.parametrize("budget", [65536, 300])
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_what_was_run_in_a_call_is_reused_in_the_next(arch, budget, crowded, monkeypatch):
+    """Three calls, each behind the last one's completions, with rows that end at different steps; a budget of 300
+    positions is forgotten again and again."""
+    monkeypatch.setattr(lines, "_CROWDED", crowded)
+    model = tiny_model(arch, V, seed=1)
+    engine, params = (
+        HFEngine(model, tiny_tokenizer(V), token_budget=budget),
+        SamplingParams(n=3, max_new_tokens=8, stop=("1", "a")),
+    )
+    asked = [Request(ids, seed=i) for i, ids in enumerate(family()[:4])]
+    soft = Request(embeddings=model.get_input_embeddings().weight[draw(30, 5)].detach(), seed=77)
+    with engine.reusing():
+        for _ in range(3):
+            with engine.reusing():  # the outer one goes on
+                kept, ran = fed(model, engine, [*asked, soft], params)
+            alone, ran_alone = fed(
+                model, HFEngine(model, tiny_tokenizer(V), token_budget=budget), [*asked, soft], params
+            )
+            assert [[(c.ids, c.finish_reason) for c in row] for row in kept] == [
+                [(c.ids, c.finish_reason) for c in row] for row in alone
+            ]
+            for a, b in zip(chain(*alone), chain(*kept), strict=True):
+                torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+            asked = grown(asked, kept[:-1])
+    assert budget < 65536 or ran < ran_alone
+    assert len({len(c.ids) for row in kept for c in row}) > 3, "rows end at different steps"
+
+
+def test_each_distinct_token_of_several_calls_is_fed_once():
+    """But for the last of each request, whose logits are needed."""
+    model, engine = (model := tiny_model("qwen3", V, seed=1)), HFEngine(model)
+    asked, params = [Request(draw(20, i), seed=i) for i in range(3)], SamplingParams(n=2, max_new_tokens=6)
+    with engine.reusing():
+        found, first = fed(model, engine, asked, params)
+        _, again = fed(model, engine, asked, SamplingParams(max_new_tokens=1))
+        _, behind = fed(model, engine, grown(asked, found), SamplingParams(max_new_tokens=1))
+    assert (first, again) == (3 * 20 + 6 * 5, 3)
+    assert behind == 6 * 2, "the sixth token was sampled and not run yet"
+    _, after = fed(model, engine, asked, SamplingParams(max_new_tokens=1))
+    assert after == 3 * 20
+
+
+def test_new_weights_are_not_read_from_old_keys():
+    model, other = tiny_model("llama", V, seed=1), tiny_model("llama", V, seed=2)
+    engine, params, asked = HFEngine(model), SamplingParams(max_new_tokens=5, temperature=0.0), [Request(draw(20, 3))]
+    with engine.reusing():
+        engine.generate(asked, params)
+        engine.update(other)
+        found = engine.generate(asked, params)
+    assert found == HFEngine(other).generate(asked, params)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import deque
+from contextlib import nullcontext
 
 import pytest
 
@@ -36,6 +37,9 @@ class Scripted:
 
     def __init__(self, *replies):
         self.replies, self.asked = deque(replies), []
+
+    def reusing(self):
+        return nullcontext()
 
     def generate(self, requests, params, progress=None):
         each = params if isinstance(params, list) else [params] * len(requests)

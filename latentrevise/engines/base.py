@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -124,6 +124,12 @@ class Engine(Protocol):
         InputError before anything is computed if a request cannot be served (its index is named), and ModelError on
         logits that are not numbers. No request is held on to.
         """
+        ...
+
+    def reusing(self) -> AbstractContextManager[None]:
+        """While it is open, what requests of tokens and their completions have run need not be run again for a later
+        call that begins alike. The weights must not change meanwhile but by ``update``. The same calls, from its
+        opening on, give the same completions."""
         ...
 
     def update(self, model: PreTrainedModel) -> None:

@@ -1,14 +1,17 @@
-"""What a batch draws: each row's own random numbers, the token they choose, the completions in the end."""
+"""What a batch draws: each row's own random numbers, the token they choose, where texts stop, the completions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from latentrevise.engines.base import Completion, SamplingParams
+from latentrevise.engines.base import Completion, SamplingParams, stops_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Row(Protocol):
@@ -48,6 +51,29 @@ def uniform(batch: Sequence[Row]) -> Tensor:
     """``[B, steps]`` in [0, 1): each row's own stream, zeros behind its end."""
     streams = [torch.rand(row.most, generator=torch.Generator().manual_seed(row.seed)) for row in batch]
     return nn.utils.rnn.pad_sequence(streams, batch_first=True)
+
+
+def ends_in_stop(
+    tokenizer: PreTrainedTokenizerBase | None,
+    ids: Tensor,
+    held: Tensor,
+    candidates: Tensor,
+    step: int,
+    params: SamplingParams,
+    produced: Tensor,
+) -> Tensor:
+    """Which lines' text now stops them. Their ``produced`` is set; the token that completed it is kept."""
+    assert tokenizer is not None
+    found = torch.zeros_like(candidates)
+    # A token is seldom less than a character; some more for those that are, and for the marks around words.
+    # An expression may look back as far as it likes.
+    tail = step + 1 if params.stop_pattern else max(len(s) for s in params.stop) + 8
+    for line in candidates.nonzero()[:, 0].tolist():
+        text = tokenizer.decode(ids[held[line], max(0, step + 1 - tail) : step + 1])
+        if stops_text(params, str(text)):
+            found[line] = True
+            produced[held[line]] = step + 1
+    return found
 
 
 def completions(

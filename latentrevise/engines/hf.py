@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,11 @@ from latentrevise.engines.base import (
     evaluating,
     not_finite,
     stop_ids,
-    stops_text,
 )
 from latentrevise.engines.cache import GrowingLayer
-from latentrevise.engines.draw import choose, completions, uniform
-from latentrevise.engines.families import Family, Layout, families, lay_out
+from latentrevise.engines.draw import choose, completions, ends_in_stop, uniform
+from latentrevise.engines.families import Layout, families, lay_out
+from latentrevise.engines.kept import Kept
 from latentrevise.engines.lines import Lines, Packed, Padded, additive
 from latentrevise.engines.prefixes import Shared, row_keys, shared_prefixes
 from latentrevise.errors import ConfigError, ModelError, RunError
@@ -98,6 +99,7 @@ class HFEngine:
             )
         self._cache_argument = cache_argument(inner)
         self._keeps = "logits_to_keep" in accepted
+        self._kept: Kept | None = None
         self._shares = self._all_kept() and self._masks_hold()
 
     @property
@@ -152,6 +154,21 @@ class HFEngine:
         """See Engine. The engine samples from the model itself, so its own needs nothing."""
         check_model(model, self.tokenizer)
         self.model, self._embedding = model, input_embedding(model)
+        if self._kept is not None:
+            self._kept.forget()
+
+    @contextmanager
+    def reusing(self) -> Iterator[None]:
+        """See Engine. As many positions are kept as a batch may hold, ``token_budget``."""
+        if self._kept is not None or not self.shares_prefixes:
+            yield
+            return
+        with torch.inference_mode():
+            self._kept = Kept(self._empty_cache, self.token_budget)
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def sleep(self) -> None:
         """See Engine: between calls nothing is held but the model, and that is the policy's own."""
@@ -163,9 +180,9 @@ class HFEngine:
         found, shared = self._families([requests[i] for i in used])
         rank: dict[int, tuple[int, int]] = {}
         for number, family in enumerate(found):
-            if len(family.members) > 1:
-                longest = max(requests[used[i]].length for i in family.members)
-                rank.update((used[i], (-longest, number)) for i in family.members)
+            if len(family) > 1:
+                longest = max(requests[used[i]].length for i in family)
+                rank.update((used[i], (-longest, number)) for i in family)
         for i, s in enumerate(shared):
             if s.same and used[s.owner] in rank:
                 rank[used[i]] = rank[used[s.owner]]
@@ -201,6 +218,8 @@ class HFEngine:
                 position += len(batch)
                 continue
             # Behind the except clause, for the traceback there holds on to the batch's tensors.
+            if self._kept is not None:
+                self._kept.forget()
             if progress is not None:
                 progress(-reported[0], -reported[1])
             if torch.cuda.is_available():
@@ -239,6 +258,18 @@ class HFEngine:
         rows = self._embedding.weight.shape[0] if self.tokenizer is None else len(self.tokenizer)
         stops = torch.tensor(stop_ids(self.model, self.tokenizer, params), dtype=torch.long, device=device)
         held = torch.arange(count, device=device)  # which row each line of the cache belongs to
+
+        def leave(going: Tensor, step: int) -> None:
+            """Keep what the rows that do not go on have run, before their lines are dropped."""
+            if self._kept is None:
+                return
+            gone = []
+            for line in (~going).nonzero()[:, 0].tolist():
+                row = int(held[line])
+                if (asked := requests[batch[row].request].ids) is not None:
+                    gone.append((line, (*asked, *ids[row, : min(step, int(produced[row]))].tolist())))
+            self._kept.take(lines, gone)
+
         for step in range(steps):
             normalizer = torch.logsumexp(logits, dim=-1)
             good = torch.isfinite(normalizer)
@@ -256,7 +287,7 @@ class HFEngine:
             produced[held[stopping]] = step
             closed[held[stopping]] = True
             if params.stop or params.stop_pattern:
-                stopping |= self._ends_in_stop(ids, held, running & ~stopping, step, params, produced)
+                stopping |= ends_in_stop(self.tokenizer, ids, held, running & ~stopping, step, params, produced)
             ended[held[stopping]] = True
             left = running & ~stopping & (step + 1 < most[held])
             remaining = int(left.sum())
@@ -265,8 +296,10 @@ class HFEngine:
                 progress(ran - remaining, ran)
                 reported[0], reported[1] = reported[0] + ran - remaining, reported[1] + ran
             if remaining == 0:
+                leave(left, step)
                 break
             if remaining <= _COMPACT_AT * len(held):
+                leave(left, step)
                 keep = left.nonzero()[:, 0]
                 lines.keep(keep)
                 held, tokens, lengths = held[keep], tokens[keep], lengths[keep]
@@ -276,7 +309,7 @@ class HFEngine:
             logits = lines.feed(tokens, at)
         return completions(ids, logprobs, produced, ended, closed, params.logprobs)
 
-    def _families(self, requests: list[Request]) -> tuple[list[Family], list[Shared]]:
+    def _families(self, requests: list[Request]) -> tuple[list[list[int]], list[Shared]]:
         """Which of the requests share prefixes, as far as the model lets them."""
         if not self.shares_prefixes:
             shared = [Shared(i, 0, 0) for i in range(len(requests))]
@@ -284,14 +317,16 @@ class HFEngine:
             shared = shared_prefixes(row_keys([self._embedded(request) for request in requests]))
         else:
             shared = shared_prefixes([request.ids or () for request in requests])
-        return families([request.length for request in requests], shared), shared
+        return families(shared), shared
 
     def _begun(self, requests: list[Request], rows: list[int]) -> tuple[Lines, Tensor]:
         """The rows behind their prompts, and the next token's logits ``[B, V]``. rows: the request of each."""
         found, shared = self._families(requests)
-        if any(len(family.members) > 1 for family in found):
-            return self._packed(requests, lay_out(found, shared, [r.length for r in requests]), rows)
-        members = [i for family in found for i in family.members]
+        # Never the last position, whose logits are wanted.
+        known = [[] if self._kept is None or r.ids is None else self._kept.known(r.ids[:-1]) for r in requests]
+        if any(known) or any(len(family) > 1 for family in found):
+            return self._packed(requests, lay_out(found, shared, [r.length for r in requests], known), rows)
+        members = [i for family in found for i in family]
         owners = [members.index(shared[i].owner) for i in rows]
         parents = torch.tensor(owners, device=self._embedding.weight.device)
         cache = self._empty_cache()
@@ -323,12 +358,15 @@ class HFEngine:
         table, cache = self._embedding.weight, self._empty_cache()
         layout = layout.to(table.device)
         count, width = layout.owner.shape
+        if layout.held:
+            assert self._kept is not None
+            self._kept.fill(cache, layout.slots)
         embeddings = torch.zeros(count, width, table.shape[1], dtype=table.dtype, device=table.device)
         for member, (line, columns) in zip(layout.members, layout.places, strict=True):
             request = requests[member]
             embeddings[line, columns] = self._embedded(request, request.length - len(columns))
         # No more of a mask at once than is cheap beside the pass; all last tokens in one pass, for their logits.
-        stop, step = 0, max(layout.wanted, _MASK // (count * width))
+        stop, step = layout.held, max(layout.wanted, _MASK // (count * width))
         logits = torch.empty(0)
         while stop < width:
             start, stop = stop, stop + step
@@ -356,7 +394,7 @@ class HFEngine:
         ids = spread(rows, 9, repeat=True)
         requests = [Request(ids[:6]), Request([*ids[:3], *ids[6:]])]
         shared = [Shared(0, 0, 0), Shared(0, 3, 1)]
-        layout = lay_out(families([6, 6], shared), shared, [6, 6])
+        layout = lay_out(families(shared), shared, [6, 6], [(), ()])
         with evaluating(self.model), torch.inference_mode():
             wanted, _ = self._padded(self._empty_cache(), requests)
             try:
@@ -397,22 +435,6 @@ class HFEngine:
             **({"logits_to_keep": count} if self._keeps else {}),
         )
         return output.logits[:, -count:].to(self._embedding.weight.device, torch.float32)
-
-    def _ends_in_stop(
-        self, ids: Tensor, held: Tensor, candidates: Tensor, step: int, params: SamplingParams, produced: Tensor
-    ) -> Tensor:
-        """Which lines' text now stops them. Their ``produced`` is set; the token that completed it is kept."""
-        assert self.tokenizer is not None
-        found = torch.zeros_like(candidates)
-        # A token is seldom less than a character; some more for those that are, and for the marks around words.
-        # An expression may look back as far as it likes.
-        tail = step + 1 if params.stop_pattern else max(len(s) for s in params.stop) + 8
-        for line in candidates.nonzero()[:, 0].tolist():
-            text = self.tokenizer.decode(ids[held[line], max(0, step + 1 - tail) : step + 1])
-            if stops_text(params, str(text)):
-                found[line] = True
-                produced[held[line]] = step + 1
-        return found
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ class Forward(Protocol):
 
 class Lines(Protocol):
     """keep: go on with these rows alone. feed: a token ``[B]`` to each row, at a position ``[B]``; logits ``[B, V]``.
-    parted: the same rows, in the form that is the cheaper one by now."""
+    parted: the same rows, in the form that is the cheaper one by now. place: the line of ``cache`` that a row reads,
+    and the columns of what the row has run there, in its order."""
+
+    cache: Cache
 
     def keep(self, rows: Tensor) -> None: ...
 
@@ -45,24 +48,31 @@ class Lines(Protocol):
 
     def parted(self) -> Lines: ...
 
+    def place(self, row: int) -> tuple[int, Tensor]: ...
+
 
 class Padded:
     """A line of the cache for each row. mask: int64 ``[B, L]``; None: nothing is padded."""
 
     def __init__(self, forward: Forward, cache: Cache, mask: Tensor | None) -> None:
-        self._forward, self._cache, self._mask = forward, cache, mask
+        self._forward, self.cache, self._mask = forward, cache, mask
 
     def keep(self, rows: Tensor) -> None:
-        self._cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows)
         self._mask = None if self._mask is None else self._mask[rows]
 
     def feed(self, tokens: Tensor, at: Tensor) -> Tensor:
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        return self._forward(self._cache, self._mask, at[:, None], input_ids=tokens[:, None])[:, 0]
+        return self._forward(self.cache, self._mask, at[:, None], input_ids=tokens[:, None])[:, 0]
 
     def parted(self) -> Lines:
         return self
+
+    def place(self, row: int) -> tuple[int, Tensor]:
+        if self._mask is None:
+            return row, torch.arange(self.cache.get_seq_length())
+        return row, self._mask[row].nonzero()[:, 0]
 
 
 class Packed:
@@ -81,7 +91,7 @@ class Packed:
         sees: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        self._forward, self._empty, self._cache = forward, empty, cache
+        self._forward, self._empty, self.cache = forward, empty, cache
         self._family, self._sees, self._dtype = family, sees, dtype
         self._number()
 
@@ -98,7 +108,7 @@ class Packed:
         self._family, self._sees = self._family[rows], self._sees[rows]
         left, self._family = torch.unique(self._family, return_inverse=True)
         if len(left) < self._families:
-            self._cache.batch_select_indices(left)
+            self.cache.batch_select_indices(left)
         self._number()
 
     def feed(self, tokens: Tensor, at: Tensor) -> Tensor:
@@ -110,7 +120,7 @@ class Packed:
         seen = self._sees.new_zeros(*shape, self._sees.shape[1])
         seen[where] = self._sees
         mask = additive(seen, self._dtype)
-        return self._forward(self._cache, mask, positions, self._wide, input_ids=ids)[where]
+        return self._forward(self.cache, mask, positions, self._wide, input_ids=ids)[where]
 
     def parted(self) -> Lines:
         if not self._crowded(self._families, self._wide, self._sees.shape[1]):
@@ -124,6 +134,9 @@ class Packed:
         alone = torch.arange(len(self._sees), device=self._sees.device)
         lines, columns, real = self._columns(len(alone), alone)
         return Padded(self._forward, self._moved(lines, columns), None if bool(real.all()) else real.long())
+
+    def place(self, row: int) -> tuple[int, Tensor]:
+        return int(self._family[row]), self._sees[row].nonzero()[:, 0]
 
     def _crowded(self, lines: int, wide: int, width: int) -> bool:
         return lines * wide * (width + wide) > _CROWDED * (int(self._sees.sum()) + len(self._sees))
@@ -153,7 +166,7 @@ class Packed:
 
     def _moved(self, lines: Tensor, columns: Tensor) -> Cache:
         """A cache of these columns of these lines."""
-        cache, whole = self._empty(), stored(self._cache)
+        cache, whole = self._empty(), stored(self.cache)
         for index in range(len(whole)):
             keys, values = whole[index]
             cache.update(gathered(keys, lines, columns), gathered(values, lines, columns), index)

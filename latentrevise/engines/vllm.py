@@ -13,7 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +41,7 @@ from latentrevise.engines.vllm_setup import (
     VLLMConfig,
     alive,
     caller_undisturbed,
+    completion_of,
     named_weights,
     on_cpu,
     own_random_numbers,
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
     import vllm
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from vllm.outputs import CompletionOutput
-
-    from latentrevise.data.records import FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +159,10 @@ class VLLMEngine:
         if self._llm is not None:
             self._wake()
             self._accept(push=True, folder=folder)
+
+    def reusing(self) -> AbstractContextManager[None]:
+        """See Engine. vLLM's own prefix cache does it, always."""
+        return nullcontext()
 
     def sleep(self) -> None:
         """See Engine. On a CPU, and with ``sleep=False``, everything stays where it is."""
@@ -443,8 +446,4 @@ class VLLMEngine:
             raise not_finite(index, broken)
         if output.finish_reason not in ("stop", "length"):
             raise EngineDied(f"request {index} ended with {output.finish_reason!r}")
-        reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
-        end = None
-        if reason == "stop" and not isinstance(output.stop_reason, str):
-            end = ids.pop(), logprobs.pop()
-        return Completion(tuple(ids), tuple(logprobs) if params.logprobs else None, reason, end)
+        return completion_of(output, ids, logprobs, params)

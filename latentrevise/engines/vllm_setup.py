@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from vllm.outputs import CompletionOutput
 
+    from latentrevise.data.records import FinishReason
+
 CPU_KV_GIB = 2.0
 # On a CPU blocks are multiples of 32 tokens. Only whole blocks are shared, so short prompts want short blocks.
 CPU_BLOCK = 32
@@ -158,6 +160,17 @@ def sampled(output: CompletionOutput) -> tuple[list[int], list[float]]:
     ids = list(output.token_ids)
     assert output.logprobs is not None
     return ids, [entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)]
+
+
+def completion_of(
+    output: CompletionOutput, ids: list[int], logprobs: list[float], params: SamplingParams
+) -> Completion:
+    """What vLLM ended well, with the token that ended it apart."""
+    reason: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+    end = None
+    if reason == "stop" and not isinstance(output.stop_reason, str):
+        end = ids.pop(), logprobs.pop()
+    return Completion(tuple(ids), tuple(logprobs) if params.logprobs else None, reason, end)
 
 
 @contextmanager

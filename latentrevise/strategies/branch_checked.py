@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from latentrevise.checkers.loading import StepChecker
 from latentrevise.data.records import decoded
@@ -56,11 +57,12 @@ class BranchChecked:
         reader = Reader(tools, work[0].template_ids, self.forks.banned)
         reach = to_first_false(tools, reader, self.step_checker)
         paths, spent = [], []
-        for branches, compute in self.branches(tools, reader, work, samples, reach):
-            starts = [(branch.ids, continue_from(branch.fork, branch.among)) for branch in branches]
-            paths.append([Path(j, *starts[j % len(starts)]) if starts else Path(j) for j in range(samples)])
-            spent.append(compute)
-        walk(tools, reader, self.step_checker, self.steps.tries, self.name, list(zip(work, paths, strict=True)))
+        with tools.engine.reusing():
+            for branches, compute in self.branches(tools, reader, work, samples, reach):
+                starts = [(branch.ids, continue_from(branch.fork, branch.among)) for branch in branches]
+                paths.append([Path(j, *starts[j % len(starts)]) if starts else Path(j) for j in range(samples)])
+                spent.append(compute)
+            walk(tools, reader, self.step_checker, self.steps.tries, self.name, list(zip(work, paths, strict=True)))
         return [arrived(own, samples, compute) for own, compute in zip(paths, spent, strict=True)]
 
     def branches(
@@ -76,18 +78,18 @@ class BranchChecked:
         self, tools: Tools, reader: Reader, work: Sequence[Work], found: Sequence[Forks], most: int
     ) -> list[tuple[list[Branch], Compute]]:
         """The first ``most`` forks of each piece of work whose own step holds, of different text, and what they took
-        with what finding the forks did. No more are tried at a time than are still lacking."""
+        with what finding the forks did. ``most`` are tried at a time: a few that are tried in vain cost less time than
+        many calls for a few."""
         kept: list[dict[str, Branch]] = [{} for _ in work]
         left, spent = [iter(own.forks) for own in found], [own.compute for own in found]
-        while tried := [
-            (i, fork) for i, own in enumerate(kept) for _, fork in zip(range(most - len(own)), left[i], strict=False)
-        ]:
+        while tried := [(i, fork) for i, own in enumerate(kept) if len(own) < most for fork in islice(left[i], most)]:
             stems = [(work[i], (*fork.prefix_ids, fork.token)) for i, fork in tried]
             tails = completed(tools, reader, stems, self.forks.step_tokens)
             for (i, fork), (_, stem), (tail, written) in zip(tried, stems, tails, strict=True):
                 spent[i] += Compute(forward=1, decoded=written)
                 ids = (*stem, *tail)
                 text = decoded(tools.tokenizer, ids).strip()
-                if text not in kept[i] and holds(tools, reader, self.step_checker, work[i], ids, fork.at):
+                new = len(kept[i]) < most and text not in kept[i]
+                if new and holds(tools, reader, self.step_checker, work[i], ids, fork.at):
                     kept[i][text] = Branch(fork, ids, len(found[i].forks))
         return [(list(own.values()), compute) for own, compute in zip(kept, spent, strict=True)]

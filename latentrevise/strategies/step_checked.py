@@ -56,7 +56,8 @@ class StepChecked:
     def propose(self, tools: Tools, work: Sequence[Work], samples: int) -> list[list[Proposal]]:
         reader = Reader(tools, work[0].template_ids, self.banned)
         paths = [[Path(j) for j in range(samples)] for _ in work]
-        walk(tools, reader, self.step_checker, self.config.tries, self.name, list(zip(work, paths, strict=True)))
+        with tools.engine.reusing():
+            walk(tools, reader, self.step_checker, self.config.tries, self.name, list(zip(work, paths, strict=True)))
         return [arrived(own, samples, Compute()) for own in paths]
 
 
