@@ -1,16 +1,17 @@
-"""What requests that share tokens cost together: forks of one rollout, and prompts with a beginning in common.
+"""What requests that share tokens cost: forks of one rollout, prompts with a beginning in common, and step by step.
 
 A random model of about SmolLM2-135M's shape. Greedy forks of one rollout at different places are timed against one
 request: the engine should compute the rollout once and keep its keys and values once, so that forks cost their own
 tokens. Samples of prompts that share the beginning of a chat template are timed against those of prompts that share
-nothing: what is shared should not make them dearer. Alternately in one run.
+nothing: what is shared should not make them dearer. Rollouts that are sampled in calls of a step each, as a search with
+a step checker does, are timed with the keys and values of the calls before (``Engine.reusing``) and without.
+Alternately in one run.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from latentrevise.engines import HFEngine, Request, SamplingParams
 VOCABULARY, LAYERS = 49152, 30
 PROMPTS, LENGTH, BEGINNING = 8, 85, 25  # as the word problems' prompts are
 SAMPLES, NEW = 8, 60
+STEPS = 5  # of NEW / STEPS tokens
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
@@ -43,10 +45,11 @@ def main(options: argparse.Namespace) -> dict:
 def _cell(options: argparse.Namespace, dtype: str, device: torch.device, report: harness.Report) -> dict:
     layers = options.layers or LAYERS
     engine = HFEngine(_model(layers, dtype, device))
-    cells = {"forks": _forks(options.forks, options.rollout_tokens), "prompts": _prompts}
+    cells = {"forks": _forks(options.forks, options.rollout_tokens), "prompts": _prompts, "steps": _steps}
     told = {
         "forks": f"{options.forks} forks of {options.rollout_tokens} tokens, against one request",
         "prompts": f"{PROMPTS} x {SAMPLES} samples, {BEGINNING} of {LENGTH} tokens in common, against none in common",
+        "steps": f"{PROMPTS} x {SAMPLES} rollouts in {STEPS} calls that reuse keys and values, against calls that do not",
     }
     found = {}
     for name, ask in cells.items():
@@ -60,42 +63,62 @@ def _cell(options: argparse.Namespace, dtype: str, device: torch.device, report:
     return {"dtype": dtype, "layers": layers, **asked, "cells": found}
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """``shared``: the requests that are timed; ``other``: those that they are held against."""
-
-    shared: list[Request]
-    other: list[Request]
-    params: SamplingParams
+Timed = Callable[[HFEngine], object]
 
 
-def _forks(count: int, length: int) -> Callable[[int], _Asked]:
-    def ask(number: int) -> _Asked:
+def _forks(count: int, length: int) -> Callable[[int], tuple[Timed, Timed]]:
+    def ask(number: int) -> tuple[Timed, Timed]:
         drawn = _drawn(length + 1, number)
         rollout, other = drawn[:-1], drawn[-1]
         places = [length * (k + 1) // count - 1 for k in range(count)]
         params = SamplingParams(temperature=0, max_new_tokens=3)
-        return _Asked([Request([*rollout[:at], other]) for at in places], [Request(rollout)], params)
+        forks = [Request([*rollout[:at], other]) for at in places]
+        return _sampled(forks, params), _sampled([Request(rollout)], params)
 
     return ask
 
 
-def _prompts(number: int) -> _Asked:
+def _prompts(number: int) -> tuple[Timed, Timed]:
     drawn = _drawn(LENGTH * PROMPTS, number)
     prompts = [drawn[LENGTH * i : LENGTH * (i + 1)] for i in range(PROMPTS)]
     shared = [Request([*drawn[:BEGINNING], *prompt[BEGINNING:]], seed=i) for i, prompt in enumerate(prompts)]
     other = [Request(prompt, seed=i) for i, prompt in enumerate(prompts)]
-    return _Asked(shared, other, SamplingParams(n=SAMPLES, max_new_tokens=NEW))
+    params = SamplingParams(n=SAMPLES, max_new_tokens=NEW)
+    return _sampled(shared, params), _sampled(other, params)
 
 
-def _ratio(engine: HFEngine, ask: Callable[[int], _Asked], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of both, and of the rounds' ratios the median, 20 and 80 %. The first round is not counted."""
+def _steps(number: int) -> tuple[Timed, Timed]:
+    drawn = _drawn(LENGTH * PROMPTS, number)
+    prompts = [drawn[LENGTH * i : LENGTH * (i + 1)] for i in range(PROMPTS)]
+
+    def walk(engine: HFEngine) -> None:
+        rollouts = [prompt for prompt in prompts for _ in range(SAMPLES)]
+        for step in range(STEPS):
+            requests = [Request(ids, seed=STEPS * i + step) for i, ids in enumerate(rollouts)]
+            found = engine.generate(requests, SamplingParams(max_new_tokens=NEW // STEPS))
+            rollouts = [[*ids, *one.ids] for ids, (one,) in zip(rollouts, found, strict=True)]
+
+    def reusing(engine: HFEngine) -> None:
+        with engine.reusing():
+            walk(engine)
+
+    return reusing, walk
+
+
+def _sampled(requests: list[Request], params: SamplingParams) -> Timed:
+    return lambda engine: engine.generate(requests, params)
+
+
+def _ratio(
+    engine: HFEngine, ask: Callable[[int], tuple[Timed, Timed]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of what ``ask`` names, and of the rounds' ratios the median, 20 and 80 %. The first round is not
+    counted."""
     seconds: dict[str, list[float]] = {"shared": [], "other": []}
     for number in range(rounds + 1):
-        asked = ask(number)
+        asked = dict(zip(("shared", "other"), ask(number), strict=True))
         for name in ("other", "shared") if number % 2 else ("shared", "other"):
-            requests = getattr(asked, name)
-            taken = harness.clock(partial(engine.generate, requests, asked.params), device)
+            taken = harness.clock(partial(asked[name], engine), device)
             if number:
                 seconds[name].append(taken)
     low, middle, high = harness.quantiles([a / b for a, b in zip(seconds["shared"], seconds["other"], strict=True)])
