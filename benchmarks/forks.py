@@ -49,7 +49,7 @@ def _cell(options: argparse.Namespace, dtype: str, device: torch.device, report:
     told = {
         "forks": f"{options.forks} forks of {options.rollout_tokens} tokens, against one request",
         "prompts": f"{PROMPTS} x {SAMPLES} samples, {BEGINNING} of {LENGTH} tokens in common, against none in common",
-        "steps": f"{PROMPTS} x {SAMPLES} rollouts in {STEPS} calls that reuse keys and values, against calls that do not",
+        "steps": f"{PROMPTS} x {SAMPLES} rollouts in {STEPS} calls that reuse keys and values, or not",
     }
     found = {}
     for name, ask in cells.items():
