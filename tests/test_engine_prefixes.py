@@ -194,26 +194,24 @@ def test_what_was_run_in_a_call_is_reused_in_the_next(arch, budget, crowded, mon
     positions is forgotten again and again."""
     monkeypatch.setattr(lines, "_CROWDED", crowded)
     model = tiny_model(arch, V, seed=1)
-    engine, params = (
-        HFEngine(model, tiny_tokenizer(V), token_budget=budget),
-        SamplingParams(n=3, max_new_tokens=8, stop=("1", "a")),
-    )
+    engine = HFEngine(model, tiny_tokenizer(V), token_budget=budget)
+    params = SamplingParams(n=3, max_new_tokens=8, stop=("1", "a"))
     asked = [Request(ids, seed=i) for i, ids in enumerate(family()[:4])]
-    soft = Request(embeddings=model.get_input_embeddings().weight[draw(30, 5)].detach(), seed=77)
+    table = model.get_input_embeddings().weight.detach()
+    soft = [Request(embeddings=table[torch.tensor([*family()[0], *draw(9, 5)])], seed=77)]
     with engine.reusing():
-        for _ in range(3):
+        for also in ([], soft, []):  # nothing is reused beside a soft prefix, whose tokens are not known
             with engine.reusing():  # the outer one goes on
-                kept, ran = fed(model, engine, [*asked, soft], params)
-            alone, ran_alone = fed(
-                model, HFEngine(model, tiny_tokenizer(V), token_budget=budget), [*asked, soft], params
-            )
+                kept, ran = fed(model, engine, [*asked, *also], params)
+            fresh = HFEngine(model, tiny_tokenizer(V), token_budget=budget)
+            alone, ran_alone = fed(model, fresh, [*asked, *also], params)
             assert [[(c.ids, c.finish_reason) for c in row] for row in kept] == [
                 [(c.ids, c.finish_reason) for c in row] for row in alone
             ]
             for a, b in zip(chain(*alone), chain(*kept), strict=True):
                 torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
-            asked = grown(asked, kept[:-1])
-    assert budget < 65536 or ran < ran_alone
+            asked = grown(asked, kept[: len(asked)])
+    assert budget < 65536 or ran < 0.7 * ran_alone
     assert len({len(c.ids) for row in kept for c in row}) > 3, "rows end at different steps"
 
 

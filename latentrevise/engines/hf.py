@@ -322,8 +322,9 @@ class HFEngine:
     def _begun(self, requests: list[Request], rows: list[int]) -> tuple[Lines, Tensor]:
         """The rows behind their prompts, and the next token's logits ``[B, V]``. rows: the request of each."""
         found, shared = self._families(requests)
-        # Never the last position, whose logits are wanted.
-        known = [[] if self._kept is None or r.ids is None else self._kept.known(r.ids[:-1]) for r in requests]
+        known: list[list[int]] = [[] for _ in requests]
+        if self._kept is not None and all(request.ids for request in requests):
+            known = [self._kept.known((r.ids or ())[:-1]) for r in requests]  # the last one's logits are wanted
         if any(known) or any(len(family) > 1 for family in found):
             return self._packed(requests, lay_out(found, shared, [r.length for r in requests], known), rows)
         members = [i for family in found for i in family]

@@ -1,7 +1,7 @@
 """Keys and values that one call of the engine leaves behind for the next ones: a trie of tokens over one long line.
 
 A strategy that goes step by step asks again and again for what it has been given, with a step more. Without this each
-call runs all of it anew: on a model of 135M half of the seconds of ``branch-checked`` (issue 18).
+call runs all of it anew, which takes as long as the sampling (``python -m benchmarks forks``).
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ class Kept:
             self.forget()
         wanted: list[tuple[int, int]] = []
         for row, ids in rows:
-            slot, found = -1, len(self.known(ids))
-            if found == len(ids):
-                continue
             line, columns = lines.place(row)
+            slot = -1
             for column, token in zip(columns.tolist(), ids, strict=False):
                 known = self._slots.get((slot, token))
                 if known is None:
