@@ -58,7 +58,7 @@ def strategy(k: int, recovery: Recovery) -> Strategy:
 def run(unit: Unit, out: Path) -> dict[str, Any]:
     """Run or take up one unit; a worker's job. Returns the zero-hit prompts and, a step, what its samples came to."""
     torch.set_num_threads(1)
-    note_commit(unit, out)
+    note_commit(unit, out, ("latent",))
     recovery, prompts = recovery_of(unit, out, ("latent",))
     found: dict[str, list[Result]] = {}
     with recovery.session():

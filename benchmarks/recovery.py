@@ -91,7 +91,7 @@ def run(
     """Run or take up one unit; a worker's job. Returns its metrics and the seconds this call took."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    note_commit(unit, out)
+    note_commit(unit, out, strategies)
     recovery, prompts = recovery_of(unit, out, strategies, dtype)
     metrics = recovery.recover(prompts).metrics
     if further:
@@ -148,11 +148,14 @@ def asked(family: Family) -> dict[str, Any]:
     }
 
 
-def note_commit(unit: Unit, out: Path) -> None:
-    """Note what code makes a unit's rows: all commits under which it was taken up before it was finished."""
+def note_commit(unit: Unit, out: Path, strategies: Sequence[str]) -> None:
+    """Note what code makes a unit's rows: all commits under which it was taken up before it was finished, or given
+    more strategies."""
     run = RunDirectory(out / unit.name)
-    known = commits_of(unit, out) if run.header.exists() else []
-    if not run.metrics.exists() and harness.commit() not in known:
+    begun = run.header.exists()
+    known = commits_of(unit, out) if begun else []
+    grows = begun and run.read_header()["config"]["strategies"] != list(strategies)
+    if (grows or not run.metrics.exists()) and harness.commit() not in known:
         write_json(unit.commits(out), [*known, harness.commit()])
 
 

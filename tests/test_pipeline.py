@@ -12,7 +12,7 @@ from latentrevise.config import to_dict
 from latentrevise.data.atoms import read_atoms
 from latentrevise.data.boundary import Boundary
 from latentrevise.data.records import Prompt, Rollout, Sample, Start, Trajectory, Verdict, read_records
-from latentrevise.data.storage import write_jsonl
+from latentrevise.data.storage import read_signed, write_jsonl
 from latentrevise.demo import get_family, make_prompts, model_dir
 from latentrevise.demo.run import demo_config
 from latentrevise.engines import HFEngine
@@ -23,6 +23,7 @@ from latentrevise.recovery.guards import wilson
 from latentrevise.recovery.pipeline import Recovery
 from latentrevise.recovery.progress import Progress
 from latentrevise.recovery.rundir import RunDirectory
+from latentrevise.recovery.schedule import Joint
 from latentrevise.recovery.settings import RoundsConfig
 from latentrevise.recovery.stages import continuations
 from latentrevise.recovery.targets import Target
@@ -188,6 +189,41 @@ def test_another_run_is_refused(finished, rule):
     (strange / "thesis.tex").write_text("")
     with pytest.raises(RunError, match=r"thesis\.tex"):
         Recovery(model, tokenizer, small(), strange)
+
+
+def without_seconds(found):
+    if isinstance(found, dict):
+        return {name: without_seconds(value) for name, value in found.items() if "seconds" not in name}
+    return [without_seconds(value) for value in found] if isinstance(found, list) else found
+
+
+def test_strategies_are_added_to_a_run_without_mining_again(rule, tmp_path):
+    """Its rows and figures are then those of a run that had them from the start; the control grows with the cost."""
+    family, model, tokenizer = rule
+    prompts = make_prompts(family, 10, split="develop", seed=3)
+    every = ("resample", "pivot", "branch-mass")
+    whole = recover(model, tokenizer, prompts, small(strategies=every), tmp_path / "whole")
+    out = tmp_path / "grown"
+    first = recover(model, tokenizer, prompts, small(strategies=every[:1]), out)
+    assert read_signed(out / "control.json", "")["samples"] == 5
+    kept = {path: path.stat().st_mtime_ns for path in [*out.glob("rollouts/*"), *out.glob("samples/resample/*")]}
+    assert first.metrics["arms"].keys() == {"resample", "resample@equal"}
+
+    joint = Recovery(model, tokenizer, small(strategies=every), out, progress=False, scheduler=Joint(0, 2))
+    with pytest.raises(RunError, match="without --shard"):
+        joint.recover(prompts)
+    with pytest.raises(RunError, match=r"config\.strategies"):
+        Recovery(model, tokenizer, small(strategies=every[1:]), out)
+    assert (out / "metrics.json").exists(), "nothing was touched"
+
+    recover(model, tokenizer, prompts, small(strategies=every[:2]), out)
+    grown = Recovery(model, tokenizer, small(strategies=every), out, progress=False).recover()  # the prompts it has
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert read_signed(out / "control.json", "")["samples"] == 8
+    assert content(out) == content(whole.out)
+    assert without_seconds(grown.metrics) == without_seconds(whole.metrics)
+    with pytest.raises(RunError, match=r"config\.strategies"):
+        Recovery(model, tokenizer, small(strategies=every[:2]), out)
 
 
 def test_two_processes_do_not_share_a_run(finished, rule):

@@ -23,7 +23,7 @@ from benchmarks import (
 from benchmarks.__main__ import folder, main
 from benchmarks.step_checkers import check_step
 from latentrevise.data.records import Rollout, Verdict, write_records
-from latentrevise.data.storage import write_json
+from latentrevise.data.storage import write_json, write_signed
 from latentrevise.demo import get_family, make_prompts
 from latentrevise.demo.joint import JointFamily
 from latentrevise.errors import ConfigError, InputError
@@ -262,16 +262,18 @@ def test_a_unit_knows_all_code_that_made_its_rows(tmp_path, monkeypatch):
     unit, run = recovery.Unit("rule", 0, 0, 8), RunDirectory(tmp_path / "rule-m0-p0")
     for name in ("first", "first", "second"):
         monkeypatch.setattr(harness, "commit", lambda name=name: name)
-        recovery.note_commit(unit, tmp_path)
-        write_json(run.header, {})
+        recovery.note_commit(unit, tmp_path, ["pivot"])
+        write_signed(run.header, {"format": 1, "config": {"strategies": ["pivot"]}})
     assert recovery.commits_of(unit, tmp_path) == ["first", "second"]
     write_json(run.metrics, {})
     monkeypatch.setattr(harness, "commit", lambda: "later")
-    recovery.note_commit(unit, tmp_path)
+    recovery.note_commit(unit, tmp_path, ["pivot"])
     assert recovery.commits_of(unit, tmp_path) == ["first", "second"], "its rows were there already"
+    recovery.note_commit(unit, tmp_path, ["pivot", "resample"])
+    assert recovery.commits_of(unit, tmp_path) == ["first", "second", "later"], "those of another strategy were not"
     run.metrics.unlink()
     unit.commits(tmp_path).unlink()
-    recovery.note_commit(unit, tmp_path)
+    recovery.note_commit(unit, tmp_path, ["pivot"])
     assert recovery.commits_of(unit, tmp_path) == [harness.NOT_RECORDED, "later"]
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentrevise.data.records import Prompt, Rollout, Trajectory
+from latentrevise.data.records import Prompt, Rollout, Start, Trajectory, read_records
 from latentrevise.data.storage import write_signed
 from latentrevise.data.stored import Stored
 from latentrevise.engines import Engine
@@ -147,6 +147,8 @@ class Recovery:
     def session(self) -> Iterator[None]:
         """The run held by the scheduler, and the verifier's workers alive as long as they are needed."""
         with self.scheduler.session(self.run), self.job.verifier:
+            if self.run.prompts.exists():
+                self.run.extend(self.job.header)
             yield
 
     # What there is
@@ -203,10 +205,16 @@ class Recovery:
                     costs = [cost(self.job, self.parts(arm)).passes for arm in self.arms() if not arm.wrong]
                     fresh = pc.sum(targets["decoded"]).as_py() / pc.sum(targets["rollouts"]).as_py()
                     size = control_size(self.config, costs, len(targets), fresh)
+                    self._discard_pool_unless(size)
                     write_signed(self.run.control, {"samples": size})
         count = self.run.read_control()["samples"]
         self._pool = Arm(POOL, build("resample", self.config), False, count)
         return self._pool
+
+    def _discard_pool_unless(self, size: int) -> None:
+        """A dearer strategy, added to a run, needs more rollouts of the control than there are."""
+        if any(s.n != size for path in self.run.parts("starts", POOL)[:1] for s in read_records(path, Start)):
+            self.run.discard(POOL)
 
     def all_arms(self) -> list[Arm]:
         pool = self.pool()

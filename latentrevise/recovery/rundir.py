@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,6 +52,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
+        self._alone = False  # whether this process holds it, and no other
 
     @property
     def header(self) -> Path:
@@ -154,7 +156,8 @@ class RunDirectory:
         """Make the directory, or look at the run in it; True when there is one to take up.
 
         Raises RunError when it has other settings or another model, or when the directory can't be made. A model is
-        known by its weights: where they lie in another place now, the run notes it.
+        known by its weights: where they lie in another place now, the run notes it. More strategies behind those that
+        it has are no other settings, see ``extend``.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -164,7 +167,8 @@ class RunDirectory:
             ) from error
         if self.header.exists() and self.prompts.exists():
             old, new = self.read_header(), _complete(header)
-            changed = sorted(_differences(old, new))
+            allowed = ("config.strategies", "config_hash") if _added(old, new) else ()
+            changed = sorted(_differences(old, new, allowed=allowed))
             if changed:
                 raise RunError(
                     f"{self.path} holds a run with other settings ({'; '.join(changed)}); resume it with its own"
@@ -182,6 +186,27 @@ class RunDirectory:
                 " or new --out"
             )
         return False
+
+    def extend(self, header: dict[str, Any]) -> None:
+        """Take strategies into the run that were added behind its own: what there is stays, but for what was gathered
+        from all of them. Raises RunError where other processes may be at work on it."""
+        old, new = self.read_header(), _complete(header)
+        if not _added(old, new):
+            return
+        if not self._alone:
+            raise RunError(
+                f"{self.path}: strategies are added by one process that holds the run alone; run `latentrevise mine`"
+                " with these settings and without --shard first"
+            )
+        for gathered in (self.metrics, self.trajectories, self.atoms, self.control):
+            gathered.unlink(missing_ok=True)
+        write_signed(self.header, old | {name: new[name] for name in ("config", "config_hash")})
+
+    def discard(self, arm: str) -> None:
+        """Drop what there is of an arm, the last stage first."""
+        for stage in ("verdicts", "samples", "starts"):
+            if (self.path / stage / arm).exists():
+                shutil.rmtree(self.path / stage / arm)
 
     def begin(self, header: dict[str, Any], prompts: Iterable[Prompt], errors: Sequence[RowError]) -> None:
         """Write what a run starts from: the prompts, and when the last was given the rows left out and the header.
@@ -212,6 +237,7 @@ class RunDirectory:
                 sweep(self.path, below=True)
                 Leases(self.leases, 0.0).sweep()
                 (self.path / ".once").unlink(missing_ok=True)
+            self._alone = not shared
             try:
                 yield
             except LatentReviseError:
@@ -219,6 +245,8 @@ class RunDirectory:
             except Exception as error:
                 error.add_note(f"{self.path} keeps {self.kept()}; the same command goes on from there.")
                 raise
+            finally:
+                self._alone = False
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -295,14 +323,22 @@ def other_prompts(
     return any(a != b for a, b in zip_longest(rows(read), rows(stored)))
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> Iterator[str]:
+def _added(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a run's strategies are the first of those asked for now, and there are more."""
+    before, now = (header["config"].get("strategies", []) for header in (old, new))
+    return len(now) > len(before) and now[: len(before)] == before
+
+
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], path: str = "", allowed: Sequence[str] = ()
+) -> Iterator[str]:
     for key in old.keys() | new.keys():
         name = f"{path}{key}"
-        if name in _VOLATILE:
+        if name in _VOLATILE or name in allowed:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{name}.")
+            yield from _differences(a, b, f"{name}.", allowed)
         elif a != b:
             yield f"{name}: {a!r} there, {b!r} now"
 
