@@ -8,6 +8,7 @@ batch, the trained weights.
 from __future__ import annotations
 
 import faulthandler
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -241,6 +242,11 @@ def main(mode: str, out: Path, limit: float) -> None:
             torch.save(found, out / f"{name}.pt")
     if processes > 1:
         torch.distributed.destroy_process_group()
+        # All is written. Returning would free the trainer, and with it gloo's threads, which can then wait for the lock
+        # that this thread holds while it waits for them: seen once, a process that stood here until its limit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
