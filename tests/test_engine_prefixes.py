@@ -217,7 +217,8 @@ def test_what_was_run_in_a_call_is_reused_in_the_next(arch, budget, crowded, mon
 
 def test_each_distinct_token_of_several_calls_is_fed_once():
     """But for the last of each request, whose logits are needed."""
-    model, engine = (model := tiny_model("qwen3", V, seed=1)), HFEngine(model)
+    model = tiny_model("qwen3", V, seed=1)
+    engine = HFEngine(model)
     asked, params = [Request(draw(20, i), seed=i) for i in range(3)], SamplingParams(n=2, max_new_tokens=6)
     with engine.reusing():
         found, first = fed(model, engine, asked, params)

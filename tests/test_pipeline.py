@@ -214,7 +214,10 @@ def test_strategies_are_added_to_a_run_without_mining_again(rule, tmp_path):
         joint.recover(prompts)
     with pytest.raises(RunError, match=r"config\.strategies"):
         Recovery(model, tokenizer, small(strategies=every[1:]), out)
+    with pytest.raises(RunError, match="other prompts"):
+        recover(model, tokenizer, prompts[:5], small(strategies=every), out)
     assert (out / "metrics.json").exists(), "nothing was touched"
+    assert RunDirectory(out).read_header()["config"]["strategies"] == ["resample"]
 
     recover(model, tokenizer, prompts, small(strategies=every[:2]), out)
     grown = Recovery(model, tokenizer, small(strategies=every), out, progress=False).recover()  # the prompts it has

@@ -90,6 +90,7 @@ class Recovery:
         prompts: a file, or rows with a prompt and an answer; None when the run has its prompts already.
         """
         self.job.take_prompts(prompts)
+        self.run.extend(self.job.header)  # only now: the prompts are the run's own
         for found in self.job.rounds():
             parts = [Part(index, rows, round=found.number) for index, rows in found.parts.items()]
             self._stage(Mine(), {f"round-{found.number}" if found.number else "": parts})
@@ -99,6 +100,7 @@ class Recovery:
 
         With ``stop_at_success`` a strategy must know what those before it recovered, so each is run to its verdicts.
         """
+        self.run.extend(self.job.header)
         if self.config.stop_at_success:
             for arm in self.arms():
                 parts = self._parts_of([arm])
@@ -147,8 +149,6 @@ class Recovery:
     def session(self) -> Iterator[None]:
         """The run held by the scheduler, and the verifier's workers alive as long as they are needed."""
         with self.scheduler.session(self.run), self.job.verifier:
-            if self.run.prompts.exists():
-                self.run.extend(self.job.header)
             yield
 
     # What there is
