@@ -190,6 +190,8 @@ class RunDirectory:
     def extend(self, header: dict[str, Any]) -> None:
         """Take strategies into the run that were added behind its own: what there is stays, but for what was gathered
         from all of them. Raises RunError where other processes may be at work on it."""
+        if not self.header.exists():  # it has not begun
+            return
         old, new = self.read_header(), _complete(header)
         if not _added(old, new):
             return
